@@ -1,0 +1,86 @@
+"""Gossamer: low-rank adaptation, end to end. One frozen model, any number of thin layers.
+
+Importing this package loads nothing heavy; torch is imported when a name that needs it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "adapter",
+    "AdapterFileError": "errors",
+    "BaseMismatchError": "errors",
+    "GossamerError": "errors",
+    "InjectionReport": "attachment",
+    "LoRA": "methods",
+    "RunConfig": "training",
+    "SharedWeightError": "errors",
+    "SpecError": "errors",
+    "TargetError": "errors",
+    "TrainConfig": "training",
+    "active": "attachment",
+    "attach": "attachment",
+    "attached": "attachment",
+    "base_fingerprint": "attachment",
+    "capture": "attachment",
+    "detach": "attachment",
+    "evaluate": "training",
+    "fetch": "models",
+    "generate": "serving",
+    "load_base": "models",
+    "merge": "attachment",
+    "merge_into_base": "merging",
+    "train": "training",
+    "trainable_parameters": "attachment",
+    "unmerge": "attachment",
+    "use": "attachment",
+    "using": "attachment",
+}
+__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from gossamer.adapter import Adapter as Adapter
+    from gossamer.attachment import InjectionReport as InjectionReport
+    from gossamer.attachment import active as active
+    from gossamer.attachment import attach as attach
+    from gossamer.attachment import attached as attached
+    from gossamer.attachment import base_fingerprint as base_fingerprint
+    from gossamer.attachment import capture as capture
+    from gossamer.attachment import detach as detach
+    from gossamer.attachment import merge as merge
+    from gossamer.attachment import trainable_parameters as trainable_parameters
+    from gossamer.attachment import unmerge as unmerge
+    from gossamer.attachment import use as use
+    from gossamer.attachment import using as using
+    from gossamer.errors import AdapterFileError as AdapterFileError
+    from gossamer.errors import BaseMismatchError as BaseMismatchError
+    from gossamer.errors import GossamerError as GossamerError
+    from gossamer.errors import SharedWeightError as SharedWeightError
+    from gossamer.errors import SpecError as SpecError
+    from gossamer.errors import TargetError as TargetError
+    from gossamer.merging import merge_into_base as merge_into_base
+    from gossamer.methods import LoRA as LoRA
+    from gossamer.models import fetch as fetch
+    from gossamer.models import load_base as load_base
+    from gossamer.serving import generate as generate
+    from gossamer.training import RunConfig as RunConfig
+    from gossamer.training import TrainConfig as TrainConfig
+    from gossamer.training import evaluate as evaluate
+    from gossamer.training import train as train
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from the room it lives in, the first time it is used."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gossamer.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

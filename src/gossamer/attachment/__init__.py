@@ -1,0 +1,22 @@
+"""How adapters meet a model: find the modules, stand layers at them, choose who runs, fold in, take away."""
+
+from gossamer.attachment.merge import merge, unmerge
+from gossamer.attachment.report import InjectionReport, SiteRow
+from gossamer.attachment.verbs import active, attach, attached, capture, detach, trainable_parameters, use, using
+from gossamer.attachment.walk import base_fingerprint
+
+__all__ = [
+    "InjectionReport",
+    "SiteRow",
+    "active",
+    "attach",
+    "attached",
+    "base_fingerprint",
+    "capture",
+    "detach",
+    "merge",
+    "trainable_parameters",
+    "unmerge",
+    "use",
+    "using",
+]

@@ -1,0 +1,176 @@
+"""What a model remembers of the adapters attached to it; one per model, kept as a plain attribute of the root."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.adapter import Adapter
+from gossamer.attachment import walk
+from gossamer.attachment.match import Selection, select
+from gossamer.attachment.site import Active, Site, shape_of
+from gossamer.errors import AdapterFileError, StateError, nearest
+from gossamer.methods import BiasShift, Layer, Replacement, Shape, TargetedMethod
+
+_ATTRIBUTE = "_gossamer_host"
+
+
+@dataclass
+class Attached:
+    """One adapter on a model: its spec, where it stands, and what it carries from the file it came from."""
+
+    spec: TargetedMethod
+    selection: Selection
+    trainable: bool
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    foreign: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Host:
+    """The adapters of one model, which of them are active, and what unmerging and detaching must give back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.fingerprint = walk.base_fingerprint(model)
+        self.adapters: dict[str, Attached] = {}
+        self.sites: dict[str, Site] = {}
+        self.active: Active | list[Active] = ()
+        self.stash: dict[str, dict[str, Tensor]] | None = None  # path -> parameter -> what it was before the merge
+        self.merged: Active = ()
+        self.requires_grad = {name: parameter.requires_grad for name, parameter in walk.base_parameters(model)}
+        for _, parameter in walk.base_parameters(model):
+            parameter.requires_grad_(False)
+
+    def known(self, name: str) -> Attached:
+        """The adapter of that name. Raises `StateError` with the nearest names."""
+        if name not in self.adapters:
+            raise StateError(
+                f"no adapter named {name!r} is attached", expected=", ".join(self.adapters) or "none is", hint=nearest(name, self.adapters)
+            )
+        return self.adapters[name]
+
+    def layers_of(self, name: str) -> dict[str, Layer]:
+        """Canonical path -> layer of one adapter."""
+        return {path: site.layers[name] for path, site in self.sites.items() if name in site.layers}  # pyright: ignore
+
+    def refuse_while_merged(self, doing: str) -> None:
+        """Raise `StateError` while adapters are folded into the weights."""
+        if self.stash is not None:
+            raise StateError(f"cannot {doing} while {', '.join(self.merged)} is merged into the weights", hint="unmerge(model) first")
+
+    def add(self, name: str, attached: Attached, layers: Mapping[str, Layer]) -> None:
+        """Stand the layers at their modules; all of them were made before, so this cannot fail half-way."""
+        modules = walk.modules(self.model)
+        for path, layer in layers.items():
+            layer.requires_grad_(attached.trainable)
+            layer.train(modules[path].training)
+            if path not in self.sites:
+                self.sites[path] = Site(path, modules[path], self)
+            self.sites[path].layers[name] = layer
+        self.adapters[name] = attached
+
+    def remove(self, name: str) -> None:
+        """Take an adapter's layers away; a module that carries none any more is left as it was found."""
+        for path, site in [*self.sites.items()]:
+            if name in site.layers:
+                del site.layers[name]
+            if not len(site.layers):
+                site.remove()
+                del self.sites[path]
+        del self.adapters[name]
+        without = lambda entry: tuple(other for other in entry if other != name)  # noqa: E731
+        self.active = [without(entry) for entry in self.active] if isinstance(self.active, list) else without(self.active)
+
+    def leave(self) -> None:
+        """Give the model back as it was found."""
+        for name, parameter in walk.base_parameters(self.model):
+            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+        del self.model.__dict__[_ATTRIBUTE]
+
+
+def find_host(model: nn.Module) -> Host | None:
+    """The model's host, if any adapter is attached."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def require_host(model: nn.Module) -> Host:
+    """The model's host. Raises `StateError` when nothing is attached."""
+    host = find_host(model)
+    if host is None:
+        raise StateError("no adapter is attached to this model", hint="attach(model, gs.LoRA(...)) first")
+    return host
+
+
+def make_host(model: nn.Module) -> Host:
+    """The model's host, made if there is none. Raises `StateError` when a part of the model has a host of its own."""
+    host = find_host(model)
+    if host is None:
+        for path, module in model.named_modules():
+            if _ATTRIBUTE in module.__dict__ or walk.CONTAINER in module._modules:
+                raise StateError("a part of this model already carries adapters of its own", where=path, hint="attach to the whole model, or detach there first")
+        host = Host(model)
+        model.__dict__[_ATTRIBUTE] = host
+    return host
+
+
+def new_layers(model: nn.Module, spec: TargetedMethod, selection: Selection, seed: int) -> dict[str, Layer]:
+    """Fresh layers for a spec. Each starts from (seed, path), so neither order nor other modules change it."""
+    modules = walk.modules(model)
+    layers: dict[str, Layer] = {}
+    for path in selection.targets:
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8]) >> 1)
+        layers[path] = spec.layer(shape_of(path, modules[path]), generator)
+    for path in selection.saved:
+        parameters = modules[path].named_parameters(recurse=False)
+        layers[path] = Replacement({name: value.detach().float() for name, value in parameters})
+    for path in selection.biased:
+        layers[path] = BiasShift(shape_of(path, modules[path]).parameters["bias"].detach().float())
+    return layers
+
+
+def stored_layers(model: nn.Module, adapter: Adapter) -> tuple[Selection, dict[str, Layer]]:
+    """Layers that hold an adapter's tensors. Raises `AdapterFileError` unless tensors and spec name the same modules."""
+    spec = adapter.spec
+    assert isinstance(spec, TargetedMethod)
+    modules = walk.modules(model)
+    selection = select(model, spec)
+    _same_paths(adapter, selection, modules)
+    layers: dict[str, Layer] = {}
+    for path in selection.paths:
+        shape, slots = shape_of(path, modules[path]), adapter.tensors[path]
+        if path in selection.targets:
+            layers[path] = spec.restored(shape, slots)
+            continue
+        names = {"bias"} if path in selection.biased else set(shape.parameters)
+        _same_shapes(path, shape, slots, names)
+        device = next(iter(shape.parameters.values())).device
+        whole = {name: slots[name].to(device) for name in names}
+        layers[path] = BiasShift(whole["bias"]) if path in selection.biased else Replacement(whole)
+    return selection, layers
+
+
+def _same_paths(adapter: Adapter, selection: Selection, modules: Mapping[str, nn.Module]) -> None:
+    unknown = [path for path in adapter.paths if path not in selection.paths]
+    unfilled = [path for path in selection.paths if path not in adapter.tensors]
+    if unknown:
+        raise AdapterFileError(
+            f"{len(unknown)} of the adapter's {len(adapter.paths)} modules are not targets of this model",
+            where=unknown[0], got=f"{len(unfilled)} modules of the model left without tensors", hint=nearest(unknown[0], modules),
+        )
+    if unfilled:
+        raise AdapterFileError(
+            f"{len(unfilled)} modules that the adapter's spec names have no tensors in it", where=unfilled[0],
+            got=f"{len(adapter.paths)} modules with tensors", expected=f"{len(selection.paths)}",
+        )
+
+
+def _same_shapes(path: str, shape: Shape, slots: Mapping[str, Tensor], names: set[str]) -> None:
+    got = {name: tuple(tensor.shape) for name, tensor in slots.items()}
+    expected = {name: tuple(shape.parameters[name].shape) for name in sorted(names)}
+    if got != expected:
+        raise AdapterFileError("tensors that do not fit the module", where=path, got=str(got), expected=str(expected))

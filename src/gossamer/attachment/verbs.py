@@ -1,0 +1,197 @@
+"""attach, use, capture, detach: how an adapter meets a model and leaves it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from gossamer.adapter import Adapter
+from gossamer.attachment import walk
+from gossamer.attachment.host import Attached, Host, find_host, make_host, new_layers, require_host, stored_layers
+from gossamer.attachment.match import select
+from gossamer.attachment.report import InjectionReport, SiteRow
+from gossamer.attachment.site import Active, kind_of
+from gossamer.errors import BaseMismatchError, StateError, UsageError
+from gossamer.methods import Layer, Replacement, TargetedMethod
+
+Rows = Sequence[str | None]
+
+
+def attach(
+    model: nn.Module,
+    what: TargetedMethod | Adapter,
+    name: str = "default",
+    *,
+    trainable: bool | None = None,
+    seed: int = 0,
+    force_base: bool = False,
+) -> InjectionReport:
+    """Stand an adapter at the modules its spec names, freeze the base, and make the adapter the active one.
+
+    The model keeps its class, its module names and its state-dict keys. A new adapter leaves the output unchanged.
+
+    Args:
+        model: any torch module; what `all-linear` and the head mean is known for transformers models.
+        what: a spec (a new adapter) or an Adapter value (a stored one).
+        name: letters, digits, "_" and "-"; how `use`, `capture` and the others call it.
+        trainable: whether its parameters receive gradients; by default a new one's do and a stored one's do not.
+        seed: of the random factors; each module draws from (seed, path), whatever else is attached.
+        force_base: attach although the adapter's base fingerprint says that it was made for another base.
+
+    Raises:
+        TargetError: a pattern that names nothing, with the nearest names. StateError: a name taken, or merged weights.
+        BaseMismatchError, AdapterFileError: a stored adapter that does not belong here. Nothing is changed then.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        raise UsageError("not a usable adapter name", got=repr(name), expected="1 to 64 letters, digits, '_' or '-'")
+    existing = find_host(model)
+    if existing:
+        existing.refuse_while_merged("attach")
+        if name in existing.adapters:
+            raise StateError(f"an adapter named {name!r} is already attached", hint="detach it first, or choose another name")
+    if isinstance(what, Adapter):
+        _check_base(model, existing, what, force_base)
+        selection, layers = stored_layers(model, what)
+        spec: Any = what.spec
+        attached = Attached(spec, selection, bool(trainable), what.provenance, what.foreign)
+    else:
+        selection = select(model, what)
+        layers = new_layers(model, what, selection, seed)
+        attached = Attached(what, selection, trainable is not False)
+    host = make_host(model)
+    host.add(name, attached, layers)
+    host.active = (name,)
+    return _report(host, name, attached, layers)
+
+
+def _check_base(model: nn.Module, host: Host | None, adapter: Adapter, force: bool) -> None:
+    if adapter.base is None or force:
+        return
+    here = host.fingerprint if host else walk.base_fingerprint(model)
+    differing = walk.differing(adapter.base, here)
+    if differing:
+        raise BaseMismatchError(
+            f"this adapter was made for another base model ({', '.join(differing)} differ)",
+            got=f"{here['architecture']} weights {here['weights'][:12]}",
+            expected=f"{adapter.base.get('architecture')} weights {str(adapter.base.get('weights'))[:12]}",
+            hint="force_base=True (--force-base) attaches it all the same",
+        )
+
+
+def _report(host: Host, name: str, attached: Attached, layers: dict[str, Layer]) -> InjectionReport:
+    rows, notes = [], []
+    names = walk.aliases(host.model)
+    for path, layer in layers.items():
+        module = host.sites[path].module
+        rank = getattr(attached.spec, "rank_at", lambda _: None)(path) if path in attached.selection.targets else None
+        shape = host.sites[path].shape
+        text = f"{shape.out_features} x {shape.in_features}" if kind_of(module) else str([tuple(p.shape) for p in shape.parameters.values()])
+        rows.append(SiteRow(path, type(module).__name__, text, rank, sum(slot.numel() for slot in layer.slots().values())))
+        if len(names[id(module)]) > 1:
+            notes.append(f"note: {path} is one module under {len(names[id(module)])} names; adapted once")
+    own = [slot for layer in layers.values() for slot in layer.slots().values()]
+    count = sum(slot.numel() for slot in own)
+    total = count + sum(parameter.numel() for _, parameter in walk.base_parameters(host.model))
+    nbytes = sum(slot.numel() * slot.element_size() for slot in own)
+    return InjectionReport(name, tuple(rows), count if attached.trainable else 0, total, nbytes, tuple(notes))
+
+
+def attached(model: nn.Module) -> tuple[str, ...]:
+    """Names of the attached adapters, in the order they came."""
+    host = find_host(model)
+    return tuple(host.adapters) if host else ()
+
+
+def active(model: nn.Module) -> tuple[str, ...] | list[tuple[str, ...]]:
+    """The names whose layers run, in stacking order; a list with one tuple a row when rows differ."""
+    host = find_host(model)
+    return host.active if host else ()
+
+
+def use(model: nn.Module, *names: str | None | Rows) -> None:
+    """Choose which adapters run from now on.
+
+    `use(model, "a")` one; `use(model, "a", "b")` both, b around a; `use(model, None)` the base alone;
+    `use(model, ["a", None, "b"])` one entry for each row of the next batches. Cost: a few microseconds.
+
+    Raises: StateError for a name that is not attached, or while merged.
+    """
+    host = require_host(model)
+    host.refuse_while_merged("change the active adapters")
+    if len(names) == 1 and isinstance(names[0], list | tuple):
+        host.active = [_checked(host, (entry,)) for entry in names[0]]
+    else:
+        host.active = _checked(host, names)
+
+
+def _checked(host: Host, names: Sequence[Any]) -> Active:
+    chosen = tuple(name for name in names if name is not None)
+    for name in chosen:
+        if not isinstance(name, str):
+            raise UsageError("an adapter is called by its name", got=repr(name), expected="a name, None, or one list of them")
+        host.known(name)
+    if len(chosen) > 1:
+        for path, site in host.sites.items():
+            if sum(isinstance(layer, Replacement) for layer in site.standing(chosen)) > 1:
+                raise StateError("two adapters replace the same module", where=path, got=", ".join(chosen))
+    return chosen
+
+
+@contextmanager
+def using(model: nn.Module, *names: str | None | Rows) -> Iterator[None]:
+    """`use` for the length of a `with` block; what was active before is active again after it."""
+    host = require_host(model)
+    before = host.active
+    use(model, *names)
+    try:
+        yield
+    finally:
+        host.active = before
+
+
+def trainable_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """`"<path>.<slot>"` -> parameter of one adapter (prefixed `"<name>:"` and of all trainable ones when None)."""
+    host = require_host(model)
+    if name is not None:
+        host.known(name)
+        layers = host.layers_of(name)
+        found = {f"{path}.{slot}": value for path in layers for slot, value in layers[path].slots().items()}
+        return {key: found[key] for key in sorted(found) if found[key].requires_grad}
+    return {f"{one}:{key}": value for one in host.adapters for key, value in trainable_parameters(model, one).items()}
+
+
+def capture(model: nn.Module, name: str = "default") -> Adapter:
+    """The adapter as a value: its tensors copied to main memory, bit for bit. Raises `StateError`."""
+    host = require_host(model)
+    attached = host.known(name)
+    layers = host.layers_of(name)
+    tensors = {path: {slot: value.detach().cpu().clone() for slot, value in layer.slots().items()} for path, layer in layers.items()}
+    foreign = dict(attached.foreign)
+    if not foreign:
+        config = getattr(host.model, "config", None)
+        foreign["base_model_name_or_path"] = getattr(config, "_name_or_path", None) or None
+        foreign["fan_in_fan_out"] = any(host.sites[path].shape.kind == "conv1d" for path in attached.selection.targets)
+    return Adapter(attached.spec, tensors, host.fingerprint, attached.provenance, foreign)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter (or all) off the model; after the last one the model is as it was found, bit for bit.
+
+    Merged adapters are unmerged first. Raises `StateError` for a name that is not attached.
+    """
+    host = require_host(model)
+    if name is not None:
+        host.known(name)
+        host.refuse_while_merged("detach one adapter")
+    elif host.stash is not None:
+        from gossamer.attachment.merge import unmerge
+
+        unmerge(model)
+    for one in [name] if name is not None else [*host.adapters]:
+        host.remove(one)
+    if not host.adapters:
+        host.leave()

@@ -1,0 +1,71 @@
+"""What a model is made of, seen through anything Gossamer put there: canonical names, aliases, shared storage."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CONTAINER = "gossamer"
+"""The child under which a module carries its adapter layers; no walk enters it."""
+
+_SAMPLES = 32
+
+
+def modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Canonical path -> module, each module once, under the first name it has."""
+    return {path: module for path, module in model.named_modules() if CONTAINER not in path.split(".")}
+
+
+def aliases(model: nn.Module) -> dict[int, list[str]]:
+    """id(module) -> every path it is registered under; more than one for a shared module."""
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if CONTAINER not in path.split("."):
+            found.setdefault(id(module), []).append(path)
+    return found
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's own parameters by canonical name, each once; adapter parameters are not among them."""
+    for name, parameter in model.named_parameters():
+        if CONTAINER not in name.split("."):
+            yield name, parameter
+
+
+def owners_of_storage(model: nn.Module) -> dict[int, list[str]]:
+    """Storage address -> the parameters that live in it; more than one means that a change of one changes all."""
+    found: dict[int, list[str]] = {}
+    for path, module in modules(model).items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.numel() and parameter.device.type != "meta":
+                found.setdefault(parameter.untyped_storage().data_ptr(), []).append(f"{path}.{name}" if path else name)
+    return found
+
+
+def base_fingerprint(model: nn.Module) -> dict[str, str]:
+    """What tells one base model from another, cheap and the same for float32 and bfloat16 copies.
+
+    Returns:
+        {"architecture": class name, "shapes": sha256 of all names and shapes, "weights": sha256 of 32 values of each
+        parameter, rounded to bfloat16}. Cost: a few milliseconds for hundreds of parameters.
+    """
+    shapes, weights = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in sorted(base_parameters(model)):
+        shapes.update(f"{name}:{tuple(parameter.shape)};".encode())
+        weights.update(name.encode() + _sampled(parameter))
+    return {"architecture": type(model).__name__, "shapes": shapes.hexdigest(), "weights": weights.hexdigest()}
+
+
+def _sampled(parameter: Tensor) -> bytes:
+    flat = parameter.detach().reshape(-1)
+    picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16)
+    return picked.view(torch.int16).cpu().numpy().tobytes()
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Which parts of two fingerprints differ."""
+    return [part for part in ("architecture", "shapes", "weights") if one.get(part) != other.get(part)]

@@ -1,0 +1,159 @@
+"""Frozen, strict specs, and how they are read from Python, dicts and YAML files.
+
+A spec is a value: it is checked once, when it is made, and never changes. Unknown keys, wrong types and values out of
+range are errors; all faults of one input are reported together, each with its place and the nearest right name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError
+
+from gossamer.errors import SpecError, nearest
+
+StrictInt = Annotated[int, Strict()]
+StrictFloat = Annotated[float, Strict()]
+StrictBool = Annotated[bool, Strict()]
+StrictStr = Annotated[str, Strict()]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | set | frozenset) else value
+
+
+Names = Annotated[tuple[StrictStr, ...], BeforeValidator(_as_tuple)]
+Indices = Annotated[tuple[StrictInt, ...], BeforeValidator(_as_tuple)]
+
+
+class _Teaching(type(BaseModel)):  # pydantic's metaclass, by its public handle
+    """Turns pydantic's report into ours at construction from Python; nested validation keeps pydantic's own path."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        try:
+            return super().__call__(*args, **fields)
+        except ValidationError as error:
+            raise SpecError(f"{cls.__name__} is not valid", faults=_faults(cls, error, fields)) from None
+
+
+class Spec(BaseModel, metaclass=_Teaching):
+    """Base of every spec and config: frozen, strict, comparable, and a plain dict away from JSON or YAML."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict that `from_dict` reads back to an equal value."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], *, where: str = "", lines: Lines | None = None) -> Self:
+        """Validate a mapping; `lines` (see `read_yaml`) adds file positions to every fault. Raises `SpecError`."""
+        try:
+            return cls.model_validate(dict(fields))
+        except ValidationError as error:
+            raise SpecError(f"{where or cls.__name__} is not valid", faults=_faults(cls, error, fields, lines)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+
+class Lines:
+    """Where each key of a YAML file stands: `at(("train", "lr"))` -> `"config.yaml:7:3"`."""
+
+    Positions = Mapping[tuple[str | int, ...], tuple[int, int]]
+
+    def __init__(self, file: str, positions: Positions, prefix: tuple[str | int, ...] = ()) -> None:
+        self.file, self.positions, self.prefix = file, positions, prefix
+
+    def under(self, *prefix: str | int) -> Lines:
+        """The same file, seen from inside a nested mapping."""
+        return Lines(self.file, self.positions, (*self.prefix, *prefix))
+
+    def at(self, path: tuple[str | int, ...]) -> str:
+        """The position of `path`, or of its nearest ancestor that the file holds."""
+        path = (*self.prefix, *path)
+        while path and path not in self.positions:
+            path = path[:-1]
+        line, column = self.positions.get(path, (0, 0))
+        return f"{self.file}:{line + 1}:{column + 1}"
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:
+    """Read a YAML mapping together with the position of every key. Raises `SpecError` with file:line:column."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read {path}", got=str(error)) from None
+    try:
+        tree = YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise SpecError("not valid YAML", where=where, got=str(error.problem)) from None
+    except YAMLError as error:
+        raise SpecError("not valid YAML", where=str(path), got=str(error)) from None
+    if not isinstance(tree, dict):
+        raise SpecError("a config is a mapping of keys to values", where=str(path), got=type(tree).__name__)
+    positions: dict[tuple[str | int, ...], tuple[int, int]] = {}
+    return _plain(tree, (), positions), Lines(str(path), positions)
+
+
+def _plain(node: Any, path: tuple[str | int, ...], positions: dict[tuple[str | int, ...], tuple[int, int]]) -> Any:
+    """Strip the YAML reader's own types and note where each key stands."""
+    if isinstance(node, dict):
+        for key in node:
+            positions[(*path, key)] = tuple(node.lc.key(key))
+        return {str(key): _plain(value, (*path, key), positions) for key, value in node.items()}
+    if isinstance(node, list):
+        for index in range(len(node)):
+            positions[(*path, index)] = tuple(node.lc.item(index))
+        return [_plain(value, (*path, index), positions) for index, value in enumerate(node)]
+    for plain in (bool, int, float, str):
+        if isinstance(node, plain):
+            return plain(node)
+    return node
+
+
+def write_yaml(fields: Mapping[str, Any]) -> str:
+    """YAML text of a plain mapping, in the order given."""
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    out = StringIO()
+    YAML().dump(dict(fields), out)
+    return out.getvalue()
+
+
+def _faults(cls: type[BaseModel], error: ValidationError, fields: Mapping[str, Any], lines: Lines | None = None) -> list[str]:
+    """One readable line for each of pydantic's errors."""
+    found = []
+    for fault in error.errors():
+        path = tuple(part for part in fault["loc"] if not (isinstance(part, str) and part.startswith("function-")))
+        dotted = ".".join(str(part) for part in path)
+        place = f"{lines.at(path)}: " if lines else ""
+        if fault["type"] == "extra_forbidden":
+            hint = nearest(str(path[-1]), _names_at(cls, path[:-1]))
+            found.append(f"{place}{dotted}: unknown key{'; ' + hint if hint else ''}")
+        elif fault["type"] == "missing":
+            found.append(f"{place}{dotted}: required, but missing")
+        else:
+            found.append(f"{place}{dotted}: {fault['msg']}; got {fault['input']!r}")
+    return list(dict.fromkeys(found))
+
+
+def _names_at(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    """The field names of the (possibly nested) spec that `path` leads to."""
+    for part in path:
+        field = cls.model_fields.get(str(part))
+        nested = field.annotation if field else None
+        if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+            return []
+        cls = nested
+    return list(cls.model_fields)
