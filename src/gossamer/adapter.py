@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -122,7 +122,9 @@ class Adapter:
         if weight == 1:
             return self
         spec, tensors = self.spec.scaled(self.tensors, float(weight))
-        return replace(self, spec=spec, tensors=tensors, provenance={"operation": "scale", "by": weight, "of": self.digest})
+        return replace(
+            self, spec=spec, tensors=tensors, provenance={"operation": "scale", "by": weight, "of": self.digest}
+        )
 
     __rmul__ = __mul__
 
@@ -139,7 +141,8 @@ class Adapter:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"Adapter({self.spec!r}, {len(self.tensors)} modules, {self.num_parameters:,} parameters, {self.digest[:12]})"
+        size = f"{len(self.tensors)} modules, {self.num_parameters:,} parameters"
+        return f"Adapter({self.spec!r}, {size}, {self.digest[:12]})"
 
     def save(self, folder: str | Path) -> Path:
         """Write PEFT's layout plus `gossamer.json`, atomically. Raises `DiskError`; see docs/file-format.md."""
@@ -148,7 +151,7 @@ class Adapter:
         return write_adapter(self, Path(folder))
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path) -> Adapter:
         """Read an adapter folder, strictly: every tensor consumed, every slot filled, the digest checked.
 
         Raises `AdapterFileError` with the nearest names; `UnsupportedError` for what this version refuses by name.
@@ -158,8 +161,8 @@ class Adapter:
         return read_adapter(Path(folder))
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> bytes:
     """The raw bytes of a tensor, whatever its dtype (numpy has no bfloat16)."""
     import torch
 
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -55,7 +55,9 @@ class GossamerError(Exception):
 
     def __str__(self) -> str:
         details = (("where", self.where), ("got", self.got), ("expected", self.expected), ("hint", self.hint))
-        return "\n".join([f"{self.code}: {self.what}", *(f"  {label + ':':<10}{text}" for label, text in details if text)])
+        return "\n".join(
+            [f"{self.code}: {self.what}", *(f"  {label + ':':<10}{text}" for label, text in details if text)]
+        )
 
     def __reduce__(self):  # keyword-only arguments survive a trip between processes
         return (_rebuild, (type(self), self.what, self.__dict__))

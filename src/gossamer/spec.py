@@ -31,7 +31,7 @@ Indices = Annotated[tuple[StrictInt, ...], BeforeValidator(_as_tuple)]
 class _Teaching(type(BaseModel)):  # pydantic's metaclass, by its public handle
     """Turns pydantic's report into ours at construction from Python; nested validation keeps pydantic's own path."""
 
-    def __call__(cls, *args: Any, **fields: Any) -> Any:
+    def __call__(cls: Any, *args: Any, **fields: Any) -> Any:
         try:
             return super().__call__(*args, **fields)
         except ValidationError as error:
@@ -53,7 +53,9 @@ class Spec(BaseModel, metaclass=_Teaching):
         try:
             return cls.model_validate(dict(fields))
         except ValidationError as error:
-            raise SpecError(f"{where or cls.__name__} is not valid", faults=_faults(cls, error, fields, lines)) from None
+            raise SpecError(
+                f"{where or cls.__name__} is not valid", faults=_faults(cls, error, fields, lines)
+            ) from None
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
@@ -106,13 +108,14 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:
 
 def _plain(node: Any, path: tuple[str | int, ...], positions: dict[tuple[str | int, ...], tuple[int, int]]) -> Any:
     """Strip the YAML reader's own types and note where each key stands."""
+    marks: Any = getattr(node, "lc", None)
     if isinstance(node, dict):
         for key in node:
-            positions[(*path, key)] = tuple(node.lc.key(key))
+            positions[(*path, key)] = tuple(marks.key(key))
         return {str(key): _plain(value, (*path, key), positions) for key, value in node.items()}
     if isinstance(node, list):
         for index in range(len(node)):
-            positions[(*path, index)] = tuple(node.lc.item(index))
+            positions[(*path, index)] = tuple(marks.item(index))
         return [_plain(value, (*path, index), positions) for index, value in enumerate(node)]
     for plain in (bool, int, float, str):
         if isinstance(node, plain):
@@ -131,7 +134,9 @@ def write_yaml(fields: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
-def _faults(cls: type[BaseModel], error: ValidationError, fields: Mapping[str, Any], lines: Lines | None = None) -> list[str]:
+def _faults(
+    cls: type[BaseModel], error: ValidationError, fields: Mapping[str, Any], lines: Lines | None = None
+) -> list[str]:
     """One readable line for each of pydantic's errors."""
     found = []
     for fault in error.errors():

@@ -50,7 +50,9 @@ class Host:
         """The adapter of that name. Raises `StateError` with the nearest names."""
         if name not in self.adapters:
             raise StateError(
-                f"no adapter named {name!r} is attached", expected=", ".join(self.adapters) or "none is", hint=nearest(name, self.adapters)
+                f"no adapter named {name!r} is attached",
+                expected=", ".join(self.adapters) or "none is",
+                hint=nearest(name, self.adapters),
             )
         return self.adapters[name]
 
@@ -61,7 +63,9 @@ class Host:
     def refuse_while_merged(self, doing: str) -> None:
         """Raise `StateError` while adapters are folded into the weights."""
         if self.stash is not None:
-            raise StateError(f"cannot {doing} while {', '.join(self.merged)} is merged into the weights", hint="unmerge(model) first")
+            raise StateError(
+                f"cannot {doing} while {', '.join(self.merged)} is merged into the weights", hint="unmerge(model) first"
+            )
 
     def add(self, name: str, attached: Attached, layers: Mapping[str, Layer]) -> None:
         """Stand the layers at their modules; all of them were made before, so this cannot fail half-way."""
@@ -84,7 +88,9 @@ class Host:
                 del self.sites[path]
         del self.adapters[name]
         without = lambda entry: tuple(other for other in entry if other != name)  # noqa: E731
-        self.active = [without(entry) for entry in self.active] if isinstance(self.active, list) else without(self.active)
+        self.active = (
+            [without(entry) for entry in self.active] if isinstance(self.active, list) else without(self.active)
+        )
 
     def leave(self) -> None:
         """Give the model back as it was found."""
@@ -112,7 +118,11 @@ def make_host(model: nn.Module) -> Host:
     if host is None:
         for path, module in model.named_modules():
             if _ATTRIBUTE in module.__dict__ or walk.CONTAINER in module._modules:
-                raise StateError("a part of this model already carries adapters of its own", where=path, hint="attach to the whole model, or detach there first")
+                raise StateError(
+                    "a part of this model already carries adapters of its own",
+                    where=path,
+                    hint="attach to the whole model, or detach there first",
+                )
         host = Host(model)
         model.__dict__[_ATTRIBUTE] = host
     return host
@@ -123,7 +133,9 @@ def new_layers(model: nn.Module, spec: TargetedMethod, selection: Selection, see
     modules = walk.modules(model)
     layers: dict[str, Layer] = {}
     for path in selection.targets:
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8]) >> 1)
+        generator = torch.Generator().manual_seed(
+            int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8]) >> 1
+        )
         layers[path] = spec.layer(shape_of(path, modules[path]), generator)
     for path in selection.saved:
         parameters = modules[path].named_parameters(recurse=False)
@@ -134,7 +146,7 @@ def new_layers(model: nn.Module, spec: TargetedMethod, selection: Selection, see
 
 
 def stored_layers(model: nn.Module, adapter: Adapter) -> tuple[Selection, dict[str, Layer]]:
-    """Layers that hold an adapter's tensors. Raises `AdapterFileError` unless tensors and spec name the same modules."""
+    """Layers that hold an adapter's tensors. Raises `AdapterFileError` unless tensors and spec name the same."""
     spec = adapter.spec
     assert isinstance(spec, TargetedMethod)
     modules = walk.modules(model)
@@ -160,12 +172,16 @@ def _same_paths(adapter: Adapter, selection: Selection, modules: Mapping[str, nn
     if unknown:
         raise AdapterFileError(
             f"{len(unknown)} of the adapter's {len(adapter.paths)} modules are not targets of this model",
-            where=unknown[0], got=f"{len(unfilled)} modules of the model left without tensors", hint=nearest(unknown[0], modules),
+            where=unknown[0],
+            got=f"{len(unfilled)} modules of the model left without tensors",
+            hint=nearest(unknown[0], modules),
         )
     if unfilled:
         raise AdapterFileError(
-            f"{len(unfilled)} modules that the adapter's spec names have no tensors in it", where=unfilled[0],
-            got=f"{len(adapter.paths)} modules with tensors", expected=f"{len(selection.paths)}",
+            f"{len(unfilled)} modules that the adapter's spec names have no tensors in it",
+            where=unfilled[0],
+            got=f"{len(adapter.paths)} modules with tensors",
+            expected=f"{len(selection.paths)}",
         )
 
 

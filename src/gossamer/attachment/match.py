@@ -40,10 +40,13 @@ def select(model: nn.Module, spec: TargetedMethod) -> Selection:
     targets = _in_layers(spec, targets)
     if not targets:
         raise TargetError(
-            "no module is left to adapt", got=f"target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}"
+            "no module is left to adapt",
+            got=f"target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}",
         )
     _check_patterns(spec, targets)
-    biased = [path for path, module in modules.items() if _owns_bias(module) and path not in targets and path not in saved]
+    biased = [
+        path for path, module in modules.items() if _owns_bias(module) and path not in targets and path not in saved
+    ]
     return Selection(tuple(targets), tuple(saved), tuple(spec.bias_modules(targets, biased)))
 
 
@@ -57,7 +60,11 @@ def _named_by(pattern: str, candidates: Iterable[str], names: Mapping[str, list[
 
 
 def _targets(
-    spec: TargetedMethod, model: nn.Module, modules: Mapping[str, nn.Module], adaptable: list[str], names: Mapping[str, list[str]]
+    spec: TargetedMethod,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    adaptable: list[str],
+    names: Mapping[str, list[str]],
 ) -> list[str]:
     pattern = spec.target_modules
     if pattern == "all-linear":
@@ -65,7 +72,9 @@ def _targets(
     if isinstance(pattern, str):
         found = [path for path in adaptable if any(re.fullmatch(pattern, name) for name in names[path])]
         if not found:
-            raise TargetError("the target expression matches no adaptable module", got=pattern, expected=_choices(adaptable))
+            raise TargetError(
+                "the target expression matches no adaptable module", got=pattern, expected=_choices(adaptable)
+            )
         return found
     chosen: set[str] = set()
     for entry in pattern:
@@ -77,7 +86,7 @@ def _targets(
 
 
 def heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
-    """Paths of the output head: the output embeddings and, in a transformers model, all that stands outside its base."""
+    """Paths of the head: the output embeddings and, in a transformers model, all that stands outside its base."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter else None
     found = {path for path, module in modules.items() if module is head}
@@ -127,7 +136,9 @@ def _in_layers(spec: TargetedMethod, targets: list[str]) -> list[str]:
     missing = [index for index in wanted if index not in present]
     if missing:
         span = f"{present[0]}..{present[-1]}" if present else "no numbered layers"
-        raise TargetError("layers_to_transform names layers that this model does not have", got=str(missing), expected=span)
+        raise TargetError(
+            "layers_to_transform names layers that this model does not have", got=str(missing), expected=span
+        )
     return [path for path in targets if layer_of[path] in wanted]
 
 
@@ -135,7 +146,9 @@ def _check_patterns(spec: TargetedMethod, targets: list[str]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(spec, field, {}):
             if not any(matches_end(pattern, path) for path in targets):
-                raise TargetError(f"{field} has an entry that matches no adapted module", got=pattern, hint=_hint(pattern, targets))
+                raise TargetError(
+                    f"{field} has an entry that matches no adapted module", got=pattern, hint=_hint(pattern, targets)
+                )
 
 
 def _owns_bias(module: nn.Module) -> bool:
@@ -161,8 +174,12 @@ def _unmatched(
     if present:
         kind = type(modules[present[0]]).__name__
         inside = [path for path in adaptable if any(path.startswith(root + ".") for root in present)]
-        hint = f"the adaptable modules inside it: {', '.join(_suffixes(inside))}" if inside else "modules_to_save can train it whole"
+        hint = (
+            f"the adaptable modules inside it: {', '.join(_suffixes(inside))}"
+            if inside
+            else "modules_to_save can train it whole"
+        )
         return TargetError(f"{field}: {entry!r} names a {kind}, which cannot be adapted", where=present[0], hint=hint)
-    return TargetError(f"{field}: {entry!r} matches no module", expected=_choices(adaptable), hint=_hint(entry, adaptable))
-
-
+    return TargetError(
+        f"{field}: {entry!r} matches no module", expected=_choices(adaptable), hint=_hint(entry, adaptable)
+    )

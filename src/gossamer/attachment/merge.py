@@ -71,11 +71,14 @@ def _changes(host: Host, names: Active) -> dict[str, dict[str, Tensor]]:
             if len(shared) > 1:
                 raise SharedWeightError(
                     "this weight is stored once and used by several modules, so merging here would change them all",
-                    where=f"{path}.{name}", got=f"shared by {', '.join(shared)}",
+                    where=f"{path}.{name}",
+                    got=f"shared by {', '.join(shared)}",
                     hint="keep the adapter unmerged, leave the module out, or untie the model first",
                 )
             if not torch.isfinite(value).all():
-                raise NonFiniteError("the merged weight would not be finite; nothing was merged", where=f"{path}.{name}")
+                raise NonFiniteError(
+                    "the merged weight would not be finite; nothing was merged", where=f"{path}.{name}"
+                )
         if merged:
             changes[path] = merged
     return changes

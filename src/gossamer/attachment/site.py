@@ -25,7 +25,7 @@ Active = tuple[str, ...]
 
 
 def kind_of(module: nn.Module) -> str:
-    """"linear", "conv1d" (GPT-2's, weight stored (in, out)), or "" for a module that cannot be adapted."""
+    """ "linear", "conv1d" (GPT-2's, weight stored (in, out)), or "" for a module that cannot be adapted."""
     if isinstance(module, nn.Linear):
         return "linear"
     return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else ""
@@ -35,7 +35,7 @@ def shape_of(path: str, module: nn.Module) -> Shape:
     """What a method may know of a module."""
     kind = kind_of(module)
     weight = module._parameters.get("weight")
-    rows, columns = (tuple(weight.shape) if kind and weight is not None else (0, 0))
+    rows, columns = tuple(weight.shape) if kind and weight is not None else (0, 0)
     out_features, in_features = (columns, rows) if kind == "conv1d" else (rows, columns)
     return Shape(path, kind, in_features, out_features, dict(module.named_parameters(recurse=False)))
 
@@ -121,7 +121,8 @@ class Site:
         x, *rest = args
         if x.shape[0] != len(rows):
             raise StateError(
-                "one adapter a row needs one entry for each row of the batch", where=self.path,
+                "one adapter a row needs one entry for each row of the batch",
+                where=self.path,
                 got=f"{len(rows)} entries, input of shape {tuple(x.shape)}",
             )
         out = None

@@ -52,7 +52,9 @@ def attach(
     if existing:
         existing.refuse_while_merged("attach")
         if name in existing.adapters:
-            raise StateError(f"an adapter named {name!r} is already attached", hint="detach it first, or choose another name")
+            raise StateError(
+                f"an adapter named {name!r} is already attached", hint="detach it first, or choose another name"
+            )
     if isinstance(what, Adapter):
         _check_base(model, existing, what, force_base)
         selection, layers = stored_layers(model, what)
@@ -89,8 +91,14 @@ def _report(host: Host, name: str, attached: Attached, layers: dict[str, Layer])
         module = host.sites[path].module
         rank = getattr(attached.spec, "rank_at", lambda _: None)(path) if path in attached.selection.targets else None
         shape = host.sites[path].shape
-        text = f"{shape.out_features} x {shape.in_features}" if kind_of(module) else str([tuple(p.shape) for p in shape.parameters.values()])
-        rows.append(SiteRow(path, type(module).__name__, text, rank, sum(slot.numel() for slot in layer.slots().values())))
+        text = (
+            f"{shape.out_features} x {shape.in_features}"
+            if kind_of(module)
+            else str([tuple(p.shape) for p in shape.parameters.values()])
+        )
+        rows.append(
+            SiteRow(path, type(module).__name__, text, rank, sum(slot.numel() for slot in layer.slots().values()))
+        )
         if len(names[id(module)]) > 1:
             notes.append(f"note: {path} is one module under {len(names[id(module)])} names; adapted once")
     own = [slot for layer in layers.values() for slot in layer.slots().values()]
@@ -132,7 +140,9 @@ def _checked(host: Host, names: Sequence[Any]) -> Active:
     chosen = tuple(name for name in names if name is not None)
     for name in chosen:
         if not isinstance(name, str):
-            raise UsageError("an adapter is called by its name", got=repr(name), expected="a name, None, or one list of them")
+            raise UsageError(
+                "an adapter is called by its name", got=repr(name), expected="a name, None, or one list of them"
+            )
         host.known(name)
     if len(chosen) > 1:
         for path, site in host.sites.items():
@@ -169,7 +179,10 @@ def capture(model: nn.Module, name: str = "default") -> Adapter:
     host = require_host(model)
     attached = host.known(name)
     layers = host.layers_of(name)
-    tensors = {path: {slot: value.detach().cpu().clone() for slot, value in layer.slots().items()} for path, layer in layers.items()}
+    tensors = {
+        path: {slot: value.detach().cpu().clone() for slot, value in layer.slots().items()}
+        for path, layer in layers.items()
+    }
     foreign = dict(attached.foreign)
     if not foreign:
         config = getattr(host.model, "config", None)

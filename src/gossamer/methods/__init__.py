@@ -21,8 +21,23 @@ def method_from_dict(fields: Mapping[str, Any], *, where: str = "method", lines:
     name = fields.get("name", "lora")
     if name not in METHODS:
         place = f"{lines.at(('name',))}: " if lines else ""
-        raise SpecError(f"{place}unknown method", got=repr(name), expected=", ".join(METHODS), hint=nearest(str(name), METHODS))
-    return METHODS[name].from_dict({key: value for key, value in fields.items() if key != "name"}, where=where, lines=lines)
+        raise SpecError(
+            f"{place}unknown method", got=repr(name), expected=", ".join(METHODS), hint=nearest(str(name), METHODS)
+        )
+    return METHODS[name].from_dict(
+        {key: value for key, value in fields.items() if key != "name"}, where=where, lines=lines
+    )
 
 
-__all__ = ["METHODS", "Base", "BiasShift", "Layer", "LoRA", "LoRALayer", "Replacement", "Shape", "TargetedMethod", "method_from_dict"]
+__all__ = [
+    "METHODS",
+    "Base",
+    "BiasShift",
+    "Layer",
+    "LoRA",
+    "LoRALayer",
+    "Replacement",
+    "Shape",
+    "TargetedMethod",
+    "method_from_dict",
+]

@@ -103,10 +103,17 @@ class BiasShift(Layer):
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         out = base(*args, **kwargs)
-        return out + (self.bias - base.affine()[1]).to(out.dtype)
+        return out + bias_shift(self.bias, base).to(out.dtype)
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"bias": current["bias"] + (self.bias.detach() - frozen["bias"])}
+
+
+def bias_shift(trained: Tensor, base: Base) -> Tensor:
+    """What a trained bias adds to the output of a module that has already added its own."""
+    frozen = base.affine()[1]
+    assert frozen is not None, "a bias is trained only where there is one"
+    return trained - frozen
 
 
 def _compiles(pattern: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gossamer.adapter import Method, Tensors
 from gossamer.errors import AdapterFileError, UnsupportedError
 from gossamer.kernels import reference
-from gossamer.methods.base import Base, Layer, Regex, Shape, TargetedMethod
+from gossamer.methods.base import Base, Layer, Regex, Shape, TargetedMethod, bias_shift
 from gossamer.spec import StrictFloat, StrictInt
 
 Rank = Annotated[StrictInt, Field(ge=1, le=65536)]
@@ -71,36 +71,49 @@ class LoRA(TargetedMethod):
 
     def restored(self, shape: Shape, slots: Mapping[str, Tensor]) -> LoRALayer:
         rank = self.rank_at(shape.path)
-        expected = {"lora_A": (rank, shape.in_features), "lora_B": (shape.out_features, rank)}
+        expected: dict[str, tuple[int, ...]] = {
+            "lora_A": (rank, shape.in_features),
+            "lora_B": (shape.out_features, rank),
+        }
         if self.bias != "none" and "bias" in shape.parameters:
             expected["bias"] = (shape.out_features,)
         got = {name: tuple(tensor.shape) for name, tensor in slots.items()}
         if got != expected:
-            raise AdapterFileError("tensors that do not fit the module", where=shape.path, got=str(got), expected=str(expected))
+            raise AdapterFileError(
+                "tensors that do not fit the module", where=shape.path, got=str(got), expected=str(expected)
+            )
         return self._layer(shape, slots)
 
     def _layer(self, shape: Shape, slots: Mapping[str, Tensor]) -> LoRALayer:
-        return LoRALayer(slots, self.scaling_at(shape.path), self.dropout).to(next(iter(shape.parameters.values())).device)
+        return LoRALayer(slots, self.scaling_at(shape.path), self.dropout).to(
+            next(iter(shape.parameters.values())).device
+        )
 
     def bias_modules(self, targets: list[str], biased: list[str]) -> list[str]:
         return biased if self.bias == "all" else []
 
     def delta(self, path: str, slots: Mapping[str, Tensor]) -> Tensor:
         if "lora_A" not in slots:
-            raise UnsupportedError("trained whole, so its change needs the base's own value", where=path, got=str([*slots]))
+            raise UnsupportedError(
+                "trained whole, so its change needs the base's own value", where=path, got=str([*slots])
+            )
         return reference.lora_delta(slots["lora_A"], slots["lora_B"], self.scaling_at(path))
 
     def scaled(self, tensors: Tensors, weight: float) -> tuple[Method, Tensors]:
         _only_factors(tensors)
-        return self, {path: {"lora_A": slots["lora_A"], "lora_B": _wide(slots["lora_B"]) * weight} for path, slots in tensors.items()}
+        return self, {
+            path: {"lora_A": slots["lora_A"], "lora_B": _wide(slots["lora_B"]) * weight}
+            for path, slots in tensors.items()
+        }
 
     def summed(self, tensors: Tensors, other: Method, other_tensors: Tensors) -> tuple[Method, Tensors]:
         if not isinstance(other, LoRA):
             raise UnsupportedError("only LoRA adapters can be added to a LoRA adapter", got=other.name)
+        _only_factors(tensors)
+        _only_factors(other_tensors)
         total: dict[str, dict[str, Tensor]] = {}
         for path in sorted({*tensors, *other_tensors}):
             parts = [(spec, part[path]) for spec, part in ((self, tensors), (other, other_tensors)) if path in part]
-            _only_factors({path: slots for _, slots in parts})
             total[path] = {
                 "lora_A": torch.cat([_wide(slots["lora_A"]) for _, slots in parts]),
                 "lora_B": torch.cat([_wide(slots["lora_B"]) * spec.scaling_at(path) for spec, slots in parts], dim=1),
@@ -123,7 +136,7 @@ class LoRALayer(Layer):
         dropped = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
         out = out + reference.lora(dropped, self.lora_A, self.lora_B, self.scaling)
         if self.bias is not None:
-            out = out + (self.bias - base.affine()[1]).to(out.dtype)
+            out = out + bias_shift(self.bias, base).to(out.dtype)
         return out
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +152,7 @@ def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 
 def matches_end(pattern: str, path: str) -> bool:
-    """Whether a rank or alpha pattern names `path`: the expression must cover it, or its end after a dot (PEFT's rule)."""
+    """Whether a rank or alpha pattern names `path`: it must cover the path, or its end after a dot (PEFT's rule)."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
@@ -161,4 +174,5 @@ def _unit_scaled(tensors: Tensors) -> LoRA:
     ranks = {path: slots["lora_A"].shape[0] for path, slots in tensors.items()}
     common = max(ranks.values(), key=list(ranks.values()).count, default=1)
     others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
-    return LoRA(r=common, alpha=float(common), target_modules=tuple(ranks), rank_pattern=others, alpha_pattern={path: float(rank) for path, rank in others.items()})
+    alphas = {pattern: float(rank) for pattern, rank in others.items()}
+    return LoRA(r=common, alpha=float(common), target_modules=tuple(ranks), rank_pattern=others, alpha_pattern=alphas)

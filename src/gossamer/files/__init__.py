@@ -1,0 +1,1 @@
+"""What is on disk: atomic writes and the adapter folder."""
