@@ -91,7 +91,7 @@ def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            _sync_tree(temporary)
+            _settle_tree(temporary)
             _refuse_existing(path, replace)  # someone else may have finished first
             if _exists(path):
                 os.rename(path, old)
@@ -104,8 +104,8 @@ def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        _remove(old)
         _sync_folder(path.parent)
-    _remove(old)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -130,7 +130,7 @@ def _refuse_existing(path: Path, replace: bool) -> None:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
@@ -145,9 +145,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _sync_tree(folder: Path) -> None:
+def _settle_tree(folder: Path) -> None:
+    """Flush every file and folder, and let whoever may enter the folder read its files (safetensors says 0600)."""
+    readable = folder.stat().st_mode & 0o666
     for parent, _, files in os.walk(folder):
         for name in files:
+            os.chmod(Path(parent, name), readable)
             with open(Path(parent, name), "rb+") as file:
                 os.fsync(file.fileno())
         _sync_folder(Path(parent))
@@ -168,8 +171,9 @@ def _as_disk_error(path: Path, temporary: Path, needed: int | None) -> Iterator[
 def _error_number(error: Exception, path: Path, temporary: Path) -> int | None:
     """The errno behind a failed write, or None for a failure of something else (a read elsewhere, the network)."""
     if isinstance(error, OSError):
-        file = str(error.filename) if error.filename is not None else str(path)
-        return error.errno if file.startswith((str(path), str(temporary), str(path.parent))) else None
+        file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else path
+        ours = file in (path, *path.parents) or temporary in (file, *file.parents)
+        return error.errno if ours else None
     # safetensors and tokenizers write from Rust, whose errors carry the number only in their text
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found.group(1)) if found else None
