@@ -35,7 +35,7 @@ class _Teaching(type(BaseModel)):  # pydantic's metaclass, by its public handle
         try:
             return super().__call__(*args, **fields)
         except ValidationError as error:
-            raise SpecError(f"{cls.__name__} is not valid", faults=_faults(cls, error, fields)) from None
+            raise SpecError(f"{cls.__name__} is not valid", faults=_faults(cls, error)) from None
 
 
 class Spec(BaseModel, metaclass=_Teaching):
@@ -48,13 +48,21 @@ class Spec(BaseModel, metaclass=_Teaching):
         return self.model_dump(mode="json")
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], *, where: str = "", lines: Lines | None = None) -> Self:
-        """Validate a mapping; `lines` (see `read_yaml`) adds file positions to every fault. Raises `SpecError`."""
+    def from_dict(
+        cls, fields: Mapping[str, Any], *, where: str = "", lines: Lines | None = None, at: tuple[str, ...] = ()
+    ) -> Self:
+        """Validate a mapping. Raises `SpecError` with every fault.
+
+        Args:
+            where: what the mapping is called in the error.
+            lines: positions of the file it came from (see `read_yaml`), added to each fault.
+            at: the keys that lead to this mapping in that file.
+        """
         try:
             return cls.model_validate(dict(fields))
         except ValidationError as error:
             raise SpecError(
-                f"{where or cls.__name__} is not valid", faults=_faults(cls, error, fields, lines)
+                f"{where or cls.__name__} is not valid", faults=_faults(cls, error, lines, at)
             ) from None
 
     def replace(self, **changes: Any) -> Self:
@@ -65,18 +73,11 @@ class Spec(BaseModel, metaclass=_Teaching):
 class Lines:
     """Where each key of a YAML file stands: `at(("train", "lr"))` -> `"config.yaml:7:3"`."""
 
-    Positions = Mapping[tuple[str | int, ...], tuple[int, int]]
-
-    def __init__(self, file: str, positions: Positions, prefix: tuple[str | int, ...] = ()) -> None:
-        self.file, self.positions, self.prefix = file, positions, prefix
-
-    def under(self, *prefix: str | int) -> Lines:
-        """The same file, seen from inside a nested mapping."""
-        return Lines(self.file, self.positions, (*self.prefix, *prefix))
+    def __init__(self, file: str, positions: Mapping[tuple[str | int, ...], tuple[int, int]]) -> None:
+        self.file, self.positions = file, positions
 
     def at(self, path: tuple[str | int, ...]) -> str:
         """The position of `path`, or of its nearest ancestor that the file holds."""
-        path = (*self.prefix, *path)
         while path and path not in self.positions:
             path = path[:-1]
         line, column = self.positions.get(path, (0, 0))
@@ -135,14 +136,14 @@ def write_yaml(fields: Mapping[str, Any]) -> str:
 
 
 def _faults(
-    cls: type[BaseModel], error: ValidationError, fields: Mapping[str, Any], lines: Lines | None = None
+    cls: type[BaseModel], error: ValidationError, lines: Lines | None = None, at: tuple[str, ...] = ()
 ) -> list[str]:
     """One readable line for each of pydantic's errors."""
     found = []
     for fault in error.errors():
         path = tuple(part for part in fault["loc"] if not (isinstance(part, str) and part.startswith("function-")))
-        dotted = ".".join(str(part) for part in path)
-        place = f"{lines.at(path)}: " if lines else ""
+        dotted = ".".join(str(part) for part in (*at, *path))
+        place = f"{lines.at((*at, *path))}: " if lines else ""
         if fault["type"] == "extra_forbidden":
             hint = nearest(str(path[-1]), _names_at(cls, path[:-1]))
             found.append(f"{place}{dotted}: unknown key{'; ' + hint if hint else ''}")

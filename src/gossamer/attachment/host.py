@@ -58,7 +58,7 @@ class Host:
 
     def layers_of(self, name: str) -> dict[str, Layer]:
         """Canonical path -> layer of one adapter."""
-        return {path: site.layers[name] for path, site in self.sites.items() if name in site.layers}  # pyright: ignore
+        return {path: site.layers[name] for path, site in self.sites.items() if name in site.layers}  # pyright: ignore[reportReturnType]
 
     def refuse_while_merged(self, doing: str) -> None:
         """Raise `StateError` while adapters are folded into the weights."""
@@ -75,7 +75,7 @@ class Host:
             layer.train(modules[path].training)
             if path not in self.sites:
                 self.sites[path] = Site(path, modules[path], self)
-            self.sites[path].layers[name] = layer
+            self.sites[path].add(name, layer)
         self.adapters[name] = attached
 
     def remove(self, name: str) -> None:

@@ -51,6 +51,10 @@ class Site:
         module.add_module(CONTAINER, self.layers)
         self.enable()
 
+    def add(self, name: str, layer: Layer) -> None:
+        """Stand a layer here."""
+        self.layers._modules[name] = layer  # ModuleDict itself would refuse names such as "half" or "train"
+
     def enable(self) -> None:
         """Let calls of the module pass through this site."""
         self.module.forward = self.run
