@@ -1,0 +1,100 @@
+"""What must hold before anything is trained, and after the first backward: nothing trains in silence without learning.
+
+LoRA's B starts at zero, so on step one the gradient of A is exactly zero and that of B is not. The rule that fits every
+method: each parameter has a finite gradient, and at each module at least one of them is not zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from gossamer.attachment import active, attached, trainable_parameters, use
+from gossamer.errors import DataError, GradientError, StateError
+from gossamer.training.masks import Example
+
+
+def adapter_to_train(model: nn.Module) -> str:
+    """The name of the one trainable adapter. Raises `StateError` when none or several are, or it does not run."""
+    running = active(model)
+    names = [name for name in attached(model) if trainable_parameters(model, name)]
+    if len(names) != 1:
+        raise StateError(
+            "exactly one adapter must be trainable",
+            got=", ".join(names) or "none is",
+            hint="attach(model, gs.LoRA(...)) makes one that is",
+        )
+    if isinstance(running, list) or names[0] not in running:
+        raise StateError(
+            f"adapter {names[0]!r} is trainable but not active, so nothing would reach it",
+            got=f"active: {running}",
+            hint=f"use(model, {names[0]!r})",
+        )
+    use(model, *running)  # refuses while merged
+    _check_parameters(model, trainable_parameters(model, names[0]))
+    return names[0]
+
+
+def _check_parameters(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
+    ours = {id(parameter) for parameter in trainable.values()}
+    strangers = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in ours
+    ]
+    if strangers:
+        raise StateError(
+            "parameters of the base ask for gradients, but only the adapter's are trained",
+            got=", ".join(strangers[:3]),
+            hint="name their modules in modules_to_save",
+        )
+    narrow = [name for name, parameter in trainable.items() if parameter.dtype != torch.float32]
+    if narrow:
+        raise StateError(
+            "adapters are trained in float32",
+            where=narrow[0],
+            got=str(trainable[narrow[0]].dtype),
+            hint="give the base its dtype before attaching; it does not have to be float32",
+        )
+
+
+def refuse_misfits(model: nn.Module, examples: Iterable[Example]) -> None:
+    """Raise `DataError` for tokens the model has no embedding for, and rows longer than its position embeddings."""
+    config = getattr(model, "config", None)
+    words, positions = (getattr(config, field, None) for field in ("vocab_size", "max_position_embeddings"))
+    for example in examples:
+        if words and max(example.ids) >= words:
+            raise DataError(
+                "the tokenizer is not this model's",
+                where=example.where,
+                got=f"token {max(example.ids):,}",
+                expected=f"tokens below {words:,}",
+            )
+        if positions and len(example) > positions:
+            raise DataError(
+                "longer than the model can read",
+                where=example.where,
+                got=f"{len(example):,} tokens",
+                expected=f"at most {positions:,}",
+                hint="set max_length, and overlong to drop or truncate",
+            )
+
+
+def audit_gradients(trainable: Mapping[str, nn.Parameter]) -> None:
+    """Raise `GradientError` unless the first backward reached every module.
+
+    Args:
+        trainable: `"<path>.<slot>"` -> parameter, with the gradients of the first step. Non-finite gradients are not
+            its business: the loop stops on them with `NonFiniteError`.
+    """
+    missing = [name for name, parameter in trainable.items() if parameter.grad is None]
+    reached = {name.rpartition(".")[0] for name, p in trainable.items() if p.grad is not None and bool(p.grad.any())}
+    dead = sorted({name.rpartition(".")[0] for name in trainable} - reached)
+    if missing or dead:
+        raise GradientError(
+            "the first step does not reach every trainable parameter, so some of them would never learn",
+            where=", ".join([*dict.fromkeys([*dead, *missing])][:5]),
+            got=f"{len(missing)} parameters without a gradient, {len(dead)} modules with only zeros",
+            expected=f"a gradient for all {len(trainable)} parameters",
+            hint="leave modules that the forward pass does not use out of target_modules, and use no no_grad inside it",
+        )

@@ -1,0 +1,180 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+    step-N/  adapter.safetensors    "<path>.<slot>" -> parameter
+             optimizer.safetensors  "<path>.<slot>/<moment>" -> AdamW's state
+             rng.safetensors        torch's random state, on the CPU and on the device
+             state.json             step, position in the data, figures so far, and the identity of the run
+             manifest.json          sha256 of every other file
+
+A checkpoint is written beside its place and renamed into it, so it is there whole or not at all. What the disk did to
+it later, the manifest tells: a damaged one is named and the one before it used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from gossamer.errors import CheckpointError
+from gossamer.files.atomic import TEMPORARY_SUFFIX, new_folder
+
+MANIFEST = "manifest.json"
+FILES = ("adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every byte agreed with its manifest."""
+
+    path: Path
+    state: Mapping[str, Any]
+    parameters: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    rng: Mapping[str, Tensor]
+
+    def refuse_other_run(self, identity: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError` with every difference unless the checkpoint is of a run with this identity."""
+        then, now = _flat(self.state["identity"]), _flat(identity)
+        names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        if names:
+            listing = [f"  - {name}: {then.get(name, 'absent')} then, {now.get(name, 'absent')} now" for name in names]
+            raise CheckpointError(
+                "\n".join(["the checkpoint is of another run", *listing]),
+                where=str(self.path),
+                hint="resume with the settings, data and base of then, or start anew in another folder",
+            )
+
+    def restore(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        """Put parameters, moments and random state back, bit for bit. Raises `CheckpointError`."""
+        ours = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in self.parameters.items()}
+        if ours != theirs:
+            first = next(name for name in sorted({**ours, **theirs}) if ours.get(name) != theirs.get(name))
+            raise CheckpointError(
+                "the checkpoint's parameters are not this adapter's",
+                where=f"{self.path}: {first}",
+                got=str(theirs.get(first)),
+                expected=str(ours.get(first)),
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(self.parameters[name])
+        for key, tensor in self.moments.items():
+            name, _, moment = key.rpartition("/")
+            optimizer.state[parameters[name]][moment] = tensor.to(parameters[name].device)
+        torch.set_rng_state(self.rng["cpu"])
+        if device.type == "cuda" and "cuda" in self.rng:
+            torch.cuda.set_rng_state(self.rng["cuda"], device)
+
+
+def save_checkpoint(
+    folder: Path,
+    state: Mapping[str, Any],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    *,
+    keep: int,
+) -> Path:
+    """Write `folder/step-N`, and only then remove the oldest ones so that `keep` remain.
+
+    Args:
+        folder: the run's checkpoints.
+        state: JSON with at least "step" and "identity".
+
+    Raises: DiskError; the checkpoints that were there still are.
+    """
+    step = state["step"]
+    moments = {
+        f"{name}/{moment}": value
+        for name, parameter in parameters.items()
+        for moment, value in optimizer.state[parameter].items()
+    }
+    rng = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(device)
+    contents = (*map(_packed, (parameters, moments, rng)), _json(state))
+    with new_folder(folder / f"step-{step}", replace=True) as fresh:
+        for name, content in zip(FILES, contents, strict=True):
+            (fresh / name).write_bytes(content)
+        manifest = {name: hashlib.sha256(content).hexdigest() for name, content in zip(FILES, contents, strict=True)}
+        (fresh / MANIFEST).write_bytes(_json(manifest))
+    for old in [number for number in _steps(folder) if number <= step][keep:]:
+        shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
+    return folder / f"step-{step}"
+
+
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole; each one passed over is said. None when none was ever begun.
+
+    Raises: CheckpointError when there are some and none is whole.
+    """
+    for leftover in sorted(folder.glob(f".*{TEMPORARY_SUFFIX}")):
+        say(f"removing {leftover}: a checkpoint that was not written to its end")
+        shutil.rmtree(leftover, ignore_errors=True)
+    faults = []
+    for step in _steps(folder):
+        try:
+            return _verified(folder / f"step-{step}")
+        except CheckpointError as error:
+            faults.append(f"{error.where}: {error.what}")
+            say(f"passing over {faults[-1]}")
+    if faults:
+        listing = [f"  - {fault}" for fault in faults]
+        raise CheckpointError(
+            "\n".join(["no checkpoint of this run is whole", *listing]),
+            where=str(folder),
+            hint="start anew in another folder",
+        )
+    return None
+
+
+def _verified(path: Path) -> Checkpoint:
+    """Read each file once, and believe nothing of it before its digest has been compared."""
+    try:
+        contents = {name: (path / name).read_bytes() for name in (*FILES, MANIFEST)}
+    except OSError as error:
+        raise CheckpointError(f"incomplete: {error.strerror}", where=str(error.filename or path)) from None
+    expected = {name: hashlib.sha256(contents[name]).hexdigest() for name in FILES}
+    if contents[MANIFEST] != _json(expected):
+        damaged = next((name for name in FILES if expected[name].encode() not in contents[MANIFEST]), MANIFEST)
+        raise CheckpointError("damaged: its content is not what the manifest says", where=str(path / damaged))
+    parameters, moments, rng = (load(contents[name]) for name in FILES[:3])
+    return Checkpoint(path, json.loads(contents["state.json"]), parameters, moments, rng)
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint folder, whole or not, newest first."""
+    names = [re.fullmatch(r"step-(\d+)", place.name) for place in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(found[1]) for found in names if found), reverse=True)
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> bytes:
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(value, Mapping):
+        return {path: list(value) if isinstance(value, tuple) else value}
+    return {
+        name: leaf
+        for key, part in value.items()
+        for name, leaf in _flat(part, f"{path}.{key}" if path else str(key)).items()
+    }

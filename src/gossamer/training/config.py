@@ -1,0 +1,268 @@
+"""What a run is told: the loop's settings, a training call (`TrainConfig`) and a whole YAML file (`RunConfig`).
+
+A config is checked once, when it is made, so that nothing heavy starts on a wrong one. A file's faults and those of the
+flags that override it are reported together, each with its line or its flag.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, field_validator
+from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML, YAMLError
+
+from gossamer.errors import SpecError
+from gossamer.methods import LoRA, TargetedMethod, method_from_dict
+from gossamer.spec import Lines, Spec, StrictBool, StrictFloat, StrictInt, StrictStr, read_yaml, write_yaml
+
+Count = Annotated[StrictInt, Field(ge=1)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
+Task = Literal["sft", "classify"]
+
+
+def _as_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _positive_or_auto(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and value > 0):
+        return value
+    raise PydanticCustomError("learning_rate", "must be a number above 0, or auto")
+
+
+File = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_as_text)]
+LearningRate = Annotated[StrictFloat | Literal["auto"], BeforeValidator(_positive_or_auto)]
+
+
+class DataFiles(Spec):
+    """Where the rows come from."""
+
+    train: File
+    """A .jsonl, .json, .csv or .parquet file."""
+    eval: File | None = None
+    """Held-out rows, looked at before and after training; None evaluates nothing."""
+    format: StrictStr | None = None
+    """messages, sharegpt, alpaca, prompt-completion or text; found by the columns when None."""
+    chat_template: StrictBool = True
+    """Whether chats go through the tokenizer's own template, if it has one."""
+
+
+def _as_files(value: Any) -> Any:
+    return {"train": value} if isinstance(value, str | os.PathLike) else value
+
+
+Data = Annotated[DataFiles, BeforeValidator(_as_files)]
+
+
+class LoopConfig(Spec):
+    """The settings of the training loop."""
+
+    epochs: Count | None = None
+    """Passes over the data. None means one, or as many as `max_steps` needs."""
+    max_steps: Count | None = None
+    """Stop after this many optimiser steps, if `epochs` has not ended the run before."""
+    batch_size: Count = 8
+    """Rows that go through the model at once."""
+    accumulation: Count = 1
+    """Batches whose gradients make one step; the loss is the mean over all their supervised tokens."""
+    lr: LearningRate = "auto"
+    """Peak learning rate, or auto: `5e-4 * (2000 / hidden size) ** p`."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate goes from its peak to zero."""
+    warmup: Annotated[StrictFloat, Field(ge=0)] = 0.03
+    """Steps on which the learning rate rises to its peak: below 1 a share of all steps, from 1 on a number of them."""
+    weight_decay: Annotated[StrictFloat, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    clip: Annotated[StrictFloat, Field(gt=0)] | None = 1.0
+    """Largest norm of the whole gradient; None leaves it as it is."""
+    seed: Seed = 0
+    """Of the batches' order and of dropout."""
+    max_length: Annotated[StrictInt, Field(ge=2)] = 1024
+    """Longest row in tokens."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What becomes of longer rows; truncate takes from the left of the prompt, never from an answer."""
+    eval_every: Count | None = None
+    """Steps between evaluations during training, besides the ones before and after it."""
+    eval_batch_size: Count = 16
+    """Rows that are evaluated at once."""
+    checkpoint_every: Count = 100
+    """Steps between checkpoints."""
+    keep_checkpoints: Count = 2
+    """How many of the newest checkpoints stay on disk."""
+    log_every: Count = 1
+    """Steps between lines of metrics.jsonl."""
+
+    @field_validator("warmup")
+    @classmethod
+    def _warmup_ends(cls, warmup: float, info: ValidationInfo) -> float:
+        steps = info.data.get("max_steps")
+        if warmup >= 1 and steps is not None and warmup >= steps:
+            raise PydanticCustomError("contradiction", "the warm-up takes all of the max_steps")
+        if warmup > 1 and warmup != int(warmup):
+            raise PydanticCustomError("warmup", "must be a share below 1 or a whole number of steps")
+        return warmup
+
+
+def _needs_eval_data(eval_every: int | None, data: DataFiles | None) -> None:
+    if eval_every is not None and data is not None and data.eval is None:
+        raise PydanticCustomError("contradiction", "eval_every is set, but data has no eval file")
+
+
+class TrainConfig(LoopConfig):
+    """All that `train` needs besides model and tokenizer: `TrainConfig(data="sql.jsonl", output="runs/sql")`."""
+
+    data: Data
+    """A file to train on, or `{"train": file, "eval": file}`."""
+    task: Task = "sft"
+    """sft learns the answers; classify does too, and is evaluated by accuracy over the labels."""
+    output: File
+    """The run folder; it must be new or empty, unless a run is resumed."""
+
+    @field_validator("data")
+    @classmethod
+    def _data_to_evaluate(cls, data: DataFiles, info: ValidationInfo) -> DataFiles:
+        _needs_eval_data(info.data.get("eval_every"), data)
+        return data
+
+    def loop(self) -> LoopConfig:
+        """The loop's settings alone."""
+        return LoopConfig(**{name: getattr(self, name) for name in LoopConfig.model_fields})
+
+
+class RunConfig(Spec):
+    """A whole run, as a YAML file describes it."""
+
+    base: File
+    """Catalog name, Hugging Face id, folder or .gguf file."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen base; adapters are float32 always."""
+    device: Annotated[StrictStr, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """auto, cpu, mps, cuda or cuda:N."""
+    method: TargetedMethod = LoRA()
+    """What is trained; see docs/methods.md."""
+    task: Task = "sft"
+    """sft or classify."""
+    data: Data
+    """Training and held-out rows."""
+    train: LoopConfig = LoopConfig()
+    """The loop."""
+    output: File
+    """The run folder."""
+
+    @field_validator("train")
+    @classmethod
+    def _data_to_evaluate(cls, train: LoopConfig, info: ValidationInfo) -> LoopConfig:
+        _needs_eval_data(train.eval_every, info.data.get("data"))
+        return train
+
+    @field_serializer("method")
+    def _named(self, method: TargetedMethod) -> dict[str, Any]:
+        return method.to_dict()
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], *, where: str = "", lines: Lines | None = None) -> Self:
+        """Validate a mapping whose `method` is one too; the method's faults join the others. Raises `SpecError`."""
+        fields, faults = dict(fields), []
+        if not isinstance(fields.get("method", LoRA()), TargetedMethod):
+            fields["method"], faults = _method(fields["method"], lines)
+        try:
+            config = super().from_dict(fields, where=where, lines=lines)
+        except SpecError as error:
+            raise SpecError(f"{where or cls.__name__} is not valid", faults=[*faults, *error.faults]) from None
+        if faults:
+            raise SpecError(f"{where or cls.__name__} is not valid", faults=faults)
+        return config
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file and the flags that override it.
+
+        Args:
+            path: the file.
+            overrides: flags as a shell gives them: `["--train.lr", "2e-4", "--method.r=16"]`; values are YAML.
+
+        Raises `SpecError` with all faults at once, each with `file:line:column` or its flag.
+        """
+        fields, lines = read_yaml(path)
+        flags, faults = _parse_flags(overrides)
+        for keys, value in flags.items():
+            faults += _place(fields, keys, value)
+        try:
+            config = cls.from_dict(fields, where=str(path), lines=_Places(lines, [*flags]))
+        except SpecError as error:
+            raise SpecError(f"{path} is not valid", faults=[*faults, *error.faults]) from None
+        if faults:
+            raise SpecError("flags that cannot be used", faults=faults)
+        return config
+
+    def to_yaml(self) -> str:
+        """YAML text of every setting, defaults included; `read` gives the same value back."""
+        return write_yaml(self.to_dict())
+
+    def train_config(self) -> TrainConfig:
+        """The part that `train` needs."""
+        loop = {name: getattr(self.train, name) for name in LoopConfig.model_fields}
+        return TrainConfig(data=self.data, task=self.task, output=self.output, **loop)
+
+
+def _method(fields: Any, lines: Lines | None) -> tuple[TargetedMethod, list[str]]:
+    """The method, or a stand-in together with everything that is wrong with it."""
+    if not isinstance(fields, Mapping):
+        place = f"{lines.at(('method',))}: " if lines else ""
+        return LoRA(), [f"{place}method: must be a mapping such as {{name: lora, r: 8}}; got {fields!r}"]
+    try:
+        return method_from_dict(fields, lines=lines, at=("method",)), []
+    except SpecError as error:
+        return LoRA(), [*error.faults]
+
+
+class _Places(Lines):
+    """A file's positions, where a key that came from a flag stands at the flag."""
+
+    def __init__(self, lines: Lines, flags: Sequence[tuple[str, ...]]) -> None:
+        super().__init__(lines.file, lines.positions)
+        self.flags = set(flags)
+
+    def at(self, path: tuple[str | int, ...]) -> str:
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.flags:
+                return f"--{'.'.join(map(str, path[:length]))}"
+            if path[:length] in self.positions:
+                break
+        return super().at(path)
+
+
+def _parse_flags(arguments: Sequence[str]) -> tuple[dict[tuple[str, ...], Any], list[str]]:
+    """`["--a.b", "1", "--c=2"]` -> {("a", "b"): 1, ("c",): 2}, and what could not be read."""
+    flags: dict[tuple[str, ...], Any] = {}
+    faults: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        flag, equals, text = waiting.pop(0).partition("=")
+        if not flag.startswith("--") or not flag[2:]:
+            faults.append(f"{flag}: not a flag; expected one such as --train.lr 2e-4")
+            continue
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                faults.append(f"{flag}: has no value")
+                continue
+            text = waiting.pop(0)
+        try:
+            flags[tuple(flag[2:].replace("-", "_").split("."))] = YAML(typ="safe", pure=True).load(text)
+        except YAMLError:
+            faults.append(f"{flag}: {text!r} is not a YAML value")
+    return flags, faults
+
+
+def _place(fields: dict[str, Any], keys: tuple[str, ...], value: Any) -> list[str]:
+    """Put an override where it belongs."""
+    for depth, key in enumerate(keys[:-1], start=1):
+        fields = fields.setdefault(key, {})
+        if not isinstance(fields, dict):
+            return [f"--{'.'.join(keys)}: {'.'.join(keys[:depth])} is {fields!r} in the file, not a mapping"]
+    fields[keys[-1]] = value
+    return []

@@ -1,0 +1,75 @@
+"""The optimiser, the learning rate and its schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from gossamer.errors import UsageError
+
+ANCHOR = 5e-4
+"""Learning rate at a hidden size of 2000: ten times full fine-tuning's 5e-5."""
+EXPONENTS = {"qwen": 0.0775}
+"""Family -> how the best learning rate falls with the hidden size; others behave as Llama does."""
+LLAMA = 0.781
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over adapter parameters alone; its moments have the parameters' dtype, float32.
+
+    Fused: an adapter is hundreds of small tensors, and seven of eight parts of an unfused step on a CPU are overhead.
+    """
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def auto_lr(config: object) -> tuple[float, str]:
+    """The learning rate for a model, and a line that says how it came about.
+
+        lr = 5e-5 * 10 * (2000 / hidden) ** p        p = 0.781 (Llama and others), 0.0775 (Qwen)
+
+    Args:
+        config: a transformers config.
+
+    Raises: UsageError when it does not state a hidden size.
+    Source: Schulman et al. 2025, "LoRA Without Regret", and its cookbook; within 0.5% of a sweep's best loss there.
+    """
+    hidden = getattr(config, "hidden_size", None)
+    if not isinstance(hidden, int) or hidden < 1:
+        raise UsageError(
+            "lr: auto needs the model's hidden size, which its config does not state", hint="set lr to a number"
+        )
+    kind = str(getattr(config, "model_type", ""))
+    power = next((value for family, value in EXPONENTS.items() if kind.startswith(family)), LLAMA)
+    lr = ANCHOR * (2000 / hidden) ** power
+    return lr, f"lr auto: 5e-5 x 10 x (2000 / {hidden}) ^ {power} = {lr:.3g}"
+
+
+def warmup_steps(warmup: float, total: int) -> int:
+    """`warmup` as a number of steps: below 1 it is a share of `total`."""
+    return round(warmup * total) if warmup < 1 else int(warmup)
+
+
+def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
+    """What the peak learning rate is multiplied by on a step; never zero, so that no step is wasted.
+
+    Args:
+        step: 0 for the first one.
+        total: steps of the whole run.
+        warmup: steps on which the factor rises, to 1 on the last of them.
+        schedule: "linear", "cosine" or "constant".
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, total - warmup)
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))

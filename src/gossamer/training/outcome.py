@@ -1,0 +1,179 @@
+"""What a finished run leaves: the adapter, report.json and report.html."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer import __version__, linalg
+from gossamer.adapter import Adapter
+from gossamer.attachment import capture
+from gossamer.errors import ResourceError, StateError
+from gossamer.files.atomic import sha256_file, write_json
+from gossamer.training.config import RunConfig, TrainConfig
+from gossamer.training.material import Material
+from gossamer.training.report import write_report
+from gossamer.training.run_folder import RunFolder
+
+_SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was written."""
+
+    report: dict[str, Any]
+    adapter: Adapter
+
+
+def write_outcome(
+    folder: RunFolder,
+    config: RunConfig,
+    model: nn.Module,
+    adapter: Adapter,
+    material: Material,
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    figures: Mapping[str, Any],
+) -> Outcome:
+    """Save the adapter with its provenance, then the report, then the page made of it. Raises `DiskError`."""
+    origin = {
+        "created_by": f"gossamer {__version__}",
+        "operation": "train",
+        "base": config.base,
+        "task": config.task,
+        "data": material.identity,
+        "steps": figures["step"],
+    }
+    adapter = replace(adapter, provenance=origin)
+    file = adapter.save(folder.adapter) / "adapter_model.safetensors"
+    trainable = sum(tensor.numel() for tensor in adapter.named_tensors().values())
+    memory, kind = peak_memory(next(model.parameters()).device)
+    report = {
+        "base": config.base,
+        "method": adapter.spec.to_dict(),
+        "task": config.task,
+        "trainable_params": trainable,
+        "total_params": sum(parameter.numel() for parameter in model.parameters()),
+        "eval_before": measured(before),
+        "eval_after": measured(after),
+        "examples": _examples(material, before, after),
+        "peak_memory_bytes": memory,
+        "peak_memory_kind": kind,
+        "tokens_per_second": figures["tokens"] / max(figures["training_seconds"], 1e-9),
+        "adapter_bytes": file.stat().st_size,
+        "adapter_sha256": sha256_file(file),
+        "adapter_digest": adapter.digest,
+        "base_fingerprint": dict(adapter.base or {}),
+        "data": material.identity,
+        "rows": len(material.examples),
+        **{name: value for name, value in figures.items() if name != "step"},
+        "gossamer": __version__,
+        "torch": torch.__version__,
+    }
+    write_json(folder.report, report)
+    write_report(folder.path, spectra=spectra(adapter))
+    return Outcome(report, adapter)
+
+
+def run_config(model: nn.Module, name: str, config: TrainConfig | RunConfig) -> RunConfig:
+    """The whole config of a run of one adapter, wherever it was started from.
+
+    Raises: StateError when the config names another method than the adapter's own.
+    """
+    method = capture(model, name).spec
+    if isinstance(config, RunConfig):
+        if config.method != method:
+            raise StateError(
+                "the attached adapter is not of the config's method",
+                got=str(method.to_dict()),
+                expected=str(config.method.to_dict()),
+            )
+        return config
+    base = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    parameter = next(model.parameters())
+    dtype = {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(parameter.dtype, "auto")
+    return RunConfig(
+        base=base,
+        dtype=dtype,
+        device=str(parameter.device),
+        method=method,
+        task=config.task,
+        data=config.data,
+        train=config.loop(),
+        output=config.output,
+    )
+
+
+def measured(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """An evaluation's figures without its row-by-row predictions."""
+    return None if result is None else {name: value for name, value in result.items() if name != "predictions"}
+
+
+def sampled(result: dict[str, Any] | None) -> dict[str, Any] | None:
+    """An evaluation with a few of its predictions, evenly spread: what a checkpoint keeps of it."""
+    if result is None or "predictions" not in result:
+        return result
+    stride = max(1, len(result["predictions"]) // _SAMPLES)
+    return result | {"predictions": result["predictions"][::stride][:_SAMPLES]}
+
+
+def _examples(
+    material: Material, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+) -> list[dict[str, str]]:
+    """A few held-out rows with the answers before and after."""
+    then = {one["where"]: one["predicted"] for one in (before or {}).get("predictions", ())}
+    now = {one["where"]: one["predicted"] for one in (after or {}).get("predictions", ())}
+    return [
+        {
+            "where": row.where,
+            "prompt": row.prompt or row.turns[-2].text,
+            "expected": row.label,
+            "before": then[row.where],
+            "after": now[row.where],
+        }
+        for row in material.held_out
+        if row.where in then
+    ]
+
+
+def spectra(adapter: Adapter) -> dict[str, list[float]]:
+    """Singular values of each low-rank weight change, largest first."""
+    spec: Any = adapter.spec
+    return {
+        path: linalg.singular_values(slots["lora_A"], slots["lora_B"], spec.scaling_at(path)).tolist()
+        for path, slots in adapter.tensors.items()
+        if "lora_A" in slots
+    }
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """The most memory in use so far, in bytes, and what was measured."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "allocated on the CUDA device"
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024), "resident set of the whole process"
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn what torch says when memory runs out, which differs by device, into `ResourceError`."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        raise ResourceError(
+            "out of memory",
+            got=str(error).splitlines()[0] if str(error) else "",
+            hint="lower batch_size and raise accumulation "
+            "by the same factor: the steps stay the same; or lower max_length",
+        ) from error

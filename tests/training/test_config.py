@@ -1,0 +1,152 @@
+"""Configs: what a YAML file and its flags say, and everything that is wrong with them at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gossamer.errors import SpecError
+from gossamer.methods import LoRA
+from gossamer.training import LoopConfig, RunConfig, TrainConfig
+
+GOOD = """\
+base: smollm2-135m
+method: {name: lora, r: 8, alpha: 16, target_modules: all-linear}
+task: sft
+data: {train: reviews/train.jsonl, eval: reviews/eval.jsonl}
+train: {epochs: 1, batch_size: 8, lr: auto, seed: 0}
+output: runs/demo
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def faults_of(path: Path, *flags: str) -> tuple[str, ...]:
+    with pytest.raises(SpecError) as caught:
+        RunConfig.read(path, flags)
+    return caught.value.faults
+
+
+def test_the_design_s_example(tmp_path: Path) -> None:
+    config = RunConfig.read(write(tmp_path, GOOD))
+    assert config.method == LoRA(r=8, alpha=16.0)
+    assert config.train_config() == TrainConfig(
+        data={"train": "reviews/train.jsonl", "eval": "reviews/eval.jsonl"},
+        epochs=1, batch_size=8, lr="auto", seed=0, task="sft", output="runs/demo",
+    )  # fmt: skip
+    assert config.train_config().loop() == config.train
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--train.warmup", "10", "--train.clip", "null", "--method.rank_pattern", "{q_proj: 4}"]]
+)
+def test_the_resolved_config_reloads_to_the_same_value(tmp_path: Path, flags: list[str]) -> None:
+    config = RunConfig.read(write(tmp_path, GOOD), flags)
+    again = RunConfig.read(write(tmp_path, config.to_yaml()))
+    assert again == config
+    assert again.to_yaml() == config.to_yaml()
+
+
+def test_flags_override_the_file(tmp_path: Path) -> None:
+    flags = [
+        "--train.lr",
+        "2e-4",
+        "--method.r=16",
+        "--data.eval",
+        "null",
+        "--train.max-steps",
+        "5",
+        "--method.target_modules",
+        "[q_proj]",
+    ]
+    config = RunConfig.read(write(tmp_path, GOOD), flags)
+    assert config.train.lr == 2e-4
+    assert config.train.max_steps == 5
+    assert config.data.eval is None
+    assert config.method == LoRA(r=16, alpha=16.0, target_modules=("q_proj",))
+
+
+def test_all_faults_at_once_with_their_places(tmp_path: Path) -> None:
+    text = """\
+bse: smollm2-135m
+method: {name: lora, rr: 8, alpha: 16}
+task: stf
+data: reviews.jsonl
+train:
+  epoch: 1
+  batch_size: 0
+  lr: fast
+output: runs/x
+"""
+    path = write(tmp_path, text)
+    faults = "\n".join(faults_of(path, "--train.seed", "-1", "--train.shedule", "cosine"))
+    for place, words in [
+        (f"{path}:1:1", "did you mean 'base'"),
+        (f"{path}:2:22", "rr: unknown key"),
+        (f"{path}:3:1", "'sft' or 'classify'"),
+        (f"{path}:6:3", "did you mean 'epochs'"),
+        (f"{path}:7:3", "greater than or equal to 1"),
+        (f"{path}:8:3", "a number above 0, or auto"),
+        ("--train.seed", "greater than or equal to 0"),
+        ("--train.shedule", "did you mean 'schedule'"),
+    ]:
+        assert any(line.startswith(f"{place}: ") and words in line for line in faults.splitlines()), (
+            place,
+            words,
+            faults,
+        )
+    assert "base: required, but missing" in faults
+
+
+def test_an_unknown_method_suggests_the_nearest_and_hides_no_other_fault(tmp_path: Path) -> None:
+    faults = "\n".join(faults_of(write(tmp_path, GOOD.replace("name: lora", "name: lra").replace("epochs", "epoks"))))
+    assert "did you mean 'lora'" in faults
+    assert "did you mean 'epochs'" in faults
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--train.lr"], "--train.lr: has no value"),
+        (["--train.lr", "--train.seed", "1"], "--train.lr: has no value"),
+        (["train.lr", "1"], "train.lr: not a flag"),
+        (["--train.lr", "[1"], "not a YAML value"),
+        (["--base.name", "x"], "--base.name: base is 'smollm2-135m' in the file, not a mapping"),
+    ],
+)  # fmt: skip
+def test_flags_that_cannot_be_read(tmp_path: Path, flags: list[str], words: str) -> None:
+    assert any(words in fault for fault in faults_of(write(tmp_path, GOOD), *flags))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"max_steps": 10, "warmup": 10.0}, "takes all of the max_steps"),
+        ({"warmup": 2.5}, "whole number of steps"),
+        ({"eval_every": 5}, "no eval file"),
+        ({"lr": float("nan")}, "a number above 0"),
+        ({"lr": True}, "a number above 0"),
+        ({"epochs": 1.5}, "valid integer"),
+        ({"clip": 0.0}, "greater than 0"),
+    ],
+)
+def test_contradictions_and_ranges(fields: dict, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        TrainConfig(data="rows.jsonl", output="runs/x", **fields)
+
+
+def test_eval_every_needs_eval_data_in_a_file_too(tmp_path: Path) -> None:
+    text = GOOD.replace(", eval: reviews/eval.jsonl", "").replace("seed: 0", "eval_every: 3")
+    path = write(tmp_path, text)
+    assert faults_of(path)[0].startswith(f"{path}:5:1: train: eval_every is set, but data has no eval file")
+
+
+def test_a_path_alone_is_training_data() -> None:
+    config = TrainConfig(data=Path("a") / "rows.jsonl", output=Path("runs") / "x")
+    assert (config.data.train, config.data.eval, config.output) == ("a/rows.jsonl", None, "runs/x")
+    assert LoopConfig(**{name: getattr(config, name) for name in LoopConfig.model_fields}) == config.loop()

@@ -1,0 +1,44 @@
+"""The optimiser's parts: schedule, automatic learning rate."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+
+from gossamer.errors import UsageError
+from gossamer.training.optim import auto_lr, lr_factor, warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("family", "hidden", "expected"), [("llama", 4096, 2.9e-4), ("qwen3", 4096, 4.7e-4), ("gpt2", 2000, 5e-4)]
+)
+def test_the_published_values(family: str, hidden: int, expected: float) -> None:
+    lr, line = auto_lr(SimpleNamespace(model_type=family, hidden_size=hidden))
+    assert lr == pytest.approx(expected, rel=0.02)
+    assert str(hidden) in line
+    assert f"{lr:.3g}" in line
+
+
+def test_no_hidden_size() -> None:
+    with pytest.raises(UsageError, match="set lr to a number"):
+        auto_lr(SimpleNamespace(model_type="llama"))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_rises_to_one_and_never_wastes_a_step(schedule: str) -> None:
+    factors = [lr_factor(step, 100, 10, schedule) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert factors[10] == 1.0
+    assert min(factors) > 0
+    assert all(earlier >= later for earlier, later in pairwise(factors[10:]))
+    assert factors[-1] == 1.0 if schedule == "constant" else factors[-1] < 0.02
+
+
+def test_linear_without_warm_up_is_the_usual_one() -> None:
+    assert [lr_factor(step, 4, 0, "linear") for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_share_or_a_number_of_steps() -> None:
+    assert [warmup_steps(value, 200) for value in (0.0, 0.03, 1.0, 12.0)] == [0, 6, 1, 12]
