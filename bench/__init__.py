@@ -1,0 +1,1 @@
+"""Measurements, one file a question. Equality is asserted before anything is timed."""
