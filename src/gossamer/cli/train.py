@@ -1,0 +1,67 @@
+"""gossamer train"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gossamer.cli.shared import columns, emit, json_option
+
+if TYPE_CHECKING:
+    from gossamer.training.runs import Rehearsal
+
+
+@click.command("train", context_settings={"ignore_unknown_options": True})
+@click.argument("config", metavar="CONFIG.yaml")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--KEY VALUE]...")
+@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint in the output folder.")
+@click.option("--dry-run", is_flag=True, help="Show what would happen; train and write nothing.")
+@json_option
+def command(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool) -> None:
+    """Train an adapter as a config file says. Every key is also a flag: --train.lr 2e-4 --method.r 16."""
+    from gossamer.training import RunConfig, runs
+    from gossamer.training.progress import Silent, for_terminal
+
+    settings = RunConfig.read(config, overrides)
+    if dry_run:
+        rehearsal = runs.rehearse(settings)
+        emit(rehearsal.to_dict()) if as_json else show_rehearsal(rehearsal)
+        return
+    done = runs.run(settings, resume=resume, progress=Silent() if as_json else for_terminal())
+    emit(done.report) if as_json else show_report(str(done.output), done.report)
+
+
+def show_rehearsal(rehearsal: Rehearsal) -> None:
+    """The dry run for people: the config, the modules, the rows, and one row with its supervised text marked."""
+    click.echo(rehearsal.config.to_yaml())
+    click.echo(f"{rehearsal.injection}\n")
+    click.echo("\n".join(rehearsal.data))
+    click.echo(f"{rehearsal.steps:,} steps; {rehearsal.lr}\n")
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    click.echo(f"the first row; supervised text is {'green' if colour else 'between [[ and ]]'}:")
+    for text, supervised in rehearsal.preview:
+        marked = click.style(text, fg="green", bold=True) if colour else f"[[{text}]]"
+        click.echo(marked if supervised else text, nl=False)
+    click.echo()
+
+
+def show_report(output: str, report: dict[str, Any]) -> None:
+    """Before and after, in a few lines."""
+    rows = [("", "before", "after")]
+    before, after = report["eval_before"] or {}, report["eval_after"] or {}
+    rows += [
+        (name, f"{before[name]:.4f}", f"{after[name]:.4f}")
+        for name in ("accuracy", "loss", "perplexity")
+        if name in after
+    ]
+    share = report["trainable_params"] / report["total_params"]
+    if after:
+        click.echo(columns(rows))
+    click.echo(
+        f"{report['trainable_params']:,} trainable parameters ({share:.2%}), {report['adapter_bytes'] / 1e6:.1f} MB"
+    )
+    click.echo(f"{report['seconds']:.0f} s, {report['tokens_per_second']:.0f} tokens/s")
+    click.echo(f"{output}/report.html")

@@ -1,0 +1,5 @@
+"""Running a model with its adapters."""
+
+from gossamer.serving.generate import generate
+
+__all__ = ["generate"]

@@ -1,0 +1,325 @@
+"""`report.html`: what a run did, on one calm page that opens offline.
+
+The page is made only from the run folder (`report.json`, `metrics.jsonl`, `config.yaml`), so it can be made again at any
+time. No scripts, no fonts, no network; pictures are inline SVG with their numbers beside them. Colours follow the
+reader's light or dark setting.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from gossamer import drawing
+from gossamer.errors import ArtefactError
+from gossamer.files.atomic import write_text
+
+_MOST_POINTS = 400  # a curve of more points shows no more
+_MOST_EXAMPLES = 20
+
+
+def write_report(folder: Path, *, spectra: Mapping[str, Sequence[float]] | None = None) -> Path:
+    """Write `report.html` into a run folder, from the files that stand there.
+
+    Args:
+        folder: a run folder with `report.json`; `metrics.jsonl` and `config.yaml` are shown where they exist.
+        spectra: module path -> singular values of its weight change, largest first; drawn by kind of module.
+
+    Returns:
+        The path of the page: one file, well under 2 MB for any length of run.
+
+    Raises:
+        ArtefactError: `report.json` or a line of `metrics.jsonl` is missing or not JSON.
+        DiskError: the page cannot be written; an older page is still there.
+    """
+    report = _read_report(folder / "report.json")
+    config = folder / "config.yaml"
+    sections = [
+        _before_after(report),
+        _loss(_read_metrics(folder / "metrics.jsonl")),
+        _confusions(report),
+        _spectra(spectra or {}),
+        _examples(report.get("examples") or ()),
+        _latency(report.get("latency") or {}),
+        _config(config.read_text(encoding="utf-8") if config.exists() else ""),
+    ]
+    name = folder.resolve().name
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)} · Gossamer</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">\n'
+        f"<style>{_STYLE}</style></head>\n<body><main>\n{_header(name, report)}\n"
+        + "\n".join(section for section in sections if section)
+        + f"\n{_identity(report)}\n</main></body></html>\n"
+    )
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtefactError("this run folder has no readable report.json", where=str(path), got=str(error)) from None
+    if not isinstance(report, dict):
+        raise ArtefactError("a report is a JSON object", where=str(path), got=type(report).__name__)
+    return report
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            rows.append(json.loads(text))
+        except ValueError as error:
+            raise ArtefactError("not a JSON object", where=f"{path}:{line}", got=str(error)) from None
+    return rows
+
+
+def _section(title: str, *body: str, note: str = "") -> str:
+    remark = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{remark}{''.join(body)}</section>"
+
+
+def _header(name: str, report: Mapping[str, Any]) -> str:
+    """The run's name, one sentence on what was done, and the strip of key figures."""
+    method = report.get("method", {})
+    method = {"name": method} if isinstance(method, str) else method
+    detail = ", ".join(f"{field} {method[field]}" for field in ("r", "alpha") if method.get(field) is not None)
+    did = f"{str(method.get('name', 'adapter')).upper()}{f' ({detail})' if detail else ''} on {report.get('base', 'a base model')}"
+    figures = "".join(
+        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in _key_figures(report)
+    )
+    return (
+        f'<header><p class="eyebrow">Gossamer · run report</p><h1>{escape(name)}</h1>'
+        f'<p class="deck">{escape(did)}</p><dl class="figures">{figures}</dl></header>'
+    )
+
+
+def _key_figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader wants first, as far as the report knows it."""
+    trainable, total = report.get("trainable_params"), report.get("total_params")
+    figures = [
+        (metric.replace("_", " "), f"{_metric(metric, before)} → {_metric(metric, after)}")
+        for metric in ("accuracy", "perplexity")
+        if (before := (report.get("eval_before") or {}).get(metric)) is not None
+        and (after := (report.get("eval_after") or {}).get(metric)) is not None
+    ][:1]
+    if trainable and total:
+        figures.append(("trainable", f"{trainable / total:.2%} of {drawing.number(total)}"))
+    if report.get("adapter_bytes"):
+        figures.append(("adapter", _bytes(report["adapter_bytes"])))
+    if report.get("seconds"):
+        figures.append(("time", _duration(report["seconds"])))
+    if report.get("peak_memory_bytes"):
+        figures.append(("peak memory", _bytes(report["peak_memory_bytes"])))
+    return figures
+
+
+def _before_after(report: Mapping[str, Any]) -> str:
+    before, after = report.get("eval_before") or {}, report.get("eval_after") or {}
+    names = [name for name in {**before, **after} if _is_number(before.get(name, after.get(name)))]
+    if not names:
+        return ""
+    rows = [
+        [
+            name.replace("_", " "),
+            _metric(name, before.get(name)),
+            _metric(name, after.get(name)),
+            _change(name, before.get(name), after.get(name)),
+        ]
+        for name in names
+    ]
+    baselines = [
+        [f"{metric.replace('_', ' ')} of {name}", "", _metric(metric, value), ""]
+        for name, metrics in (report.get("baselines") or {}).items()
+        for metric, value in (metrics if isinstance(metrics, dict) else {"accuracy": metrics}).items()
+    ]
+    body = drawing.table(("metric", "before", "after", "change"), [*rows, *baselines])
+    return _section("Before and after", body, note="Measured on the held-out rows, which training never saw.")
+
+
+def _metric(name: str, value: Any) -> str:
+    if not _is_number(value):
+        return "–"
+    return f"{value:.1%}" if name.endswith("accuracy") else drawing.number(value)
+
+
+def _change(name: str, before: Any, after: Any) -> str:
+    if not (_is_number(before) and _is_number(after)) or name in ("tokens", "rows", "seconds"):
+        return ""
+    return f"{(after - before) * 100:+.1f} points" if name.endswith("accuracy") else f"{after - before:+.4g}"
+
+
+def _loss(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The training loss: every point faint, its running mean strong, evaluations along the way as their own line."""
+    trained = [
+        (row["step"], row["loss"]) for row in metrics if _is_number(row.get("step")) and _is_number(row.get("loss"))
+    ]
+    held_out = [
+        (row["step"], row["eval_loss"])
+        for row in metrics
+        if _is_number(row.get("step")) and _is_number(row.get("eval_loss"))
+    ]
+    if not trained:
+        return ""
+    smooth = _running_mean(trained)
+    series = {"each step": _thinned(trained), "training": _thinned(smooth)} | (
+        {"held out": held_out} if held_out else {}
+    )
+    chart = drawing.line_chart(series, "Loss", "optimiser step", "nats per token", faint={"each step"})
+    shown = _thinned([(step, loss, mean) for (step, loss), (_, mean) in zip(trained, smooth, strict=True)], 60)
+    return _section("Loss", drawing.figure(chart, drawing.table(("step", "loss", "running mean"), shown)))
+
+
+def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Mean of the last twentieth of the run up to each point; NaN stays visible as a gap."""
+    window = max(1, len(points) // 20)
+    values = [y for _, y in points]
+    means = (values[max(0, index - window + 1) : index + 1] for index in range(len(values)))
+    return [(x, sum(near) / len(near)) for (x, _), near in zip(points, means, strict=True)]
+
+
+def _thinned(points: Sequence[Any], most: int = _MOST_POINTS) -> list[Any]:
+    """At most `most` of the points, evenly spread, the last one among them."""
+    stride = math.ceil(len(points) / most)
+    return [*points[::stride], *([points[-1]] if stride > 1 and (len(points) - 1) % stride else [])]
+
+
+def _confusions(report: Mapping[str, Any]) -> str:
+    pictures = []
+    for when in ("before", "after"):
+        measured = report.get(f"eval_{when}") or {}
+        matrix, labels = measured.get("confusion"), [str(label).strip() for label in measured.get("labels") or ()]
+        if matrix and labels:
+            title = f"{when.capitalize()} training: {_metric('accuracy', measured.get('accuracy'))}"
+            picture = drawing.heat_map(matrix, labels, labels, title, "true", "predicted")
+            rows = [[label, *values] for label, values in zip(labels, matrix, strict=True)]
+            pictures.append(drawing.figure(picture, drawing.table(["true ↓ predicted →", *labels], rows)))
+    note = "Rows are the true grades, columns the predicted ones; shade is the share of the row."
+    return (
+        _section("Which is taken for which", f'<div class="pair">{"".join(pictures)}</div>', note=note)
+        if pictures
+        else ""
+    )
+
+
+def _spectra(spectra: Mapping[str, Sequence[float]]) -> str:
+    kinds: dict[str, list[Sequence[float]]] = {}
+    for path, values in spectra.items():
+        kinds.setdefault(path.rsplit(".", 1)[-1], []).append(values)
+    if not kinds:
+        return ""
+    rows = [
+        [kind, len(curves), median(max(values, default=0.0) for values in curves), median(map(_effective_rank, curves))]
+        for kind, curves in kinds.items()
+    ]
+    picture = drawing.small_multiples(kinds, "Singular values of the weight changes", "index", "singular value")
+    numbers = drawing.table(("module", "count", "median of the largest", "median effective rank"), rows)
+    note = (
+        "One thin line a layer, their median strong. A flat line uses its whole rank; a steep one would do with less."
+    )
+    return _section("What was learned, by kind of module", drawing.figure(picture, numbers), note=note)
+
+
+def _effective_rank(values: Sequence[float]) -> float:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007): r when all are equal, 1 when one rules."""
+    total = sum(values)
+    shares = [value / total for value in values if value > 0] if total > 0 else []
+    return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
+
+
+def _examples(examples: Sequence[Mapping[str, Any]]) -> str:
+    fields = ("prompt", "expected", "before", "after")
+    rows = [[str(example.get(field, "")) for field in fields] for example in examples[:_MOST_EXAMPLES]]
+    return _section("In its own words", f'<div class="prose">{drawing.table(fields, rows)}</div>') if rows else ""
+
+
+def _latency(latency: Mapping[str, Any]) -> str:
+    """Numbers, or one mapping of numbers a variant (then each key is a column, the first one drawn)."""
+    rows = {name: value if isinstance(value, dict) else {"milliseconds": value} for name, value in latency.items()}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    if not columns:
+        return ""
+    drawn = {name: row[columns[0]] for name, row in rows.items() if _is_number(row.get(columns[0]))}
+    numbers = drawing.table(
+        ["", *columns], [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
+    )
+    return _section("Latency", drawing.figure(drawing.bar_chart(drawn, columns[0].replace("_", " ")), numbers))
+
+
+def _config(text: str) -> str:
+    return (
+        _section(
+            "Configuration", f"<pre>{escape(text.strip())}</pre>", note="Resolved: running it again repeats the run."
+        )
+        if text
+        else ""
+    )
+
+
+def _identity(report: Mapping[str, Any]) -> str:
+    fingerprint = report.get("base_fingerprint") or {}
+    fingerprint = fingerprint.items() if isinstance(fingerprint, dict) else [("fingerprint", fingerprint)]
+    rows = [("adapter sha256", report.get("adapter_sha256")), *((f"base {name}", value) for name, value in fingerprint)]
+    body = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in rows if value)
+    return f'<footer><dl class="identity">{body}</dl></footer>' if body else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _bytes(count: float) -> str:
+    return (
+        f"{count / 1e9:.2f} GB"
+        if count >= 1e9
+        else f"{count / 1e6:.1f} MB"
+        if count >= 1e5
+        else f"{count / 1e3:.1f} kB"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{seconds:.1f} s"
+    )
+
+
+_STYLE = """
+:root { --paper: #fcfcfa; --ink: #22262b; --soft: #6a7077; --rule: #e4e4de; --wash: #f4f4f0;
+  --series-1: #2f6f8f; --series-2: #b4632a; --series-3: #5f8a3a; --series-4: #8a5a94; --series-5: #94741c; --series-6: #5b6b7a; }
+@media (prefers-color-scheme: dark) { :root { --paper: #16191c; --ink: #dfdfd9; --soft: #949a9f; --rule: #2c3135; --wash: #1e2226;
+  --series-1: #7db8d6; --series-2: #e39a63; --series-3: #9fc877; --series-4: #c79ad0; --series-5: #d6b75e; --series-6: #a3b2bf; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Inter, sans-serif;
+  font-variant-numeric: tabular-nums; }
+main { max-width: 54rem; margin: 0 auto; padding: 4rem 1.5rem 5rem; }
+h1, h2 { font-weight: 600; letter-spacing: -0.012em; line-height: 1.2; margin: 0; }
+h1 { font-size: 2.1rem; } h2 { font-size: 1.15rem; }
+.eyebrow, .note, .deck, caption, summary { color: var(--soft); }
+.eyebrow { margin: 0 0 .4rem; font-size: .82rem; letter-spacing: .04em; } .deck { margin: .5rem 0 0; font-size: 1.05rem; } .note { margin: .25rem 0 0; }
+section, footer { margin-top: 3.2rem; padding-top: 1.2rem; border-top: 1px solid var(--rule); }
+.figures { display: flex; flex-wrap: wrap; gap: 1.4rem 2.6rem; margin: 2rem 0 0; } .figures dt { color: var(--soft); font-size: .82rem; }
+.figures dd { margin: 0; font-size: 1.3rem; letter-spacing: -0.01em; white-space: nowrap; }
+table { border-collapse: collapse; margin-top: 1rem; font-size: .92rem; } th, td { text-align: left; padding: .38rem 1.6rem .38rem 0; vertical-align: top; }
+th { color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--rule); } tr + tr td { border-top: 1px solid var(--rule); } td.number { text-align: right; }
+.prose table { width: 100%; } .prose td { white-space: pre-wrap; overflow-wrap: anywhere; } .prose td:first-child { width: 46%; }
+figure { margin: 1.4rem 0 0; overflow-x: auto; } figure svg { display: block; } .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem; }
+details { margin-top: .5rem; font-size: .86rem; } summary { cursor: pointer; width: fit-content; }
+summary:focus-visible { outline: 2px solid var(--series-1); outline-offset: 3px; border-radius: 2px; }
+pre { margin: 1rem 0 0; padding: 1rem 1.2rem; background: var(--wash); border-radius: 6px; overflow-x: auto; }
+pre, .identity { font: .82rem/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.identity { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.4rem; margin: 0; } .identity dt { color: var(--soft); } .identity dd { margin: 0; overflow-wrap: anywhere; }
+@media print { details { display: none; } section { break-inside: avoid; } }
+"""

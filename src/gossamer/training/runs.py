@@ -1,0 +1,70 @@
+"""A run from its config file: the base loaded, the adapter attached, the loop called; or a rehearsal of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gossamer.attachment import InjectionReport, attach
+from gossamer.models import load_base
+from gossamer.training.config import RunConfig
+from gossamer.training.loop import Run, train
+from gossamer.training.loss import refuse_unless_causal
+from gossamer.training.masks import preview
+from gossamer.training.material import Material, Steps
+from gossamer.training.optim import auto_lr
+from gossamer.training.progress import Progress, for_terminal
+
+
+def run(config: RunConfig, *, resume: bool = False, progress: Progress | None = None) -> Run:
+    """Load the base that a config names, attach its method, and `train`. Raises what these three raise."""
+    show = progress if progress is not None else for_terminal()
+    model, tokenizer, report = _prepared(config)
+    show.say(str(report))
+    return train(model, tokenizer, config, resume=resume, progress=show)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run would do, found out without training or writing anything.
+
+    Attributes:
+        injection: the modules that would carry the adapter.
+        data: one line each on the files and on what became of their rows.
+        steps: optimiser steps; lr: the peak learning rate, and why.
+        preview: the first row as (text, supervised) pieces.
+    """
+
+    config: RunConfig
+    injection: InjectionReport
+    data: tuple[str, ...]
+    steps: int
+    lr: str
+    preview: tuple[tuple[str, bool], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "config": self.config.to_dict(),
+            "injection": self.injection.to_dict(),
+            "data": list(self.data),
+            "steps": self.steps,
+            "lr": self.lr,
+            "preview": [{"text": text, "supervised": supervised} for text, supervised in self.preview],
+        }
+
+
+def rehearse(config: RunConfig) -> Rehearsal:
+    """Everything that `run` does before its first step, but for evaluating and writing. Raises what `run` raises."""
+    model, tokenizer, report = _prepared(config)
+    settings, said = config.train_config(), []
+    refuse_unless_causal(model)
+    material = Material.read(settings, tokenizer, said.append)
+    lr = auto_lr(model.config)[1] if settings.lr == "auto" else f"lr {settings.lr:g}"
+    pieces = preview(material.examples[0], tokenizer)
+    return Rehearsal(config, report, tuple(said), Steps(material.examples, settings).total, lr, tuple(pieces))
+
+
+def _prepared(config: RunConfig) -> tuple[Any, Any, InjectionReport]:
+    model, tokenizer = load_base(config.base, dtype=config.dtype, device=config.device)
+    return model, tokenizer, attach(model, config.method, seed=config.train.seed)
