@@ -29,6 +29,7 @@ help: ## what each word does
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
 
 demo: $(VENV)/.demo ## fetch a real 135M model and data, fine-tune, merge, report: minutes, on two cores
+	$(BIN)/gossamer fetch smollm2-135m reviews
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev ## the tests that need neither the real model nor a GPU

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.errors import DataError
-from gossamer.training.batches import IGNORED, collate, plan_batches
+from gossamer.training.batches import IGNORED, collate, plan_batches, split_batch
 from gossamer.training.masks import Example
 
 PINNED = [[0], [1, 3], [4, 2]]
@@ -96,3 +96,12 @@ def test_a_batch_moves_to_a_device():
 def test_a_batch_that_teaches_nothing_is_refused(examples: list[Example]):
     with pytest.raises(DataError, match="nothing in this batch"):
         collate(examples, pad_id=0)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 200))
+def test_parts_hold_the_batch_and_no_more_tokens_than_allowed(lengths: list[int], tokens: int):
+    batch = [*range(len(lengths))]
+    parts = split_batch(batch, lengths, tokens)
+    assert [index for part in parts for index in part] == batch
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(lengths[index] for index in part) <= tokens

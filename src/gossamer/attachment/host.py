@@ -78,25 +78,27 @@ class Host:
             self.sites[path].add(name, layer)
         self.adapters[name] = attached
 
-    def remove(self, name: str) -> None:
-        """Take an adapter's layers away; a module that carries none any more is left as it was found."""
+    def remove(self, *names: str) -> None:
+        """Take adapters away. A module that carries none any more is left as it was found, and so is the model."""
         for path, site in [*self.sites.items()]:
-            if name in site.layers:
-                del site.layers[name]
+            for name in names:
+                site.layers._modules.pop(name, None)
             if not len(site.layers):
                 site.remove()
                 del self.sites[path]
-        del self.adapters[name]
-        without = lambda entry: tuple(other for other in entry if other != name)  # noqa: E731
+        for name in names:
+            del self.adapters[name]
+
+        def without(entry: Active) -> Active:
+            return tuple(name for name in entry if name not in names)
+
         self.active = (
             [without(entry) for entry in self.active] if isinstance(self.active, list) else without(self.active)
         )
-
-    def leave(self) -> None:
-        """Give the model back as it was found."""
-        for name, parameter in walk.base_parameters(self.model):
-            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
-        del self.model.__dict__[_ATTRIBUTE]
+        if not self.adapters:
+            for name, parameter in walk.base_parameters(self.model):
+                parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+            del self.model.__dict__[_ATTRIBUTE]
 
 
 def find_host(model: nn.Module) -> Host | None:

@@ -23,8 +23,8 @@ def merge(model: nn.Module, *names: str, keep: bool = True) -> None:
     """Fold adapters (all active ones when none is named) into the weights they stand at. All or nothing.
 
     Args:
-        keep: hold the original matrices in memory so that `unmerge` can restore them; False for a model that will be
-            written to disk and thrown away.
+        keep: hold the original matrices in memory so that `unmerge` can restore them. False folds for good: the
+            merged adapters are gone, and without others the model is a plain one again.
 
     Raises:
         SharedWeightError: a weight that also serves a module the adapter does not stand at (tied embeddings).
@@ -44,6 +44,10 @@ def merge(model: nn.Module, *names: str, keep: bool = True) -> None:
             if keep:
                 host.stash[path][name] = stored.detach().clone()
             stored.detach().copy_(value)
+    if not keep:
+        host.stash = None
+        host.remove(*chosen)
+        return
     for site in host.sites.values():
         site.disable()
     host.merged = chosen
@@ -90,8 +94,6 @@ def unmerge(model: nn.Module) -> None:
     host = require_host(model)
     if host.stash is None:
         raise StateError("nothing is merged")
-    if any(not parameters for parameters in host.stash.values()):
-        raise StateError("the original weights were not kept", hint="merge(model, keep=True) keeps them")
     for path, parameters in host.stash.items():
         for name, original in parameters.items():
             stored = host.sites[path].module._parameters[name]

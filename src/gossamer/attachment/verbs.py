@@ -204,7 +204,4 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         from gossamer.attachment.merge import unmerge
 
         unmerge(model)
-    for one in [name] if name is not None else [*host.adapters]:
-        host.remove(one)
-    if not host.adapters:
-        host.leave()
+    host.remove(*([name] if name is not None else host.adapters))

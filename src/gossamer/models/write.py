@@ -10,6 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging as noise
 
+from gossamer.attachment import attached
+from gossamer.errors import StateError
 from gossamer.files.atomic import new_folder
 
 
@@ -29,7 +31,13 @@ def write_model_folder(model: PreTrainedModel, tokenizer: Any, folder: str | Pat
 
 
 def save_into(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer into an existing folder."""
+    """Write model and tokenizer into an existing folder. Raises `StateError` while adapters are attached."""
+    if attached(model):
+        raise StateError(
+            "adapters are attached, and a plain model folder cannot hold them",
+            got=", ".join(attached(model)),
+            hint="merge(model, keep=False) folds them in for good; capture(model, name).save(folder) keeps them apart",
+        )
     forget_quantisation(model)
     with without_bars():
         model.save_pretrained(folder)

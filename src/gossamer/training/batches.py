@@ -65,6 +65,15 @@ def plan_batches(
     return _shuffled(batches, draw) if shuffle else batches
 
 
+def split_batch(batch: list[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Parts of a batch that hold at most `tokens` tokens each, padding included; a longer row stands alone.
+
+    The gradients of the parts add up to that of the batch, so this bounds memory and changes nothing else.
+    """
+    longest = max(lengths[index] for index in batch)
+    return _chunks(batch, max(1, tokens // longest))
+
+
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> Batch:
     """Pad examples to one batch of tensors.
 

@@ -69,6 +69,8 @@ class LoopConfig(Spec):
     """Rows that go through the model at once."""
     accumulation: Count = 1
     """Batches whose gradients make one step; the loss is the mean over all their supervised tokens."""
+    micro_batch_tokens: Count = 8192
+    """Tokens that go through the model at once; a larger batch is split into parts that make the same step."""
     lr: LearningRate = "auto"
     """Peak learning rate, or auto: `5e-4 * (2000 / hidden size) ** p`."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -143,7 +145,7 @@ class RunConfig(Spec):
     device: Annotated[StrictStr, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """auto, cpu, mps, cuda or cuda:N."""
     method: TargetedMethod = LoRA()
-    """What is trained; see docs/methods.md."""
+    """What is trained; see docs/methods."""
     task: Task = "sft"
     """sft or classify."""
     data: Data

@@ -11,7 +11,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from gossamer.training import formats
-from gossamer.training.batches import plan_batches
+from gossamer.training.batches import plan_batches, split_batch
 from gossamer.training.config import TrainConfig
 from gossamer.training.evaluate import Evaluation, make_evaluation, read_data
 from gossamer.training.formats import Row
@@ -74,7 +74,9 @@ class Steps:
     def __getitem__(self, step: int) -> list[list[int]]:
         epoch, position = divmod(step, self.per_epoch)
         first = position * self.config.accumulation
-        return self._epoch(epoch)[first : first + self.config.accumulation]
+        batches = self._epoch(epoch)[first : first + self.config.accumulation]
+        most = self.config.micro_batch_tokens
+        return [part for batch in batches for part in split_batch(batch, self.lengths, most)]
 
     def _plan(self, epoch: int) -> list[list[int]]:
         return plan_batches(self.lengths, self.config.batch_size, seed=self.config.seed, epoch=epoch)
