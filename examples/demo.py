@@ -86,7 +86,7 @@ def rows(path: str) -> list[dict[str, str]]:
 
 @torch.inference_mode()
 def latencies(models: dict[str, Any]) -> tuple[dict[str, float], float]:
-    """Milliseconds of one forward pass over 64 tokens, medians of interleaved rounds; and merged / base, pair by pair."""
+    """Milliseconds of one forward over 64 tokens, medians of interleaved rounds; and merged / base, pair by pair."""
     tokens = torch.arange(1000, 1064, device=models["base"].device)[None]
     expected = models["unmerged"](tokens).logits
     torch.testing.assert_close(models["merged"](tokens).logits, expected, rtol=0.05, atol=0.05)

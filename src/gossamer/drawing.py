@@ -1,9 +1,10 @@
 """Numbers to pictures: inline SVG text with nothing around it.
 
-Every function is pure: numbers in, text out. The pictures take their ink from `currentColor` and their few hues from CSS
-variables (`--series-1` ... `--series-6`, `--accent`, `--paper`) with fallbacks, so that one drawing serves a light page, a
-dark page and a file of its own. Each carries a `<title>` and a `<desc>`; `figure` puts the same numbers beside it as a
-table, for those who do not see pictures. Coordinates are in user units; a chart is `WIDTH` wide and scales with its page.
+Every function is pure: numbers in, text out. The pictures take their ink from `currentColor` and their few hues from
+CSS variables (`--series-1` ... `--series-6`, `--accent`, `--paper`) with fallbacks, so that one drawing serves a light
+page, a dark page and a file of its own. Each carries a `<title>` and a `<desc>`; `figure` puts the same numbers
+beside it as a table, for those who do not see pictures. Coordinates are in user units; a chart is `WIDTH` wide and
+scales with its page.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def heat_map(
     matrix: Sequence[Sequence[float]], row_labels: Sequence[str], column_labels: Sequence[str], title: str = "",
     row_title: str = "", column_title: str = "",
 ) -> str:  # fmt: skip
-    """A table of cells shaded by their share of their row (a confusion matrix: rows are the truth); numbers stay readable.
+    """A table of cells shaded by their share of their row, as for a confusion matrix whose rows are the truth.
 
     The diagonal of a square matrix with equal labels is outlined.
 
@@ -258,7 +259,8 @@ def _path(points: Sequence[tuple[float, float] | None], hue: str, *, width: floa
     """One stroke through the points; `None` lifts the pen, a lone point becomes a dot."""
     present = [point for point in points if point]
     if len(present) == 1:
-        return f'<circle cx="{present[0][0]:.1f}" cy="{present[0][1]:.1f}" r="{width + 1:.1f}" fill="{hue}" opacity="{opacity:g}"/>'
+        place = f'cx="{present[0][0]:.1f}" cy="{present[0][1]:.1f}" r="{width + 1:.1f}"'
+        return f'<circle {place} fill="{hue}" opacity="{opacity:g}"/>'
     moves, down = [], False
     for point in points:
         if point:

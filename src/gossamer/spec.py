@@ -20,6 +20,9 @@ StrictBool = Annotated[bool, Strict()]
 StrictStr = Annotated[str, Strict()]
 
 
+_MOST_KEYS = 10_000
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | set | frozenset) else value
 
@@ -108,6 +111,8 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:
 def _plain(node: Any, path: tuple[str | int, ...], positions: dict[tuple[str | int, ...], tuple[int, int]]) -> Any:
     """Strip the YAML reader's own types and note where each key stands."""
     marks: Any = getattr(node, "lc", None)
+    if len(positions) > _MOST_KEYS:  # aliases of aliases can make a kilobyte of text into billions of keys
+        raise SpecError("a config of more keys than any config has", expected=f"at most {_MOST_KEYS:,}")
     if isinstance(node, dict):
         for key in node:
             positions[(*path, key)] = tuple(marks.key(key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -61,7 +62,7 @@ def command(names: tuple[str, ...], show_list: bool, verify: bool, as_json: bool
 
 def shown(name: str) -> Callable[[int, int], None]:
     """A progress callback: a line that rewrites itself on a terminal, a line every tenth elsewhere; on stderr."""
-    stream = click.get_text_stream("stderr")
+    stream = sys.stderr
     started, told = time.monotonic(), [-1]
 
     def progress(done: int, total: int) -> None:

@@ -1,7 +1,7 @@
 """`report.html`: what a run did, on one calm page that opens offline.
 
-The page is made only from the run folder (`report.json`, `metrics.jsonl`, `config.yaml`), so it can be made again at any
-time. No scripts, no fonts, no network; pictures are inline SVG with their numbers beside them. Colours follow the
+The page is made only from the run folder (`report.json`, `metrics.jsonl`, `config.yaml`), so it can be made again at
+any time. No scripts, no fonts, no network; pictures are inline SVG with their numbers beside them. Colours follow the
 reader's light or dark setting.
 """
 
@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib import resources
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,10 +50,12 @@ def write_report(folder: Path, *, spectra: Mapping[str, Sequence[float]] | None 
         _config(config.read_text(encoding="utf-8") if config.exists() else ""),
     ]
     name = folder.resolve().name
+    style = resources.files("gossamer.training").joinpath("report.css").read_text(encoding="utf-8")
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)} · Gossamer</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">\n'
-        f"<style>{_STYLE}</style></head>\n<body><main>\n{_header(name, report)}\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<style>{style}</style></head>\n<body><main>\n{_header(name, report)}\n"
         + "\n".join(section for section in sections if section)
         + f"\n{_identity(report)}\n</main></body></html>\n"
     )
@@ -91,7 +94,8 @@ def _header(name: str, report: Mapping[str, Any]) -> str:
     method = report.get("method", {})
     method = {"name": method} if isinstance(method, str) else method
     detail = ", ".join(f"{field} {method[field]}" for field in ("r", "alpha") if method.get(field) is not None)
-    did = f"{str(method.get('name', 'adapter')).upper()}{f' ({detail})' if detail else ''} on {report.get('base', 'a base model')}"
+    kind = str(method.get("name", "adapter")).upper()
+    did = f"{kind}{f' ({detail})' if detail else ''} on {report.get('base', 'a base model')}"
     figures = "".join(
         f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in _key_figures(report)
     )
@@ -228,7 +232,7 @@ def _spectra(spectra: Mapping[str, Sequence[float]]) -> str:
 
 
 def _effective_rank(values: Sequence[float]) -> float:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007): r when all are equal, 1 when one rules."""
+    """exp of the entropy of the normalised singular values: r when all are equal. Source: Roy and Vetterli 2007."""
     total = sum(values)
     shares = [value / total for value in values if value > 0] if total > 0 else []
     return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
@@ -294,32 +298,3 @@ def _duration(seconds: float) -> str:
         if minutes
         else f"{seconds:.1f} s"
     )
-
-
-_STYLE = """
-:root { --paper: #fcfcfa; --ink: #22262b; --soft: #6a7077; --rule: #e4e4de; --wash: #f4f4f0;
-  --series-1: #2f6f8f; --series-2: #b4632a; --series-3: #5f8a3a; --series-4: #8a5a94; --series-5: #94741c; --series-6: #5b6b7a; }
-@media (prefers-color-scheme: dark) { :root { --paper: #16191c; --ink: #dfdfd9; --soft: #949a9f; --rule: #2c3135; --wash: #1e2226;
-  --series-1: #7db8d6; --series-2: #e39a63; --series-3: #9fc877; --series-4: #c79ad0; --series-5: #d6b75e; --series-6: #a3b2bf; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Inter, sans-serif;
-  font-variant-numeric: tabular-nums; }
-main { max-width: 54rem; margin: 0 auto; padding: 4rem 1.5rem 5rem; }
-h1, h2 { font-weight: 600; letter-spacing: -0.012em; line-height: 1.2; margin: 0; }
-h1 { font-size: 2.1rem; } h2 { font-size: 1.15rem; }
-.eyebrow, .note, .deck, caption, summary { color: var(--soft); }
-.eyebrow { margin: 0 0 .4rem; font-size: .82rem; letter-spacing: .04em; } .deck { margin: .5rem 0 0; font-size: 1.05rem; } .note { margin: .25rem 0 0; }
-section, footer { margin-top: 3.2rem; padding-top: 1.2rem; border-top: 1px solid var(--rule); }
-.figures { display: flex; flex-wrap: wrap; gap: 1.4rem 2.6rem; margin: 2rem 0 0; } .figures dt { color: var(--soft); font-size: .82rem; }
-.figures dd { margin: 0; font-size: 1.3rem; letter-spacing: -0.01em; white-space: nowrap; }
-table { border-collapse: collapse; margin-top: 1rem; font-size: .92rem; } th, td { text-align: left; padding: .38rem 1.6rem .38rem 0; vertical-align: top; }
-th { color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--rule); } tr + tr td { border-top: 1px solid var(--rule); } td.number { text-align: right; }
-.prose table { width: 100%; } .prose td { white-space: pre-wrap; overflow-wrap: anywhere; } .prose td:first-child { width: 46%; }
-figure { margin: 1.4rem 0 0; overflow-x: auto; } figure svg { display: block; } .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem; }
-details { margin-top: .5rem; font-size: .86rem; } summary { cursor: pointer; width: fit-content; }
-summary:focus-visible { outline: 2px solid var(--series-1); outline-offset: 3px; border-radius: 2px; }
-pre { margin: 1rem 0 0; padding: 1rem 1.2rem; background: var(--wash); border-radius: 6px; overflow-x: auto; }
-pre, .identity { font: .82rem/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.identity { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.4rem; margin: 0; } .identity dt { color: var(--soft); } .identity dd { margin: 0; overflow-wrap: anywhere; }
-@media print { details { display: none; } section { break-inside: avoid; } }
-"""

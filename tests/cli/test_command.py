@@ -1,0 +1,122 @@
+"""The command's frame: exit codes, JSON, errors without tracebacks. What verbs do is in tests/end_to_end."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import click
+import pytest
+
+from gossamer import cli, errors
+from gossamer.cli import main
+from gossamer.cli.doctor import examined
+from gossamer.cli.fetch import shown
+from gossamer.cli.shared import columns
+from gossamer.models import catalog
+
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GossamerError)]
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Let the verb `doctor` fail in a given way."""
+
+    @click.command()
+    @click.option("--json", is_flag=True)
+    def broken(json: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(cli._Verbs, "get_command", lambda self, ctx, name: broken)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.code)
+def test_each_error_has_its_exit_code_and_no_traceback(
+    kind: type[errors.GossamerError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    raising(monkeypatch, kind("it failed", where="a.yaml:3", hint="try b"))
+    assert main(["doctor"]) == kind.exit_code
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"{kind.code}: it failed\n  where:    a.yaml:3\n  hint:     try b")
+    assert main(["doctor", "--json"]) == kind.exit_code
+    assert json.loads(capsys.readouterr().out) == {
+        "error": {"code": kind.code, "what": "it failed", "where": "a.yaml:3", "hint": "try b"}
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (MemoryError(), 4),
+        (OSError(errno.ENOSPC, "No space left on device"), 5),
+        (OSError(errno.EACCES, "Permission denied"), 1),
+        (ZeroDivisionError("oh"), 1),
+    ],
+)
+def test_what_python_raises_becomes_an_exit_code(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    raising(monkeypatch, error)
+    assert main(["doctor"]) == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_our_own_faults_show_where_when_asked(monkeypatch: pytest.MonkeyPatch):
+    raising(monkeypatch, ZeroDivisionError("oh"))
+    monkeypatch.setenv("GOSSAMER_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["nonsense"], ["train"], ["eval", "--base", "x"], ["merge", "a", "--base", "b"], ["generate", "--base", "b"],
+     ["eval", "--base", "x", "--data", "y", "--task", "z"], ["fetch", "nonsense"]],
+)  # fmt: skip
+def test_wrong_usage_is_2(words: list[str]):
+    assert main(words) == 2
+
+
+def test_every_verb_has_its_file_and_help(capsys: pytest.CaptureFixture[str]):
+    assert main(["--help"]) == 0
+    listing = capsys.readouterr().out
+    for verb in cli.VERBS:
+        assert f"\n  {verb} " in listing
+        assert main([verb, "--help"]) == 0
+        assert f"gossamer {verb}" in capsys.readouterr().out
+
+
+def test_the_catalog_is_listed(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GOSSAMER_HOME", str(tmp_path))
+    assert main(["fetch", "--list"]) == 0
+    assert "smollm2-135m" in capsys.readouterr().out
+    assert main(["fetch", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in listed] == [*catalog.CATALOG]
+    assert not any(one["folder"] for one in listed)
+
+
+def test_fetching_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]):
+    progress = shown("toy")
+    for done in range(0, 101, 5):
+        progress(done * 10_000, 1_000_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 12, "a line a tenth, and one for what follows"
+    assert "s left" in lines[0]
+    assert "converting" in lines[-1]
+
+
+def test_doctor_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert examined()["problems"] == []
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["torch"]
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.9.1" if name == "torch" else "99.0")
+    assert main(["doctor"]) == 4
+    assert "problem: torch 2.9.1 is below 2.10" in capsys.readouterr().out
+
+
+def test_columns_line_up():
+    assert columns([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"
+    assert columns([]) == ""
