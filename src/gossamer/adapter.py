@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,10 +21,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from gossamer.errors import StateError, nearest
+from gossamer.errors import StateError, UsageError, nearest
 from gossamer.spec import Spec
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
+
+_ABOUT_THE_BASE = ("base_model_name_or_path", "fan_in_fan_out")
 
 
 class Method(Spec):
@@ -113,12 +116,15 @@ class Adapter:
             raise StateError("adapters of different bases have no sum", got=str(other.base), expected=str(self.base))
         spec, tensors = self.spec.summed(self.tensors, other.spec, other.tensors)
         origin = {"operation": "sum", "of": [self.digest, other.digest]}
-        return Adapter(spec, tensors, self.base or other.base, origin)
+        kept = {key: value for key, value in self.foreign.items() if key in _ABOUT_THE_BASE}
+        return Adapter(spec, tensors, self.base or other.base, origin, kept)
 
     def __mul__(self, weight: float) -> Adapter:
         """`weight` times the adapter; `1 * a` is `a`. Raises `UnsupportedError` where none exists."""
         if not isinstance(weight, int | float):
             return NotImplemented
+        if not math.isfinite(weight):
+            raise UsageError("an adapter's weight is a finite number", got=str(weight))
         if weight == 1:
             return self
         spec, tensors = self.spec.scaled(self.tensors, float(weight))

@@ -100,7 +100,7 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise SpecError("not valid YAML", where=where, got=str(error.problem)) from None
-    except YAMLError as error:
+    except (YAMLError, ValueError, RecursionError) as error:  # numbers and nestings that Python itself gives up on
         raise SpecError("not valid YAML", where=str(path), got=str(error)) from None
     if not isinstance(tree, dict):
         raise SpecError("a config is a mapping of keys to values", where=str(path), got=type(tree).__name__)
@@ -111,11 +111,15 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:
 def _plain(node: Any, path: tuple[str | int, ...], positions: dict[tuple[str | int, ...], tuple[int, int]]) -> Any:
     """Strip the YAML reader's own types and note where each key stands."""
     marks: Any = getattr(node, "lc", None)
+    tag = getattr(getattr(node, "tag", None), "value", None)
+    if tag:
+        raise SpecError("a config holds plain values, without YAML tags", got=str(tag))
     if len(positions) > _MOST_KEYS:  # aliases of aliases can make a kilobyte of text into billions of keys
         raise SpecError("a config of more keys than any config has", expected=f"at most {_MOST_KEYS:,}")
     if isinstance(node, dict):
         for key in node:
-            positions[(*path, key)] = tuple(marks.key(key))
+            # a key merged in by "<<" stands elsewhere: its mapping's own place will do
+            positions[(*path, key)] = tuple(marks.key(key)) if key in marks.data else (marks.line, marks.col)
         return {str(key): _plain(value, (*path, key), positions) for key, value in node.items()}
     if isinstance(node, list):
         for index in range(len(node)):

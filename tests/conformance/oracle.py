@@ -35,7 +35,7 @@ HEADS = {
     "gpt_neox": ("final_layer_norm",),
     "bert": ("classifier",),
 }
-"""What is trained whole beside the factors; `lm_head` where it is not listed. No tied weight: PEFT warns about those."""
+"""What is trained whole; `lm_head` where it is not listed. Never a tied weight: PEFT warns about those."""
 
 CONFIGS: dict[str, Callable[[str], dict[str, Any]]] = {
     "plain": lambda _: {},
@@ -49,13 +49,19 @@ CONFIGS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 def spec(name: str, config: str, scaling: str = "standard") -> gs.LoRA:
     """Our spec of one case."""
-    return gs.LoRA(r=3, alpha=6.0, target_modules=TARGETS[name], scaling=scaling, **CONFIGS[config](name))  # pyright: ignore[reportArgumentType]
+    fields = CONFIGS[config](name) | {"scaling": scaling}
+    return gs.LoRA(r=3, alpha=6.0, target_modules=TARGETS[name], **fields)
 
 
 def peft_config(name: str, config: str, scaling: str = "standard", **more: Any) -> LoraConfig:
     """PEFT's spec of the same case."""
     fields = {key: list(value) if isinstance(value, tuple) else value for key, value in CONFIGS[config](name).items()}
-    same = {"r": 3, "lora_alpha": 6, "target_modules": list(TARGETS[name]), "use_rslora": scaling == "rslora"}
+    same: dict[str, Any] = {
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": list(TARGETS[name]),
+        "use_rslora": scaling == "rslora",
+    }
     return LoraConfig(**(same | {"fan_in_fan_out": name == "gpt2"} | fields | more))
 
 

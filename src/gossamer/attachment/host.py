@@ -56,6 +56,14 @@ class Host:
             )
         return self.adapters[name]
 
+    def refuse_two_replacements(self, names: Active) -> None:
+        """Raise `StateError` for unknown names, and for adapters that would each put their own parameters in place."""
+        for name in names:
+            self.known(name)
+        for path, site in self.sites.items() if len(names) > 1 else ():
+            if sum(isinstance(layer, Replacement) for layer in site.standing(names)) > 1:
+                raise StateError("two adapters replace the same module", where=path, got=", ".join(names))
+
     def layers_of(self, name: str) -> dict[str, Layer]:
         """Canonical path -> layer of one adapter."""
         return {path: site.layers[name] for path, site in self.sites.items() if name in site.layers}  # pyright: ignore[reportReturnType]

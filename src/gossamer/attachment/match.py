@@ -10,7 +10,7 @@ from torch import nn
 
 from gossamer.attachment import walk
 from gossamer.attachment.site import kind_of
-from gossamer.errors import TargetError, nearest
+from gossamer.errors import TargetError, UnsupportedError, nearest
 from gossamer.methods import TargetedMethod
 from gossamer.methods.lora import matches_end
 
@@ -34,7 +34,7 @@ def select(model: nn.Module, spec: TargetedMethod) -> Selection:
     modules = walk.modules(model)
     names = {paths[0]: paths for paths in walk.aliases(model).values()}
     saved = _saved(spec, modules, names)
-    adaptable = [path for path, module in modules.items() if kind_of(module) and path not in saved]
+    adaptable = [path for path, module in modules.items() if path and kind_of(module) and path not in saved]
     targets = _targets(spec, model, modules, adaptable, names)
     targets = _excluded(spec, targets, names)
     targets = _in_layers(spec, targets)
@@ -44,6 +44,7 @@ def select(model: nn.Module, spec: TargetedMethod) -> Selection:
             got=f"target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}",
         )
     _check_patterns(spec, targets)
+    _refuse_bypassed(targets, modules)
     biased = [
         path for path, module in modules.items() if _owns_bias(module) and path not in targets and path not in saved
     ]
@@ -149,6 +150,16 @@ def _check_patterns(spec: TargetedMethod, targets: list[str]) -> None:
                 raise TargetError(
                     f"{field} has an entry that matches no adapted module", got=pattern, hint=_hint(pattern, targets)
                 )
+
+
+def _refuse_bypassed(targets: list[str], modules: Mapping[str, nn.Module]) -> None:
+    """torch's own attention and encoder layers use their parts' weights without calling the parts."""
+    for owner, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            inside = [path for path in targets if path.startswith(f"{owner}." if owner else "")]
+            if inside:
+                kind = type(module).__name__
+                raise UnsupportedError(f"{kind} uses this module's weight without calling it", where=inside[0])
 
 
 def _owns_bias(module: nn.Module) -> bool:

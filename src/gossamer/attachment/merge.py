@@ -57,8 +57,7 @@ def _chosen(host: Host, names: tuple[str, ...]) -> Active:
     if not names and isinstance(host.active, list):
         raise StateError("rows use different adapters, so there is no one merge", hint="name the adapters to merge")
     chosen = names or tuple(host.active)
-    for name in chosen:
-        host.known(name)  # pyright: ignore[reportArgumentType]
+    host.refuse_two_replacements(chosen)  # pyright: ignore[reportArgumentType]
     if not chosen:
         raise StateError("no adapter is active, so there is nothing to merge", hint="name the adapters to merge")
     return chosen  # pyright: ignore[reportReturnType]
@@ -71,7 +70,7 @@ def _changes(host: Host, names: Active) -> dict[str, dict[str, Tensor]]:
     for path, site in host.sites.items():
         merged = site.merged(names)
         for name, value in merged.items():
-            shared = owners[site.shape.parameters[name].untyped_storage().data_ptr()]
+            shared = owners[getattr(site.module, name).untyped_storage().data_ptr()]
             if len(shared) > 1:
                 raise SharedWeightError(
                     "this weight is stored once and used by several modules, so merging here would change them all",

@@ -26,6 +26,9 @@ Active = tuple[str, ...]
 
 def kind_of(module: nn.Module) -> str:
     """ "linear", "conv1d" (GPT-2's, weight stored (in, out)), or "" for a module that cannot be adapted."""
+    weight = module._parameters.get("weight")
+    if weight is None or nn.parameter.is_lazy(weight):
+        return ""  # computed by a parametrisation, or not made yet
     if isinstance(module, nn.Linear):
         return "linear"
     return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else ""
@@ -141,7 +144,7 @@ class Site:
 
     def merged(self, names: Active) -> dict[str, Tensor]:
         """Those of the module's own parameters that change when the named layers are folded in, ready to be stored."""
-        stored = {name: value.detach() for name, value in self.shape.parameters.items()}
+        stored = {name: value.detach() for name, value in self.module.named_parameters(recurse=False)}
         changed: dict[str, Tensor] = {}
         for layer in self.standing(names):
             if isinstance(layer, Replacement):

@@ -16,7 +16,7 @@ from gossamer.attachment.match import select
 from gossamer.attachment.report import InjectionReport, SiteRow
 from gossamer.attachment.site import Active, kind_of
 from gossamer.errors import BaseMismatchError, StateError, UsageError
-from gossamer.methods import Layer, Replacement, TargetedMethod
+from gossamer.methods import Layer, TargetedMethod
 
 Rows = Sequence[str | None]
 
@@ -143,11 +143,7 @@ def _checked(host: Host, names: Sequence[Any]) -> Active:
             raise UsageError(
                 "an adapter is called by its name", got=repr(name), expected="a name, None, or one list of them"
             )
-        host.known(name)
-    if len(chosen) > 1:
-        for path, site in host.sites.items():
-            if sum(isinstance(layer, Replacement) for layer in site.standing(chosen)) > 1:
-                raise StateError("two adapters replace the same module", where=path, got=", ".join(chosen))
+    host.refuse_two_replacements(chosen)
     return chosen
 
 

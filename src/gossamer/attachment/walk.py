@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.errors import StateError
+
 CONTAINER = "gossamer"
 """The child under which a module carries its adapter layers; no walk enters it."""
 
@@ -55,12 +57,14 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
     """
     shapes, weights = hashlib.sha256(), hashlib.sha256()
     for name, parameter in sorted(base_parameters(model)):
-        shapes.update(f"{name}:{tuple(parameter.shape)};".encode())
         weights.update(name.encode() + _sampled(parameter))
+        shapes.update(f"{name}:{tuple(parameter.shape)};".encode())
     return {"architecture": type(model).__name__, "shapes": shapes.hexdigest(), "weights": weights.hexdigest()}
 
 
 def _sampled(parameter: Tensor) -> bytes:
+    if parameter.is_meta or nn.parameter.is_lazy(parameter):
+        raise StateError("the model's weights are not there yet", got="meta or lazy parameters", hint="load them first")
     flat = parameter.detach().reshape(-1)
     picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16)
     return picked.view(torch.int16).cpu().numpy().tobytes()

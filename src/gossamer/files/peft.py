@@ -10,7 +10,9 @@ is one, must hold. Only safetensors and JSON are ever opened.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,9 +28,11 @@ from torch import Tensor
 from gossamer.adapter import Adapter, Tensors
 from gossamer.errors import AdapterFileError, SpecError, StateError, UnsupportedError, nearest
 from gossamer.files.atomic import new_folder, write_bytes, write_json
-from gossamer.files.peft_config import config_from_spec, spec_from_config
+from gossamer.files.peft_config import config_from_spec, is_saved, spec_from_config
 from gossamer.methods import TargetedMethod, method_from_dict
 
+FORMAT = 1
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "gossamer.json"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<path>.+)\.(?P<slot>lora_[AB])\.weight")
@@ -49,8 +53,9 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_json(folder / CONFIG, missing=_missing_hint(folder))
     stored = _read_tensors(folder)
     ours = read_json(folder / OURS) if (folder / OURS).exists() else None
-    spec = spec_from_config(config, str(folder / CONFIG))
-    tensors = _understood(stored, spec, folder)
+    tensors = _sorted_out(stored, folder)
+    spec = spec_from_config(config, str(folder / CONFIG), whole_paths(tensors))
+    _check_accounted(tensors, spec, str(folder / WEIGHTS))
     if ours is None:
         return Adapter(spec, tensors, foreign=config)
     return _verified(ours, config, tensors, folder)
@@ -58,13 +63,17 @@ def read_adapter(folder: Path) -> Adapter:
 
 def _verified(ours: Mapping[str, Any], config: Mapping[str, Any], tensors: Tensors, folder: Path) -> Adapter:
     """The adapter as `gossamer.json` describes it, if config and tensors are still the ones it was written with."""
+    where = str(folder / OURS)
+    if ours.get("format") != FORMAT:
+        raise AdapterFileError("an unknown format", where=where, got=repr(ours.get("format")), expected=str(FORMAT))
+    expected, base, provenance = str(ours.get("digest")), ours.get("base"), ours.get("provenance")
+    if not (isinstance(base, dict | None) and isinstance(provenance, dict) and isinstance(ours.get("spec"), dict)):
+        raise AdapterFileError("not a gossamer.json", where=where, expected="spec, base and provenance as objects")
     try:
-        spec = method_from_dict(ours["spec"], where=str(folder / OURS))
-        adapter = Adapter(spec, tensors, ours["base"], ours["provenance"], config)
-        expected = ours["digest"]
-    except (KeyError, TypeError, AttributeError, SpecError) as error:
-        raise AdapterFileError("not a gossamer.json", where=str(folder / OURS), got=str(error)) from None
-    written = config_from_spec(spec, _targets(adapter), config)
+        adapter = Adapter(method_from_dict(ours["spec"], where=where), tensors, base, provenance, config)
+    except (TypeError, SpecError) as error:
+        raise AdapterFileError("not a gossamer.json", where=where, got=str(error)) from None
+    written = _config(adapter, str(folder / CONFIG))
     changed = [key for key in written if _unordered(written[key]) != _unordered(config.get(key))]
     if changed:
         raise AdapterFileError(
@@ -89,7 +98,7 @@ def _unordered(value: Any) -> Any:
 
 
 def _missing_hint(folder: Path) -> str:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which, unlike Path.is_dir, takes names that no file system can hold
         return "there is no such folder"
     return f"the folder holds {', '.join(sorted(entry.name for entry in folder.iterdir())[:8]) or 'nothing'}"
 
@@ -104,7 +113,7 @@ def read_json(path: Path, missing: str = "") -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        value = json.loads(_read_bytes(path), object_pairs_hook=unique)
     except OSError as error:
         raise AdapterFileError(
             "cannot read an adapter's file", where=str(path), got=error.strerror or str(error), hint=missing
@@ -116,6 +125,13 @@ def read_json(path: Path, missing: str = "") -> dict[str, Any]:
     return value
 
 
+def _read_bytes(path: Path) -> bytes:
+    """A regular file's bytes; a pipe or a device, which could block for ever, is not opened."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return path.read_bytes()
+
+
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.exists() and (folder / "adapter_model.bin").exists():
@@ -125,7 +141,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             hint="load it once with PEFT and save_pretrained(safe_serialization=True)",
         )
     try:
-        tensors = load_safetensors(path.read_bytes())  # one read: the bytes checked are the bytes used
+        tensors = load_safetensors(_read_bytes(path))  # one read: the bytes checked are the bytes used
     except OSError as error:
         raise AdapterFileError(
             "cannot read an adapter's file", where=str(path), got=error.strerror or str(error)
@@ -135,15 +151,15 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not tensors:
         raise AdapterFileError("the file holds no tensors", where=str(path))
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if tensor.dtype not in DTYPES or not torch.isfinite(tensor).all():
             raise AdapterFileError(
                 "a tensor that is not made of finite numbers", where=f"{path}: {name}", got=str(tensor.dtype)
             )
     return tensors
 
 
-def _understood(stored: Mapping[str, Tensor], spec: TargetedMethod, folder: Path) -> Tensors:
-    """Sort the file's tensors by module and slot; refuse what is foreign, incomplete or of another rank."""
+def _sorted_out(stored: Mapping[str, Tensor], folder: Path) -> Tensors:
+    """The file's tensors by module and slot; refuses what is of another method or outside the model."""
     tensors: dict[str, dict[str, Tensor]] = {}
     where = str(folder / WEIGHTS)
     for key, tensor in stored.items():
@@ -151,11 +167,15 @@ def _understood(stored: Mapping[str, Tensor], spec: TargetedMethod, folder: Path
             if mark in key:
                 raise UnsupportedError("this PEFT feature is not covered", where=f"{where}: {key}", got=feature)
         if not key.startswith(_PREFIX):
-            raise AdapterFileError(
-                "a tensor outside the model", where=f"{where}: {key}", expected=f"names that begin with {_PREFIX!r}"
-            )
+            expected = f"names that begin with {_PREFIX!r}"
+            raise AdapterFileError("a tensor outside the model", where=f"{where}: {key}", expected=expected)
         path, slot = _split(key.removeprefix(_PREFIX))
         tensors.setdefault(path, {})[slot] = tensor
+    return tensors
+
+
+def _check_accounted(tensors: Tensors, spec: TargetedMethod, where: str) -> None:
+    """Every module's tensors are what the spec says they are, and complete."""
     factored = [path for path, slots in tensors.items() if {"lora_A", "lora_B"} & set(slots)]
     for path, slots in tensors.items():
         if path in factored:
@@ -163,8 +183,7 @@ def _understood(stored: Mapping[str, Tensor], spec: TargetedMethod, folder: Path
         elif not _named_whole(path, slots, spec):
             _refuse_whole(path, slots, factored, where)
     if not factored:
-        raise AdapterFileError("the file holds no LoRA factors", where=where, got=", ".join([*stored][:4]))
-    return tensors
+        raise AdapterFileError("the file holds no LoRA factors", where=where, got=", ".join([*tensors][:4]))
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -195,8 +214,7 @@ def _check_factors(path: str, slots: Mapping[str, Tensor], spec: TargetedMethod,
 
 
 def _named_whole(path: str, slots: Mapping[str, Tensor], spec: TargetedMethod) -> bool:
-    saved = any(re.match(rf"(^|.*\.){re.escape(entry)}($|\..*)", path) for entry in spec.modules_to_save)
-    return saved or (getattr(spec, "bias", "none") == "all" and set(slots) == {"bias"})
+    return is_saved(path, spec) or (getattr(spec, "bias", "none") == "all" and set(slots) == {"bias"})
 
 
 def _refuse_whole(path: str, slots: Mapping[str, Tensor], factored: list[str], where: str) -> NoReturn:
@@ -223,7 +241,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> Path:
 
     targets = _targets(adapter)
     description = {
-        "format": 1,
+        "format": FORMAT,
         "gossamer": __version__,
         "digest": adapter.digest,
         "spec": spec.to_dict(),
@@ -237,19 +255,34 @@ def write_adapter(adapter: Adapter, folder: Path) -> Path:
     }
     with new_folder(folder, replace=True) as fresh:
         for entry in folder.iterdir() if folder.exists() else ():
-            if entry.is_file() and entry.name not in (CONFIG, WEIGHTS, OURS):
-                shutil.copy2(entry, fresh / entry.name)
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.copytree(entry, fresh / entry.name, symlinks=True)
+            elif entry.name not in (CONFIG, WEIGHTS, OURS):
+                shutil.copy2(entry, fresh / entry.name, follow_symlinks=False)
         write_bytes(
             fresh / WEIGHTS,
-            save_safetensors({name: tensor.contiguous() for name, tensor in named.items()}, {"format": "pt"}),
+            save_safetensors(
+                {name: tensor.detach().clone().contiguous() for name, tensor in named.items()}, {"format": "pt"}
+            ),
         )
-        write_json(fresh / CONFIG, dict(sorted(config_from_spec(spec, targets, adapter.foreign, str(folder)).items())))
+        write_json(fresh / CONFIG, dict(sorted(_config(adapter, str(folder)).items())))
         write_json(fresh / OURS, description)
     return folder
 
 
+def _config(adapter: Adapter, where: str) -> dict[str, Any]:
+    spec = adapter.spec
+    assert isinstance(spec, TargetedMethod)
+    return config_from_spec(spec, _targets(adapter), whole_paths(adapter.tensors), adapter.foreign, where)
+
+
 def _targets(adapter: Adapter) -> list[str]:
     return [path for path, slots in adapter.tensors.items() if "lora_A" in slots]
+
+
+def whole_paths(tensors: Tensors) -> list[str]:
+    """The modules whose own parameters were trained, rather than factors beside them."""
+    return [path for path, slots in tensors.items() if not {"lora_A", "lora_B"} & set(slots)]
 
 
 def _peft_name(path: str, slot: str, targeted: bool) -> str:

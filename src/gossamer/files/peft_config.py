@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gossamer.errors import AdapterFileError, SpecError, UnsupportedError, nearest
 from gossamer.methods import LoRA, TargetedMethod
+from gossamer.methods.base import exactly
 
 MODELLED = {
     "peft_type": "LORA",
@@ -65,8 +67,12 @@ REFUSED = {
 KNOWN = MODELLED | DESCRIPTIVE | REFUSED
 
 
-def spec_from_config(config: Mapping[str, Any], where: str) -> TargetedMethod:
+def spec_from_config(config: Mapping[str, Any], where: str, whole: Collection[str] = ()) -> TargetedMethod:
     """The spec that a PEFT config describes.
+
+    Args:
+        whole: the modules that the file holds whole parameters of; they say what PEFT's looser rule for
+            `modules_to_save` (any name with that ending) has taken.
 
     Raises:
         UnsupportedError: a method or feature that is not covered, by name.
@@ -86,7 +92,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> TargetedMethod:
         "layers_to_transform": config.get("layers_to_transform"),
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
-        "modules_to_save": config.get("modules_to_save") or (),
+        "modules_to_save": _saved(config.get("modules_to_save") or (), whole),
         "dropout": config.get("lora_dropout", 0.0),
         "bias": config.get("bias", "none"),
         "scaling": _scaling(config.get("use_rslora", False), where),
@@ -116,6 +122,20 @@ def _check_keys(config: Mapping[str, Any], where: str) -> None:
         warnings.warn(f"{where}: keys kept but not understood: {', '.join(sorted(unknown))}", stacklevel=2)
 
 
+def _saved(entries: Any, whole: Collection[str]) -> Any:
+    """`modules_to_save` in our sense: suffixes after a dot.
+
+    PEFT adds both "classifier" and "score" to a classifier's list, of which a model has one; and its "norm" takes
+    every `input_layernorm` too.
+    """
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        return entries  # the spec says what is wrong with it
+    names = {part for path in whole for part in path.split(".")}
+    kept = [entry for entry in entries if entry not in ("classifier", "score") or entry in names]
+    loose = sorted({name for entry in kept for name in names if name.endswith(entry) and name not in kept})
+    return [*kept, *loose]
+
+
 def _scaling(use_rslora: Any, where: str) -> str:
     if not isinstance(use_rslora, bool):
         raise AdapterFileError("not a boolean", where=where, got=f"use_rslora={use_rslora!r}", expected="true or false")
@@ -136,33 +156,34 @@ def _start(init: Any, where: str) -> str:
 
 
 def config_from_spec(
-    spec: TargetedMethod, targets: Sequence[str], foreign: Mapping[str, Any], where: str = ""
+    spec: TargetedMethod, targets: Sequence[str], whole: Sequence[str], foreign: Mapping[str, Any], where: str = ""
 ) -> dict[str, Any]:
     """The PEFT config of an adapter; the one it was read from, unchanged, where that still says the same.
 
     Args:
         targets: the paths that carry factors; written out where PEFT would resolve the spec's own pattern differently.
+        whole: the paths whose own parameters were trained.
         foreign: the config (or part of one) that came with the adapter.
     """
     assert isinstance(spec, LoRA)
     if all(key in foreign for key in ("peft_type", "r", "lora_alpha")):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if spec_from_config(foreign, where) == spec:
+            if spec_from_config(foreign, where, whole) == spec:
                 return dict(foreign)
     pattern = spec.target_modules
-    resolved = pattern == "all-linear" or (isinstance(pattern, str) and spec.layers_to_transform is not None)
     layers = spec.layers_to_transform
+    resolved = pattern == "all-linear" or (layers is not None and (isinstance(pattern, str) or not _numbered(targets)))
     modelled = {
         "peft_type": "LORA",
         "r": spec.r,
         "lora_alpha": _plain(spec.alpha),
-        "target_modules": sorted(targets) if resolved else _listed(pattern),
+        "target_modules": _listed(exactly(targets) if resolved else pattern),
         "exclude_modules": None if resolved else _listed(spec.exclude_modules) or None,
         "layers_to_transform": None if resolved else _listed(layers),
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": {key: _plain(value) for key, value in spec.alpha_pattern.items()},
-        "modules_to_save": list(spec.modules_to_save) or None,
+        "modules_to_save": _roots([path for path in whole if is_saved(path, spec)]) or None,
         "lora_dropout": spec.dropout,
         "bias": spec.bias,
         "use_rslora": spec.scaling == "rslora",
@@ -170,6 +191,21 @@ def config_from_spec(
     }
     defaults = {key: value for key, value in KNOWN.items() if key != "peft_version"}
     return defaults | dict(foreign) | modelled
+
+
+def is_saved(path: str, spec: TargetedMethod) -> bool:
+    """Whether `modules_to_save` names the module, or one that it is a part of."""
+    return any(re.match(rf"(^|.*\.){re.escape(entry)}($|\..*)", path) for entry in spec.modules_to_save)
+
+
+def _roots(paths: list[str]) -> list[str]:
+    """The paths that are not below another one; whole, so that PEFT's looser rule takes nothing else."""
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+
+
+def _numbered(targets: Sequence[str]) -> bool:
+    """Whether PEFT finds the layer's number in every path; it wants two names before it."""
+    return all(re.match(r".*?\.[^.]*\.\d+\.", path) for path in targets)
 
 
 def _listed(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -118,13 +118,19 @@ def bias_shift(trained: Tensor, base: Base) -> Tensor:
 
 def _compiles(pattern: str) -> str:
     try:
-        re.compile(pattern)
+        re.compile(rf"(.*\.)?({pattern})$")  # as rank patterns use it, where global flags may not stand
     except re.error as error:
         raise ValueError(f"not a valid regular expression: {error}") from None
     return pattern
 
 
 Regex = Annotated[StrictStr, AfterValidator(_compiles)]
+
+
+def exactly(paths: Iterable[str]) -> tuple[str, ...] | str:
+    """`target_modules` that name these paths and no others: a list, unless a path could be the end of another one."""
+    paths = sorted(paths)
+    return tuple(paths) if all("." in path for path in paths) else "|".join(map(re.escape, paths))
 
 
 class TargetedMethod(adapter.Method):

@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.adapter import Method, Tensors
-from gossamer.errors import AdapterFileError, UnsupportedError
+from gossamer.errors import AdapterFileError, StateError, UnsupportedError
 from gossamer.kernels import reference
-from gossamer.methods.base import Base, Layer, Regex, Shape, TargetedMethod, bias_shift
+from gossamer.methods.base import Base, Layer, Regex, Shape, TargetedMethod, bias_shift, exactly
 from gossamer.spec import StrictFloat, StrictInt
 
 Rank = Annotated[StrictInt, Field(ge=1, le=65536)]
@@ -114,6 +114,9 @@ class LoRA(TargetedMethod):
         total: dict[str, dict[str, Tensor]] = {}
         for path in sorted({*tensors, *other_tensors}):
             parts = [(spec, part[path]) for spec, part in ((self, tensors), (other, other_tensors)) if path in part]
+            shapes = {(slots["lora_B"].shape[0], slots["lora_A"].shape[1]) for _, slots in parts}
+            if len(shapes) > 1:
+                raise StateError("weights of different shapes have no sum", where=path, got=str(sorted(shapes)))
             total[path] = {
                 "lora_A": torch.cat([_wide(slots["lora_A"]) for _, slots in parts]),
                 "lora_B": torch.cat([_wide(slots["lora_B"]) * spec.scaling_at(path) for spec, slots in parts], dim=1),
@@ -175,4 +178,4 @@ def _unit_scaled(tensors: Tensors) -> LoRA:
     common = max(ranks.values(), key=list(ranks.values()).count, default=1)
     others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
     alphas = {pattern: float(rank) for pattern, rank in others.items()}
-    return LoRA(r=common, alpha=float(common), target_modules=tuple(ranks), rank_pattern=others, alpha_pattern=alphas)
+    return LoRA(r=common, alpha=float(common), target_modules=exactly(ranks), rank_pattern=others, alpha_pattern=alphas)
