@@ -1,7 +1,7 @@
 """Numbers to pictures: inline SVG text with nothing around it.
 
 Every function is pure: numbers in, text out. The pictures take their ink from `currentColor` and their few hues from
-CSS variables (`--series-1` ... `--series-6`, `--accent`, `--paper`) with fallbacks, so that one drawing serves a light
+CSS variables (`--series-1` ... `--series-6`, and `--heat` for shaded cells under text) with fallbacks, so that one drawing serves a light
 page, a dark page and a file of its own. Each carries a `<title>` and a `<desc>`; `figure` puts the same numbers
 beside it as a table, for those who do not see pictures. Coordinates are in user units; a chart is `WIDTH` wide and
 scales with its page.
@@ -15,7 +15,7 @@ from html import escape
 from statistics import median
 
 WIDTH = 640
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 96, 34, 40  # room for tick labels, end labels, the title and the axis label
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 84, 34, 40  # room for tick labels, end labels, the title and the axis label
 _HUES = ("#2f6f8f", "#b4632a", "#5f8a3a", "#8a5a94", "#a8862a", "#5b6b7a")
 
 Points = Sequence[tuple[float, float]]
@@ -34,13 +34,13 @@ def line_chart(
         faint: names drawn thin and unlabelled, as the raw data behind a smoothed line.
     """
     points = [point for line in series.values() for point in line if all(map(math.isfinite, point))]
-    height = 280
+    height, top = 290, _TOP + (16 if y_label else 0)
     if not points:
         return _svg(
             height, title, "No finite point to draw.", [_text(WIDTH / 2, height / 2, "no data", anchor="middle")]
         )
     x_axis = _Axis([x for x, _ in points], _LEFT, WIDTH - _RIGHT, tight=True)
-    y_axis = _Axis([y for _, y in points], height - _BOTTOM, _TOP)
+    y_axis = _Axis([y for _, y in points], height - _BOTTOM, top)
     body = _grid(x_axis, y_axis, x_label, y_label)
     ends: list[tuple[float, str, str]] = []
     for index, (name, line) in enumerate(series.items()):
@@ -146,7 +146,7 @@ def small_multiples(
     for index, (name, curves) in enumerate(panels.items()):
         x0, y0 = 36 + index % across * cell_width, top + index // across * cell_height
         x_axis = _Axis([1, max(2, longest)], x0 + 4, x0 + cell_width - 18, tight=True)
-        y_axis = _Axis([0, *values], y0 + cell_height - 32, y0 + 10)
+        y_axis = _Axis([0, *values], y0 + cell_height - 32, y0 + 10, tight=True)
         body += _panel(name, curves, x_axis, y_axis, label_y=index % across == 0)
     rows = math.ceil(len(panels) / across)
     height = top + rows * cell_height + 14
@@ -224,7 +224,7 @@ def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> list[str]
         body.append(_rule(x_axis(tick), y_axis.start, x_axis(tick), y_axis.start + 4, opacity=0.4))
         body.append(_text(x_axis(tick), y_axis.start + 17, number(tick), anchor="middle", quiet=True))
     body.append(_text((x_axis.start + x_axis.end) / 2, y_axis.start + 34, x_label, anchor="middle", quiet=True))
-    body.append(_text(x_axis.start - 8, y_axis.end - 12, y_label, quiet=True, anchor="start") if y_label else "")
+    body.append(_text(x_axis.start, y_axis.end - 10, y_label, quiet=True))
     return body
 
 
@@ -271,13 +271,12 @@ def _path(points: Sequence[tuple[float, float] | None], hue: str, *, width: floa
 
 
 def _cell(x: float, y: float, size: float, value: float, share: float, outlined: bool) -> str:
-    """One cell of a heat map; dark cells carry paper-coloured figures."""
+    """One cell of a heat map; `--heat` is chosen so that the page's ink stays readable on its full shade."""
     share = share if math.isfinite(share) else 0
-    fill = f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{size - 2:.1f}" height="32" rx="2"'
-    ring = ' stroke="currentColor" stroke-opacity="0.55" stroke-width="1"' if outlined else ""
-    shade = f'{fill} fill="{_hue(0)}" fill-opacity="{0.04 + 0.9 * share:.2f}"{ring}/>'
-    ink = "var(--paper, #fff)" if share > 0.5 else "currentColor"
-    return shade + _text(x + size / 2, y + 21, number(value), anchor="middle", fill=ink, quiet=not value)
+    box = f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{size - 2:.1f}" height="32" rx="2"'
+    ring = ' stroke="currentColor" stroke-opacity="0.6" stroke-width="1"' if outlined else ""
+    shade = f'{box} fill="var(--heat, #7fb3cc)" fill-opacity="{0.06 + 0.94 * share:.2f}"{ring}/>'
+    return shade + _text(x + size / 2, y + 21, number(value), anchor="middle", quiet=not value)
 
 
 def _apart(labels: list[tuple[float, str, str]], gap: float) -> list[tuple[float, str, str]]:
@@ -309,7 +308,7 @@ def _svg(height: float, title: str, description: str, body: Sequence[str], *, wi
     head = _text(0, 14, title, weight=600, extra='style="font-size:13.5px"') if title else ""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img" width="100%" '
-        f'style="max-width:{width:.0f}px;font:12px system-ui,sans-serif;font-variant-numeric:tabular-nums">'
+        f'style="max-width:{width * 1.15:.0f}px;font:12px system-ui,sans-serif;font-variant-numeric:tabular-nums">'
         f"<title>{escape(title)}</title><desc>{escape(description)}</desc>{head}{''.join(body)}</svg>"
     )
 

@@ -17,6 +17,7 @@ FLOORS = (
     {"files", "models"},
     {"training", "merging", "serving", "analysis", "studies"},
     {"cli"},
+    {"__main__"},
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ class Tower(nn.Module):
     def __init__(self, widths: list[int], biased: list[bool], conv: list[bool], depth: int) -> None:
         super().__init__()
         blocks = []
-        for (inner, outer), bias, turned in zip(zip(widths, widths[1:], strict=False), biased, conv, strict=False):
+        for (inner, outer), bias, turned in zip(pairwise(widths), biased, conv, strict=False):
             module: nn.Module = Conv1D(outer, inner) if turned else nn.Linear(inner, outer, bias=bias)
             for _ in range(depth):
                 module = nn.ModuleDict({"inner": module})

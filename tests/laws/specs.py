@@ -26,6 +26,6 @@ ADDABLE: dict[str, st.SearchStrategy[TargetedMethod]] = {
         alpha=st.floats(0.5, 32, width=16),
         scaling=st.sampled_from(["standard", "rslora"]),
         rank_pattern=st.sampled_from([{}, {r"layers\.0.*": 3}]),
-    )  # fmt: skip
+    )
 }
 """Those whose adapters have sums."""

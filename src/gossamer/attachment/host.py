@@ -16,6 +16,7 @@ from gossamer.attachment.match import Selection, select
 from gossamer.attachment.site import Active, Site, shape_of
 from gossamer.errors import AdapterFileError, StateError, nearest
 from gossamer.methods import BiasShift, Layer, Replacement, Shape, TargetedMethod
+from gossamer.methods.base import wide
 
 _ATTRIBUTE = "_gossamer_host"
 
@@ -149,9 +150,9 @@ def new_layers(model: nn.Module, spec: TargetedMethod, selection: Selection, see
         layers[path] = spec.layer(shape_of(path, modules[path]), generator)
     for path in selection.saved:
         parameters = modules[path].named_parameters(recurse=False)
-        layers[path] = Replacement({name: value.detach().float() for name, value in parameters})
+        layers[path] = Replacement({name: wide(value.detach()) for name, value in parameters})
     for path in selection.biased:
-        layers[path] = BiasShift(shape_of(path, modules[path]).parameters["bias"].detach().float())
+        layers[path] = BiasShift(wide(shape_of(path, modules[path]).parameters["bias"].detach()))
     return layers
 
 

@@ -108,6 +108,8 @@ class Site:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward while adapters are attached: the active layers around the frozen call."""
         active = self.host.active
+        if not args and len(kwargs) == 1:  # `linear(input=x)`
+            args, kwargs = (*kwargs.values(),), {}
         if isinstance(active, list):
             return self._run_rows(active, args, kwargs)
         return self._stacked(active)(*args, **kwargs)
@@ -125,6 +127,8 @@ class Site:
 
     def _run_rows(self, rows: Sequence[Active], args: tuple, kwargs: dict) -> Any:
         """One adapter (or none) for every row of the batch: the plain way, one call for each distinct entry."""
+        if not args:
+            raise StateError("one adapter a row needs the batch as the module's first argument", where=self.path)
         x, *rest = args
         if x.shape[0] != len(rows):
             raise StateError(

@@ -79,7 +79,7 @@ class Layer(nn.Module):
 class Replacement(Layer):
     """Trained copies of a module's own parameters (`modules_to_save`): the module runs with them instead.
 
-    Copies are float32 masters and are cast to the module's dtype when it runs.
+    Copies are at least float32 and are cast to the module's dtype when it runs.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
@@ -107,6 +107,11 @@ class BiasShift(Layer):
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"bias": current["bias"] + (self.bias.detach() - frozen["bias"])}
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: what is trained and what deltas are computed in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def bias_shift(trained: Tensor, base: Base) -> Tensor:

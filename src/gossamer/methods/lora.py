@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gossamer.adapter import Method, Tensors
 from gossamer.errors import AdapterFileError, StateError, UnsupportedError
 from gossamer.kernels import reference
-from gossamer.methods.base import Base, Layer, Regex, Shape, TargetedMethod, bias_shift, exactly
+from gossamer.methods.base import Base, Layer, Regex, Shape, TargetedMethod, bias_shift, exactly, wide
 from gossamer.spec import StrictFloat, StrictInt
 
 Rank = Annotated[StrictInt, Field(ge=1, le=65536)]
@@ -66,7 +66,7 @@ class LoRA(TargetedMethod):
             factor.uniform_(-bound, bound, generator=generator)
         slots = {"lora_A": factor, "lora_B": torch.zeros(shape.out_features, rank)}
         if self.bias != "none" and "bias" in shape.parameters:
-            slots["bias"] = shape.parameters["bias"].float()
+            slots["bias"] = wide(shape.parameters["bias"])
         return self._layer(shape, slots)
 
     def restored(self, shape: Shape, slots: Mapping[str, Tensor]) -> LoRALayer:
@@ -102,7 +102,7 @@ class LoRA(TargetedMethod):
     def scaled(self, tensors: Tensors, weight: float) -> tuple[Method, Tensors]:
         _only_factors(tensors)
         return self, {
-            path: {"lora_A": slots["lora_A"], "lora_B": _wide(slots["lora_B"]) * weight}
+            path: {"lora_A": slots["lora_A"], "lora_B": wide(slots["lora_B"]) * weight}
             for path, slots in tensors.items()
         }
 
@@ -118,8 +118,8 @@ class LoRA(TargetedMethod):
             if len(shapes) > 1:
                 raise StateError("weights of different shapes have no sum", where=path, got=str(sorted(shapes)))
             total[path] = {
-                "lora_A": torch.cat([_wide(slots["lora_A"]) for _, slots in parts]),
-                "lora_B": torch.cat([_wide(slots["lora_B"]) * spec.scaling_at(path) for spec, slots in parts], dim=1),
+                "lora_A": torch.cat([wide(slots["lora_A"]) for _, slots in parts]),
+                "lora_B": torch.cat([wide(slots["lora_B"]) * spec.scaling_at(path) for spec, slots in parts], dim=1),
             }
         return _unit_scaled(total), total
 
@@ -144,7 +144,7 @@ class LoRALayer(Layer):
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         delta = reference.lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
-        folded = {"weight": _wide(current["weight"]) + delta}
+        folded = {"weight": wide(current["weight"]) + delta}
         if self.bias is not None:
             folded["bias"] = current["bias"] + (self.bias.detach() - frozen["bias"])
         return folded
@@ -157,10 +157,6 @@ def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 def matches_end(pattern: str, path: str) -> bool:
     """Whether a rank or alpha pattern names `path`: it must cover the path, or its end after a dot (PEFT's rule)."""
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _only_factors(tensors: Tensors) -> None:

@@ -115,7 +115,7 @@ def _key_figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         and (after := (report.get("eval_after") or {}).get(metric)) is not None
     ][:1]
     if trainable and total:
-        figures.append(("trainable", f"{trainable / total:.2%} of {drawing.number(total)}"))
+        figures.append((f"trainable of {total / 1e6:.1f} M", f"{trainable / total:.2%}"))
     if report.get("adapter_bytes"):
         figures.append(("adapter", _bytes(report["adapter_bytes"])))
     if report.get("seconds"):
@@ -157,7 +157,8 @@ def _metric(name: str, value: Any) -> str:
 def _change(name: str, before: Any, after: Any) -> str:
     if not (_is_number(before) and _is_number(after)) or name in ("tokens", "rows", "seconds"):
         return ""
-    return f"{(after - before) * 100:+.1f} points" if name.endswith("accuracy") else f"{after - before:+.4g}"
+    change = f"{(after - before) * 100:+.1f} points" if name.endswith("accuracy") else f"{after - before:+.4g}"
+    return change.replace("-", "\u2212", 1)
 
 
 def _loss(metrics: Sequence[Mapping[str, Any]]) -> str:
