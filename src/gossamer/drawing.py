@@ -1,10 +1,10 @@
 """Numbers to pictures: inline SVG text with nothing around it.
 
 Every function is pure: numbers in, text out. The pictures take their ink from `currentColor` and their few hues from
-CSS variables (`--series-1` ... `--series-6`, and `--heat` for shaded cells under text) with fallbacks, so that one drawing serves a light
-page, a dark page and a file of its own. Each carries a `<title>` and a `<desc>`; `figure` puts the same numbers
-beside it as a table, for those who do not see pictures. Coordinates are in user units; a chart is `WIDTH` wide and
-scales with its page.
+CSS variables (`--series-1` ... `--series-6`, and `--heat` for shades that text stands on) with fallbacks, so that one
+drawing serves a light page, a dark page and a file of its own. Each carries a `<title>` and a `<desc>`; `figure` puts
+the same numbers beside it as a table, for those who do not see pictures. Coordinates are in user units; a chart is
+`WIDTH` wide and scales with its page.
 """
 
 from __future__ import annotations

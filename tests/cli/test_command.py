@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
+import torch
 
 from gossamer import cli, errors
 from gossamer.cli import main
 from gossamer.cli.doctor import examined
 from gossamer.cli.fetch import shown
-from gossamer.cli.shared import columns
+from gossamer.cli.shared import columns, wants_colour
 from gossamer.models import catalog
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GossamerError)]
@@ -50,6 +55,8 @@ def test_each_error_has_its_exit_code_and_no_traceback(
     [
         (KeyboardInterrupt(), 130),
         (MemoryError(), 4),
+        (torch.OutOfMemoryError("CUDA out of memory"), 4),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 4),
         (OSError(errno.ENOSPC, "No space left on device"), 5),
         (OSError(errno.EACCES, "Permission denied"), 1),
         (ZeroDivisionError("oh"), 1),
@@ -77,6 +84,33 @@ def test_our_own_faults_show_where_when_asked(monkeypatch: pytest.MonkeyPatch):
 )  # fmt: skip
 def test_wrong_usage_is_2(words: list[str]):
     assert main(words) == 2
+
+
+def test_wrong_usage_is_json_too(capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", "--json"]) == 2
+    told = capsys.readouterr()
+    assert json.loads(told.out)["error"] == {"code": "usage", "what": "Missing option '--base'."}
+    assert told.err == ""
+
+
+def test_a_reader_that_leaves_is_no_fault(tmp_path: Path):
+    script = "import sys; from gossamer.cli import main; code = main(['fetch', '--list']); sys.exit(code)"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with subprocess.Popen([sys.executable, "-u", "-c", script], stdout=writing, stderr=subprocess.PIPE) as process:
+        os.close(writing)
+        assert process.stderr
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_colour_only_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch):
+    terminal, file = SimpleNamespace(isatty=lambda: True), SimpleNamespace(isatty=lambda: False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert wants_colour(terminal)  # pyright: ignore[reportArgumentType]
+    assert not wants_colour(file)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not wants_colour(terminal)  # pyright: ignore[reportArgumentType]
 
 
 def test_every_verb_has_its_file_and_help(capsys: pytest.CaptureFixture[str]):

@@ -21,6 +21,7 @@ REPORT = {
     "eval_before": {"accuracy": 0.25, "loss": 2.0, "labels": [" a", " b"], "confusion": [[1, 3], [2, 0]]},
     "eval_after": {"accuracy": 0.75, "loss": 0.5, "labels": [" a", " b"], "confusion": [[3, 1], [0, 2]]},
     "examples": [{"prompt": "<b>bold</b>", "expected": " a", "before": " b", "after": " a"}],
+    "baseline": {"name": "word <counts>", "accuracy": 0.5},
     "latency": {"base": 10.0, "unmerged": 14.0, "merged": 10.1},
     "peak_memory_bytes": 2**30,
     "tokens_per_second": 123.0,
@@ -59,9 +60,39 @@ def test_it_shows_the_run(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "config.yaml").write_text("base: toy<base>\n")
     shown = page(tmp_path, REPORT)
-    for part in ("toy<base>", "<b>bold</b>", "75.0%", "1.00%", "q_proj", "f" * 64):
+    for part in (
+        "toy<base>",
+        "<b>bold</b>",
+        "75.0%",
+        "accuracy of word <counts>",
+        "50.0%",
+        "1.00%",
+        "q_proj",
+        "f" * 64,
+    ):
         assert part in shown.text, part
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
+
+
+def test_text_on_shades_is_readable_in_light_and_in_dark(tmp_path: Path):
+    shown = page(tmp_path, REPORT).text
+    light, dark = shown.split("prefers-color-scheme: dark")
+    for scheme in (light, dark):
+        colour = dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", scheme))
+        for ground in ("paper", "heat"):
+            assert contrast(colour["ink"], colour[ground]) >= 4.5, (ground, colour[ground])
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2 contrast ratio of two #rrggbb colours."""
+
+    def luminance(text: str) -> float:
+        channels = [int(text[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+        return sum(share * value for share, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def test_it_opens_offline(tmp_path: Path):

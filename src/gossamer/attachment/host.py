@@ -15,7 +15,7 @@ from gossamer.attachment import walk
 from gossamer.attachment.match import Selection, select
 from gossamer.attachment.site import Active, Site, shape_of
 from gossamer.errors import AdapterFileError, StateError, nearest
-from gossamer.methods import BiasShift, Layer, Replacement, Shape, TargetedMethod
+from gossamer.methods import Layer, Replacement, Shape, TargetedMethod
 from gossamer.methods.base import wide
 
 _ATTRIBUTE = "_gossamer_host"
@@ -148,11 +148,9 @@ def new_layers(model: nn.Module, spec: TargetedMethod, selection: Selection, see
             int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8]) >> 1
         )
         layers[path] = spec.layer(shape_of(path, modules[path]), generator)
-    for path in selection.saved:
-        parameters = modules[path].named_parameters(recurse=False)
-        layers[path] = Replacement({name: wide(value.detach()) for name, value in parameters})
-    for path in selection.biased:
-        layers[path] = BiasShift(wide(shape_of(path, modules[path]).parameters["bias"].detach()))
+    for path in (*selection.saved, *selection.biased):
+        names = _whole_names(path, selection, modules[path])
+        layers[path] = Replacement({name: wide(getattr(modules[path], name).detach()) for name in names})
     return layers
 
 
@@ -169,12 +167,16 @@ def stored_layers(model: nn.Module, adapter: Adapter) -> tuple[Selection, dict[s
         if path in selection.targets:
             layers[path] = spec.restored(shape, slots)
             continue
-        names = {"bias"} if path in selection.biased else set(shape.parameters)
+        names = _whole_names(path, selection, modules[path])
         _same_shapes(path, shape, slots, names)
         device = next(iter(shape.parameters.values())).device
-        whole = {name: slots[name].to(device) for name in names}
-        layers[path] = BiasShift(whole["bias"]) if path in selection.biased else Replacement(whole)
+        layers[path] = Replacement({name: slots[name].to(device) for name in names})
     return selection, layers
+
+
+def _whole_names(path: str, selection: Selection, module: nn.Module) -> list[str]:
+    """Which of a module's own parameters are trained whole."""
+    return ["bias"] if path in selection.biased else [name for name, _ in module.named_parameters(recurse=False)]
 
 
 def _same_paths(adapter: Adapter, selection: Selection, modules: Mapping[str, nn.Module]) -> None:
@@ -196,7 +198,7 @@ def _same_paths(adapter: Adapter, selection: Selection, modules: Mapping[str, nn
         )
 
 
-def _same_shapes(path: str, shape: Shape, slots: Mapping[str, Tensor], names: set[str]) -> None:
+def _same_shapes(path: str, shape: Shape, slots: Mapping[str, Tensor], names: list[str]) -> None:
     got = {name: tuple(tensor.shape) for name, tensor in slots.items()}
     expected = {name: tuple(shape.parameters[name].shape) for name in sorted(names)}
     if got != expected:

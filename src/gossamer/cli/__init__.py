@@ -17,7 +17,7 @@ import click
 
 from gossamer import __version__
 from gossamer.cli.shared import emit, warn
-from gossamer.errors import DiskError, GossamerError, ResourceError
+from gossamer.errors import DiskError, GossamerError, ResourceError, UsageError
 
 VERBS = ("fetch", "train", "eval", "generate", "merge", "doctor")
 
@@ -54,13 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GossamerError as error:
         return _failed(error, as_json)
     except click.ClickException as error:
-        error.show()
+        if as_json:
+            emit({"error": {"code": UsageError.code, "what": error.format_message()}})
+        else:
+            error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         warn("stopped")
         return 130
-    except MemoryError as error:
-        return _failed(ResourceError("out of memory", got=str(error)), as_json)
+    except BrokenPipeError:  # the reader of our output has left, `gossamer eval ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             return _failed(
@@ -68,7 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return _unexpected(error, as_json)
     except Exception as error:
+        if _out_of_memory(error):
+            return _failed(ResourceError("out of memory", got=str(error).partition("\n")[0]), as_json)
         return _unexpected(error, as_json)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own, or torch's: by name, because torch may not be imported and says it differently by device."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _failed(error: GossamerError, as_json: bool) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -48,7 +49,12 @@ def emit(value: Any) -> None:
 
 def warn(text: str) -> None:
     """Print on stderr, red on a terminal."""
-    click.secho(text, err=True, fg="red" if sys.stderr.isatty() else None)
+    click.secho(text, err=True, fg="red" if wants_colour(sys.stderr) else None)
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether a stream is a terminal whose owner has not asked for none (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def columns(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:

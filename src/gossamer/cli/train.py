@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gossamer.cli.shared import columns, emit, json_option
+from gossamer.cli.shared import columns, emit, json_option, wants_colour
 
 if TYPE_CHECKING:
     from gossamer.training.runs import Rehearsal
@@ -40,7 +39,7 @@ def show_rehearsal(rehearsal: Rehearsal) -> None:
     click.echo(f"{rehearsal.injection}\n")
     click.echo("\n".join(rehearsal.data))
     click.echo(f"{rehearsal.steps:,} steps; {rehearsal.lr}\n")
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = wants_colour(sys.stdout)
     click.echo(f"the first row; supervised text is {'green' if colour else 'between [[ and ]]'}:")
     for text, supervised in rehearsal.preview:
         marked = click.style(text, fg="green", bold=True) if colour else f"[[{text}]]"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gossamer.errors import SpecError, nearest
-from gossamer.methods.base import Base, BiasShift, Layer, Replacement, Shape, TargetedMethod
+from gossamer.methods.base import Base, Layer, Replacement, Shape, TargetedMethod
 from gossamer.methods.lora import LoRA, LoRALayer
 from gossamer.spec import Lines
 
@@ -33,7 +33,6 @@ def method_from_dict(
 __all__ = [
     "METHODS",
     "Base",
-    "BiasShift",
     "Layer",
     "LoRA",
     "LoRALayer",

@@ -77,7 +77,7 @@ class Layer(nn.Module):
 
 
 class Replacement(Layer):
-    """Trained copies of a module's own parameters (`modules_to_save`): the module runs with them instead.
+    """Trained copies of a module's own parameters (`modules_to_save`, biases): the module runs with them instead.
 
     Copies are at least float32 and are cast to the module's dtype when it runs.
     """
@@ -92,21 +92,6 @@ class Replacement(Layer):
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: slot.detach() for name, slot in self.slots().items()}
-
-
-class BiasShift(Layer):
-    """A trained bias beside a frozen one: `y = base(x) + (b' - b)`. The slot holds b' whole, as PEFT's file does."""
-
-    def __init__(self, bias: Tensor) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(bias.detach().clone())
-
-    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        out = base(*args, **kwargs)
-        return out + bias_shift(self.bias, base).to(out.dtype)
-
-    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"bias": current["bias"] + (self.bias.detach() - frozen["bias"])}
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -93,9 +93,10 @@ def _header(name: str, report: Mapping[str, Any]) -> str:
     """The run's name, one sentence on what was done, and the strip of key figures."""
     method = report.get("method", {})
     method = {"name": method} if isinstance(method, str) else method
-    detail = ", ".join(f"{field} {method[field]}" for field in ("r", "alpha") if method.get(field) is not None)
-    kind = str(method.get("name", "adapter")).upper()
-    did = f"{kind}{f' ({detail})' if detail else ''} on {report.get('base', 'a base model')}"
+    detail = ", ".join(
+        f"{field} {drawing.number(method[field])}" for field in ("r", "alpha") if method.get(field) is not None
+    )
+    did = f"{report.get('base', 'a base model')} with {method.get('name', 'an adapter')}" + (detail and f" ({detail})")
     figures = "".join(
         f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in _key_figures(report)
     )
@@ -139,11 +140,9 @@ def _before_after(report: Mapping[str, Any]) -> str:
         ]
         for name in names
     ]
-    baselines = [
-        [f"{metric.replace('_', ' ')} of {name}", "", _metric(metric, value), ""]
-        for name, metrics in (report.get("baselines") or {}).items()
-        for metric, value in (metrics if isinstance(metrics, dict) else {"accuracy": metrics}).items()
-    ]
+    baseline = dict(report.get("baseline") or {})
+    name = baseline.pop("name", "the baseline")
+    baselines = [[f"{metric} of {name}", "", _metric(metric, value), ""] for metric, value in baseline.items()]
     body = drawing.table(("metric", "before", "after", "change"), [*rows, *baselines])
     return _section("Before and after", body, note="Measured on the held-out rows, which training never saw.")
 
@@ -179,7 +178,7 @@ def _loss(metrics: Sequence[Mapping[str, Any]]) -> str:
     )
     chart = drawing.line_chart(series, "Loss", "optimiser step", "nats per token", faint={"each step"})
     shown = _thinned([(step, loss, mean) for (step, loss), (_, mean) in zip(trained, smooth, strict=True)], 60)
-    return _section("Loss", drawing.figure(chart, drawing.table(("step", "loss", "running mean"), shown)))
+    return _section("How it learned", drawing.figure(chart, drawing.table(("step", "loss", "running mean"), shown)))
 
 
 def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -206,7 +205,7 @@ def _confusions(report: Mapping[str, Any]) -> str:
             picture = drawing.heat_map(matrix, labels, labels, title, "true", "predicted")
             rows = [[label, *values] for label, values in zip(labels, matrix, strict=True)]
             pictures.append(drawing.figure(picture, drawing.table(["true ↓ predicted →", *labels], rows)))
-    note = "Rows are the true grades, columns the predicted ones; shade is the share of the row."
+    note = "Rows are the true answers, columns the predicted ones; shade is the share of the row."
     return (
         _section("Which is taken for which", f'<div class="pair">{"".join(pictures)}</div>', note=note)
         if pictures
@@ -241,7 +240,7 @@ def _effective_rank(values: Sequence[float]) -> float:
 
 def _examples(examples: Sequence[Mapping[str, Any]]) -> str:
     fields = ("prompt", "expected", "before", "after")
-    rows = [[str(example.get(field, "")) for field in fields] for example in examples[:_MOST_EXAMPLES]]
+    rows = [[str(example.get(field, "")).strip() for field in fields] for example in examples[:_MOST_EXAMPLES]]
     return _section("In its own words", f'<div class="prose">{drawing.table(fields, rows)}</div>') if rows else ""
 
 
@@ -259,19 +258,15 @@ def _latency(latency: Mapping[str, Any]) -> str:
 
 
 def _config(text: str) -> str:
-    return (
-        _section(
-            "Configuration", f"<pre>{escape(text.strip())}</pre>", note="Resolved: running it again repeats the run."
-        )
-        if text
-        else ""
-    )
+    note = "Resolved: running it again repeats the run."
+    return _section("Configuration", f"<pre>{escape(text.strip())}</pre>", note=note) if text else ""
 
 
 def _identity(report: Mapping[str, Any]) -> str:
     fingerprint = report.get("base_fingerprint") or {}
     fingerprint = fingerprint.items() if isinstance(fingerprint, dict) else [("fingerprint", fingerprint)]
-    rows = [("adapter sha256", report.get("adapter_sha256")), *((f"base {name}", value) for name, value in fingerprint)]
+    own = [(f"adapter {name}", report.get(f"adapter_{name}")) for name in ("sha256", "digest")]
+    rows = [*own, *((f"base {name}", value) for name, value in fingerprint)]
     body = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in rows if value)
     return f'<footer><dl class="identity">{body}</dl></footer>' if body else ""
 
@@ -281,21 +276,16 @@ def _is_number(value: Any) -> bool:
 
 
 def _bytes(count: float) -> str:
-    return (
-        f"{count / 1e9:.2f} GB"
-        if count >= 1e9
-        else f"{count / 1e6:.1f} MB"
-        if count >= 1e5
-        else f"{count / 1e3:.1f} kB"
-    )
+    """In the largest decimal unit that leaves a figure before the point."""
+    for size, unit, digits in ((1e9, "GB", 2), (1e6, "MB", 1), (1e3, "kB", 1)):
+        if count >= size:
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count:.0f} bytes"
 
 
 def _duration(seconds: float) -> str:
+    """As a person says it: hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{seconds:.1f} s"
-    )
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
