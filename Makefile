@@ -30,7 +30,7 @@ help: ## what each word does
 
 demo: $(VENV)/.demo ## fetch a real 135M model and data, fine-tune, merge, report: minutes, on two cores
 	$(BIN)/gossamer fetch smollm2-135m reviews
-	OMP_WAIT_POLICY=passive $(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev ## the tests that need neither the real model nor a GPU
 	$(PYTEST) $(PARALLEL) -m "not slow and not gpu"

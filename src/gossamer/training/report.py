@@ -91,8 +91,7 @@ def _section(title: str, *body: str, note: str = "") -> str:
 
 def _header(name: str, report: Mapping[str, Any]) -> str:
     """The run's name, one sentence on what was done, and the strip of key figures."""
-    method = report.get("method", {})
-    method = {"name": method} if isinstance(method, str) else method
+    method: dict[str, Any] = report.get("method") or {}
     detail = ", ".join(
         f"{field} {drawing.number(method[field])}" for field in ("r", "alpha") if method.get(field) is not None
     )
