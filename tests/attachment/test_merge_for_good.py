@@ -44,3 +44,11 @@ def test_a_model_with_adapters_is_not_written_as_a_plain_one(tmp_path: Path):
     with pytest.raises(StateError, match="adapters are attached"):
         write_model_folder(model, tiny_tokenizer(), tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_an_adapter_named_twice_is_refused():
+    model = tiny("llama")
+    trained(model, gs.LoRA(r=4), "a")
+    for verb in (gs.use, gs.merge):
+        with pytest.raises(StateError, match="named twice"):
+            verb(model, "a", "a")

@@ -57,10 +57,12 @@ class Host:
             )
         return self.adapters[name]
 
-    def refuse_two_replacements(self, names: Active) -> None:
-        """Raise `StateError` for unknown names, and for adapters that would each put their own parameters in place."""
+    def check_together(self, names: Active) -> None:
+        """Raise `StateError` for unknown names, one named twice, and two that would replace the same parameters."""
         for name in names:
             self.known(name)
+        if len(set(names)) < len(names):
+            raise StateError("an adapter is named twice", got=", ".join(names), hint="2 * adapter doubles one")
         for path, site in self.sites.items() if len(names) > 1 else ():
             if sum(isinstance(layer, Replacement) for layer in site.standing(names)) > 1:
                 raise StateError("two adapters replace the same module", where=path, got=", ".join(names))

@@ -57,7 +57,7 @@ def _chosen(host: Host, names: tuple[str, ...]) -> Active:
     if not names and isinstance(host.active, list):
         raise StateError("rows use different adapters, so there is no one merge", hint="name the adapters to merge")
     chosen = names or tuple(host.active)
-    host.refuse_two_replacements(chosen)  # pyright: ignore[reportArgumentType]
+    host.check_together(chosen)  # pyright: ignore[reportArgumentType]
     if not chosen:
         raise StateError("no adapter is active, so there is nothing to merge", hint="name the adapters to merge")
     return chosen  # pyright: ignore[reportReturnType]

@@ -143,7 +143,7 @@ def _checked(host: Host, names: Sequence[Any]) -> Active:
             raise UsageError(
                 "an adapter is called by its name", got=repr(name), expected="a name, None, or one list of them"
             )
-    host.refuse_two_replacements(chosen)
+    host.check_together(chosen)
     return chosen
 
 
