@@ -25,7 +25,7 @@ Active = tuple[str, ...]
 
 
 def kind_of(module: nn.Module) -> str:
-    """ "linear", "conv1d" (GPT-2's, weight stored (in, out)), or "" for a module that cannot be adapted."""
+    """What can be adapted: "linear", "conv1d" (GPT-2's, its weight stored as (in, out)), or "" for neither."""
     weight = module._parameters.get("weight")
     if weight is None or nn.parameter.is_lazy(weight):
         return ""  # computed by a parametrisation, or not made yet

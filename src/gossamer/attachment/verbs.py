@@ -13,6 +13,7 @@ from gossamer.adapter import Adapter
 from gossamer.attachment import walk
 from gossamer.attachment.host import Attached, Host, find_host, make_host, new_layers, require_host, stored_layers
 from gossamer.attachment.match import select
+from gossamer.attachment.merge import unmerge
 from gossamer.attachment.report import InjectionReport, SiteRow
 from gossamer.attachment.site import Active, kind_of
 from gossamer.errors import BaseMismatchError, StateError, UsageError
@@ -197,7 +198,5 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         host.known(name)
         host.refuse_while_merged("detach one adapter")
     elif host.stash is not None:
-        from gossamer.attachment.merge import unmerge
-
         unmerge(model)
     host.remove(*([name] if name is not None else host.adapters))
