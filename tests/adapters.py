@@ -30,7 +30,7 @@ def tokens(rows: int = 2, length: int = 9) -> torch.Tensor:
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of all the model's own parameters and buffers."""
-    return {name: value.clone() for name, value in model.state_dict().items() if ".gossamer." not in name}
+    return {name: value.clone() for name, value in model.state_dict().items() if "gossamer" not in name.split(".")}
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -14,24 +14,36 @@ _HOME = {
     "Adapter": "adapter",
     "AdapterFileError": "errors",
     "BaseMismatchError": "errors",
+    "BitFit": "methods",
+    "DoRA": "methods",
+    "FullTuning": "methods",
     "GossamerError": "errors",
+    "Houlsby": "methods",
+    "IA3": "methods",
     "InjectionReport": "attachment",
+    "Lin": "methods",
     "LoRA": "methods",
+    "NormTuning": "methods",
+    "PrefixTuning": "methods",
+    "PromptTuning": "methods",
     "RunConfig": "training",
     "SharedWeightError": "errors",
     "SpecError": "errors",
     "TargetError": "errors",
     "TrainConfig": "training",
+    "VeRA": "methods",
     "active": "attachment",
     "attach": "attachment",
     "attached": "attachment",
     "base_fingerprint": "attachment",
     "capture": "attachment",
     "detach": "attachment",
+    "eva": "attachment",
     "evaluate": "training",
     "fetch": "models",
     "generate": "serving",
     "load_base": "models",
+    "loftq": "attachment",
     "merge": "attachment",
     "merge_into_base": "merging",
     "train": "training",
@@ -51,6 +63,8 @@ if TYPE_CHECKING:
     from gossamer.attachment import base_fingerprint as base_fingerprint
     from gossamer.attachment import capture as capture
     from gossamer.attachment import detach as detach
+    from gossamer.attachment import eva as eva
+    from gossamer.attachment import loftq as loftq
     from gossamer.attachment import merge as merge
     from gossamer.attachment import trainable_parameters as trainable_parameters
     from gossamer.attachment import unmerge as unmerge
@@ -63,7 +77,17 @@ if TYPE_CHECKING:
     from gossamer.errors import SpecError as SpecError
     from gossamer.errors import TargetError as TargetError
     from gossamer.merging import merge_into_base as merge_into_base
+    from gossamer.methods import IA3 as IA3
+    from gossamer.methods import BitFit as BitFit
+    from gossamer.methods import DoRA as DoRA
+    from gossamer.methods import FullTuning as FullTuning
+    from gossamer.methods import Houlsby as Houlsby
+    from gossamer.methods import Lin as Lin
     from gossamer.methods import LoRA as LoRA
+    from gossamer.methods import NormTuning as NormTuning
+    from gossamer.methods import PrefixTuning as PrefixTuning
+    from gossamer.methods import PromptTuning as PromptTuning
+    from gossamer.methods import VeRA as VeRA
     from gossamer.models import fetch as fetch
     from gossamer.models import load_base as load_base
     from gossamer.serving import generate as generate

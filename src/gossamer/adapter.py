@@ -167,8 +167,8 @@ class Adapter:
         return read_adapter(Path(folder))
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The raw bytes of a tensor, whatever its dtype (numpy has no bfloat16)."""
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor, whatever its dtype (numpy has no bfloat16); a view of it where it is contiguous."""
     import torch
 
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -199,7 +199,7 @@ def test_a_layer_attached_in_training_mode_trains(toy: Toys):
 
 def test_state_dict_keeps_the_base_keys(two: Any, toy: Toys):
     base = [*toy("llama").state_dict()]
-    assert [name for name in two.state_dict() if ".gossamer." not in name] == base
+    assert [name for name in two.state_dict() if "gossamer" not in name.split(".")] == base
     extra = {name.split(".gossamer.")[1] for name in two.state_dict() if ".gossamer." in name}
     assert extra == {"a.lora_A", "a.lora_B", "b.lora_A", "b.lora_B"}
     gs.detach(two)
@@ -266,9 +266,9 @@ def test_two_adapters_may_not_replace_one_module(toy: Toys):
     for seed, name in enumerate(("a", "b")):
         trained(model, gs.LoRA(r=2, modules_to_save=("model.norm",)), name, seed=seed)
     before = bits(model)
-    with pytest.raises(StateError, match="replace the same module"):
+    with pytest.raises(StateError, match="replace the same parameters"):
         gs.use(model, "a", "b")
-    with pytest.raises(StateError, match="replace the same module"):
+    with pytest.raises(StateError, match="replace the same parameters"):
         gs.merge(model, "a", "b")
     assert same_bits(bits(model), before)
     with gs.using(model, ["a", "b"]):

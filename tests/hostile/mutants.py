@@ -104,6 +104,13 @@ def rename(folder: Path, draw: random.Random) -> str:
             ("layers.", "layer."),
             ("q_proj", "k_proj"),
             (".weight", ""),
+            ("lora_magnitude_vector", "lora_A.weight"),
+            ("vera_lambda_d", "vera_lambda_b"),
+            ("base_model.vera_A", "base_model.vera_B"),
+            ("ia3_l", "ia3"),
+            ("ln_tuning_layers.", ""),
+            (".base_layer", ""),
+            ("experts.lora", "experts.base_layer.base_layer.lora"),
         ]
     )
     rewritten(folder, lambda tensors: tensors.update({name.replace(old, new): tensors.pop(name)}))
@@ -135,7 +142,7 @@ def retype(folder: Path, draw: random.Random) -> str:
 def reshape(folder: Path, draw: random.Random) -> str:
     name = draw.choice(sorted(load_file(folder / WEIGHTS)))
     shapes: list[Callable[[torch.Tensor], torch.Tensor]] = [
-        lambda t: t.T,
+        lambda t: t.T if t.ndim == 2 else t.flatten(),
         lambda t: t.flatten(),
         lambda t: t[None],
         lambda t: t[:-1],
@@ -158,8 +165,9 @@ def wrong_field(folder: Path, draw: random.Random) -> str:
 
 
 def delete_field(folder: Path, draw: random.Random) -> str:
-    key = draw.choice(["peft_type", "r", "lora_alpha", "target_modules"])
     config = json.loads((folder / CONFIG).read_text())
+    meant = ("peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "feedforward_modules", "use_dora")
+    key = draw.choice([key for key in meant if config.get(key)])
     del config[key]
     (folder / CONFIG).write_text(json.dumps(config))
     return f"without {key}"
@@ -207,8 +215,20 @@ def flip_data(folder: Path, draw: random.Random) -> str:
     return f"flip data {position}.{bit}"
 
 
+def _by_shape(tensors: dict[str, torch.Tensor]) -> dict[torch.Size, list[str]]:
+    """Names of tensors of equal shape, sorted."""
+    found: dict[torch.Size, list[str]] = {}
+    for name in sorted(tensors):
+        found.setdefault(tensors[name].shape, []).append(name)
+    return found
+
+
 def swap(folder: Path, draw: random.Random) -> str:
-    one, other = draw.sample([name for name in sorted(load_file(folder / WEIGHTS)) if "lora_A" in name], 2)
+    tensors = load_file(folder / WEIGHTS)
+    alike = [[*names] for names in _by_shape(tensors).values() if len(names) > 1]
+    if not alike:
+        return flip_data(folder, draw)
+    one, other = draw.sample(draw.choice(alike), 2)
     rewritten(folder, lambda tensors: tensors.update({one: tensors[other], other: tensors[one]}))
     return f"swap {one} and {other}"
 

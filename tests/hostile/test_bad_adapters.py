@@ -19,6 +19,7 @@ import torch
 
 import gossamer as gs
 from gossamer.errors import AdapterFileError, GossamerError, UnsupportedError
+from gossamer.methods import METHODS, TargetedMethod
 from tests.adapters import tokens, trained
 from tests.conformance.oracle import Toys
 from tests.hostile import mutants
@@ -41,8 +42,8 @@ def sound(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 class Model:
     """A toy and what the sound adapter makes of it."""
 
-    def __init__(self, toy: Toys, folder: Path) -> None:
-        self.bare = toy("llama")
+    def __init__(self, toy: Toys, folder: Path, name: str = "llama") -> None:
+        self.bare = toy(name)
         self.expected = self.outcome(folder)
 
     @torch.no_grad()
@@ -50,6 +51,7 @@ class Model:
         """Logits with the adapter of a folder attached; the model is bare again afterwards."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message=".*PEFT's defaults are taken")
             value = gs.Adapter.load(folder)
         gs.attach(self.bare, value)
         try:
@@ -64,9 +66,11 @@ def model(toy: Toys, sound: dict[str, Path]) -> Model:
 
 
 def verdict(model: Model, folder: Path) -> str:
-    """ "refused", "harmless", or what went wrong."""
+    """ "refused", "harmless", "told" (a warning says what was assumed), or what went wrong."""
     try:
         logits = model.outcome(folder)
+    except UserWarning:
+        return "told"
     except GossamerError as error:
         return "refused" if error.exit_code in (2, 3) else f"exit code {error.exit_code}: {error.what}"
     except Exception as error:
@@ -74,8 +78,8 @@ def verdict(model: Model, folder: Path) -> str:
     return "harmless" if torch.equal(logits, model.expected) else "ANOTHER MODEL"
 
 
-def judge(count: int, kind: str, sound: dict[str, Path], model: Model, folder: Path) -> None:
-    """Every mutator in turn, each time with other draws."""
+def judge(count: int, kind: str, sound: dict[str, Path], model: Model, folder: Path, least: float = 0.9) -> None:
+    """Every mutator in turn, each time with other draws; at least that part of them must have been refused."""
     mutators = STRUCTURAL + (NUMERIC if kind == "ours" else ())
     wrong, refused = [], 0
     for seed in range(count):
@@ -83,10 +87,10 @@ def judge(count: int, kind: str, sound: dict[str, Path], model: Model, folder: P
         done = mutators[seed % len(mutators)](folder, random.Random(f"{kind} {seed}"))
         found = verdict(model, folder)
         refused += found == "refused"
-        if found not in ("refused", "harmless"):
+        if found not in ("refused", "harmless", "told"):
             wrong.append(f"{seed} {done}: {found}")
     assert not wrong, "\n".join(wrong)
-    assert refused > 0.9 * count, "the mutators do damage"
+    assert refused > least * count, "the mutators do damage"
 
 
 @pytest.mark.parametrize("kind", ["ours", "foreign"])
@@ -98,6 +102,34 @@ def test_mutants(kind: str, sound: dict[str, Path], model: Model, tmp_path: Path
 @pytest.mark.parametrize("kind", ["ours", "foreign"])
 def test_many_mutants(kind: str, sound: dict[str, Path], model: Model, tmp_path: Path):
     judge(10 * MUTANTS, kind, sound, model, tmp_path / "mutant")
+
+
+LAYOUTS: dict[str, tuple[str, TargetedMethod]] = {
+    "dora": ("llama", gs.DoRA(r=2, target_modules=("q_proj", "v_proj"), modules_to_save=("norm",))),
+    "a start": ("llama", gs.LoRA(r=2, start="pissa", target_modules=("q_proj", "v_proj"))),
+    "embedding": ("llama", gs.LoRA(r=2, target_modules=("embed_tokens", "q_proj"))),
+    "tokens": ("llama", gs.LoRA(r=2, target_modules=("q_proj",), trainable_tokens=(1, 2, 3))),
+    "experts": ("mixtral", gs.LoRA(r=2, target_modules=("q_proj",), target_parameters=("gate_up_proj", "down_proj"))),
+    "ia3": ("llama", METHODS["ia3"](target_modules=("v_proj", "down_proj"))),
+    "vera": ("llama", METHODS["vera"](r=3, target_modules=("q_proj", "v_proj"))),
+    "norms": ("llama", METHODS["norm"]()),
+    "prefix": ("llama", METHODS["prefix"](num_virtual_tokens=3)),
+    "houlsby": ("llama", METHODS["houlsby"](bottleneck=3)),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [(layout, kind) for layout in LAYOUTS for kind in ("ours", "foreign") if (layout, kind) != ("houlsby", "foreign")],
+)
+def test_mutants_of_every_layout(layout: str, kind: str, toy: Toys, tmp_path: Path):
+    name, spec = LAYOUTS[layout]
+    folder = trained(toy(name), spec).save(tmp_path / "sound")
+    model = Model(toy, folder, name)
+    if kind == "foreign":
+        (folder / OURS).unlink()
+        model.expected = model.outcome(folder)
+    judge(MUTANTS // 4, kind, {kind: folder}, model, tmp_path / "mutant", least=0.6)
 
 
 @pytest.mark.parametrize("kind", ["ours", "foreign"])

@@ -15,6 +15,10 @@ def test_fresh(page: Path):
     assert page.read_text(encoding="utf-8") == build_pages.PAGES[page](), "stale: run `make docs`"
 
 
+def test_no_page_is_left_of_a_method_that_is_gone():
+    assert not build_pages.orphans()
+
+
 def test_links():
     assert not build_pages.broken_links()
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import build_pages
 import pytest
+from ruamel.yaml import YAML
 
+from gossamer.methods import TargetedMethod, method_from_dict
 from tests.house import tree
 from tests.house.pages import Block, blocks, commands, pages
 
@@ -49,11 +52,23 @@ def test_make_targets_exist(page: Path):
             assert "=" in word or word in targets(), f"{tree.place(page)}: {line!r}: no such target"
 
 
-def run_together(page: Path, chosen: list[Block]) -> None:
+def run_together(page: Path, chosen: list[Block]) -> dict[str, Any]:
     """Execute blocks one after another in one namespace, each at its own line numbers."""
     namespace = {"__name__": "__page__"}
     for block in chosen:
         exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)
+    return namespace
+
+
+def yaml_specs(page: Path) -> list[TargetedMethod]:
+    """The specs under `method:` in a page's YAML blocks, read as a run's config is."""
+    configs = [YAML(typ="safe").load(block.text) for block in blocks(page) if block.language == "yaml"]
+    return [method_from_dict(config["method"]) for config in configs if "method" in config]
+
+
+@pytest.mark.parametrize("page", pages(), ids=tree.place)
+def test_yaml_is_valid(page: Path):
+    yaml_specs(page)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +76,9 @@ def run_together(page: Path, chosen: list[Block]) -> None:
 )
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    run_together(page, python(page, slow=False))
+    namespace = run_together(page, python(page, slow=False))
+    if page.parent.name == "methods":  # the same spec, said in Python and in YAML
+        assert yaml_specs(page) == [namespace["spec"]]
 
 
 @pytest.mark.slow

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gossamer as gs
+from gossamer.attachment.frozen import Frozen
 from gossamer.errors import AdapterFileError
 from gossamer.methods import LoRA, Shape
-from gossamer.methods.lora import matches_end
+from gossamer.methods.base import check_slots
+from gossamer.methods.targeted import matches_end
 from tests.adapters import trained
 
-WIDE = Shape("layers.0.q_proj", "linear", 400, 300, {"weight": torch.empty(300, 400)})
+WIDE = Shape("layers.0.q_proj", "linear", "Linear", 300, 400, {"weight": torch.empty(300, 400)})
 
 
 @pytest.mark.parametrize(
@@ -52,14 +54,15 @@ def test_patterns_cover_the_end_of_a_path(pattern: str, path: str, expected: boo
 
 @pytest.mark.parametrize("start", ["gaussian", "kaiming"])
 def test_a_new_layer(start: str):
-    layer = LoRA(r=64, start=start).layer(WIDE, torch.Generator().manual_seed(0))  # pyright: ignore[reportArgumentType]
-    assert (layer.lora_A.shape, layer.lora_B.shape) == ((64, 400), (300, 64))
-    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
-    assert not layer.lora_B.any()
-    assert layer.lora_A.std().item() == pytest.approx((3 * 400) ** -0.5, rel=0.02)
-    bounded = layer.lora_A.abs().max() <= 400**-0.5
+    base = Frozen(WIDE, nn.Linear(400, 300, bias=False))
+    slots = LoRA(r=64, start=start).initial(base, torch.Generator().manual_seed(0))  # pyright: ignore[reportArgumentType]
+    assert (slots["lora_A"].shape, slots["lora_B"].shape) == ((64, 400), (300, 64))
+    assert slots["lora_A"].dtype == slots["lora_B"].dtype == torch.float32
+    assert not slots["lora_B"].any()
+    assert slots["lora_A"].std().item() == pytest.approx((3 * 400) ** -0.5, rel=0.02)
+    bounded = slots["lora_A"].abs().max() <= 400**-0.5
     assert bounded == (start == "kaiming"), "uniform within +-1/sqrt(in), or normal beyond it"
-    kurtosis = (layer.lora_A**4).mean() / (layer.lora_A**2).mean() ** 2
+    kurtosis = (slots["lora_A"] ** 4).mean() / (slots["lora_A"] ** 2).mean() ** 2
     assert kurtosis.item() == pytest.approx(3.0 if start == "gaussian" else 1.8, rel=0.05)
 
 
@@ -145,4 +148,4 @@ def test_a_low_precision_base_keeps_float32_factors():
 )
 def test_stored_tensors_must_fit(slots: dict[str, tuple[int, ...]]):
     with pytest.raises(AdapterFileError, match=r"layers\.0\.q_proj"):
-        LoRA(r=2).restored(WIDE, {name: torch.zeros(shape) for name, shape in slots.items()})
+        check_slots(WIDE.path, {name: torch.zeros(shape) for name, shape in slots.items()}, LoRA(r=2).expected(WIDE))

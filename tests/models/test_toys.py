@@ -6,44 +6,78 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from gossamer.errors import UsageError
 from gossamer.models import tiny, tiny_tokenizer
+from gossamer.models.toys import tiny_inputs
 
-ARCHITECTURES = (
-    "llama",
-    "mistral",
-    "gemma",
-    "qwen2",
-    "gpt2",
-    "opt",
-    "gpt_neox",
-    "bert",
-    "bert_mlm",
-    "llama_classifier",
-)
+DECODERS = ("llama", "mistral", "mixtral", "gemma", "gemma3", "qwen2", "qwen3_moe", "phi", "gpt2", "gpt_neox", "opt")
+DECODERS += ("falcon", "bloom")
+WRITERS = ("t5", "bart", "whisper")
+CLASSIFIERS = ("llama_classifier", "bert", "roberta", "deberta_v2", "vit")
+ARCHITECTURES = (*DECODERS, *WRITERS, *CLASSIFIERS, "bert_mlm", "clip")
+SHAPES = {"clip": (2, 2)} | dict.fromkeys(CLASSIFIERS, (2, 3))
+"""Of the main output on two rows; of all others (2, 9, 320)."""
 TOKENIZER = tiny_tokenizer()
+
+
+def said(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The main output and the loss."""
+    out = model(**inputs)
+    return (out.logits_per_image if "logits_per_image" in out else out.logits), out.loss
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_runs_and_is_decided_by_its_seed(architecture: str) -> None:
     state = torch.get_rng_state()
     model, twin, other = tiny(architecture), tiny(architecture), tiny(architecture, seed=1)
+    inputs, others = tiny_inputs(architecture), tiny_inputs(architecture, seed=1)
     assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
-    ids = torch.tensor([TOKENIZER("Hello, world").input_ids])
-    logits = model(ids).logits
-    assert logits.shape[-1] == (3 if architecture in ("bert", "llama_classifier") else 320)
-    assert torch.equal(logits, twin(ids).logits)
-    assert not torch.equal(logits, other(ids).logits)
+    logits, loss = said(model, inputs)
+    assert logits.shape == SHAPES.get(architecture, (2, 9, 320))
+    assert 0 < loss.item() < 10
+    assert torch.equal(logits, said(twin, tiny_inputs(architecture))[0])
+    assert not torch.equal(logits, said(other, inputs)[0])
+    assert not torch.equal(logits, said(model, others)[0])
     assert logits.std() > 0.1, "a toy must say something"
     assert not model.training
     assert model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_bias_or_norm_is_constant(architecture: str) -> None:
-    for name, parameter in tiny(architecture).named_parameters():
-        assert parameter.std() > 0, name
+def test_a_toy_is_small_repeatable_and_moved_off_its_constants(architecture: str) -> None:
+    model = tiny(architecture)
+    assert model.num_parameters() < 250_000
+    for name, parameter in model.named_parameters():
+        assert parameter.ndim == 0 or parameter.std() > 0, name
+    inputs = tiny_inputs(architecture)
+    still = said(model, inputs)[0]
+    assert torch.equal(said(model.train(), inputs)[0], still), "no dropout"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_inputs(architecture: str, rows: int) -> None:
+    inputs = tiny_inputs(architecture, rows=rows)
+    for name, value in inputs.items():
+        assert name == "return_loss" or value.shape[0] == rows
+        if name == "input_ids" or value.ndim == 2:
+            assert value.shape == (rows, 9)
+            assert value.min() >= 0
+            assert value.max() == 249, "and every row ends with it"
+    logits, loss = said(tiny(architecture), inputs)
+    assert logits.shape[0] == rows
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_four_experts_of_which_two_are_asked(architecture: str) -> None:
+    model = tiny(architecture)
+    for layer in model.model.layers:
+        assert layer.mlp.experts.gate_up_proj.shape[0] == 4
+        assert layer.mlp.gate.top_k == 2
 
 
 def test_config_fields_and_dtype() -> None:
@@ -59,6 +93,9 @@ def test_unknown_architecture() -> None:
     with pytest.raises(UsageError) as caught:
         tiny("lama")
     assert "'llama'" in caught.value.hint
+    with pytest.raises(UsageError) as caught:
+        tiny_inputs("vitt")
+    assert "'vit'" in caught.value.hint
 
 
 @given(st.text())

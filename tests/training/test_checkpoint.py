@@ -19,7 +19,7 @@ def trained(seed: int = 0) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
     """Two parameters with two steps of AdamW behind them."""
     torch.manual_seed(seed)
     parameters = {"a.lora_A": nn.Parameter(torch.randn(2, 3)), "a.lora_B": nn.Parameter(torch.randn(4, 2))}
-    optimizer = make_optimizer(parameters.values(), 0.01)
+    optimizer = make_optimizer(parameters, 0.01)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     for _ in range(2):

@@ -6,9 +6,11 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from gossamer.errors import UsageError
-from gossamer.training.optim import auto_lr, lr_factor, warmup_steps
+from gossamer.training.optim import auto_lr, lr_factor, make_optimizer, set_lr, warmup_steps
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,20 @@ def test_linear_without_warm_up_is_the_usual_one() -> None:
 
 def test_a_share_or_a_number_of_steps() -> None:
     assert [warmup_steps(value, 200) for value in (0.0, 0.03, 1.0, 12.0)] == [0, 6, 1, 12]
+
+
+def test_lora_plus_gives_the_outer_factor_a_rate_of_its_own() -> None:
+    """AdamW's first step moves a parameter by its learning rate, whatever the gradient's size."""
+    parameters = {name: nn.Parameter(torch.zeros(2, 2)) for name in ("a.lora_A", "a.lora_B", "norm.weight")}
+    optimizer = make_optimizer(parameters, 0.0, ("lora_B",), 16.0)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(2, 2)
+    set_lr(optimizer, 1e-3)
+    optimizer.step()
+    moved = {name: -parameter[0, 0].item() for name, parameter in parameters.items()}
+    assert moved == pytest.approx({"a.lora_A": 1e-3, "a.lora_B": 16e-3, "norm.weight": 1e-3}, rel=1e-4)
+
+
+def test_a_ratio_without_factors_is_an_error() -> None:
+    with pytest.raises(UsageError, match="lr_ratio"):
+        make_optimizer({"a.bias": nn.Parameter(torch.zeros(2))}, 0.0, ("lora_B",), 16.0)

@@ -2,7 +2,18 @@
 
 from gossamer.attachment.merge import merge, unmerge
 from gossamer.attachment.report import InjectionReport, SiteRow
-from gossamer.attachment.verbs import active, attach, attached, capture, detach, trainable_parameters, use, using
+from gossamer.attachment.starting import eva, loftq
+from gossamer.attachment.verbs import (
+    active,
+    attach,
+    attached,
+    capture,
+    detach,
+    sites_of_parameters,
+    trainable_parameters,
+    use,
+    using,
+)
 from gossamer.attachment.walk import base_fingerprint
 
 __all__ = [
@@ -14,7 +25,10 @@ __all__ = [
     "base_fingerprint",
     "capture",
     "detach",
+    "eva",
+    "loftq",
     "merge",
+    "sites_of_parameters",
     "trainable_parameters",
     "unmerge",
     "use",

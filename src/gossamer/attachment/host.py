@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from gossamer.adapter import Adapter
 from gossamer.attachment import walk
-from gossamer.attachment.match import Selection, select
-from gossamer.attachment.site import Active, Site, shape_of
-from gossamer.errors import AdapterFileError, StateError, nearest
-from gossamer.methods import Layer, Replacement, Shape, TargetedMethod
-from gossamer.methods.base import wide
+from gossamer.attachment.match import Selection
+from gossamer.attachment.site import Active, Site
+from gossamer.errors import StateError, nearest
+from gossamer.methods import Layer, Shape, TargetedMethod
 
 _ATTRIBUTE = "_gossamer_host"
 
@@ -64,8 +61,18 @@ class Host:
         if len(set(names)) < len(names):
             raise StateError("an adapter is named twice", got=", ".join(names), hint="2 * adapter doubles one")
         for path, site in self.sites.items() if len(names) > 1 else ():
-            if sum(isinstance(layer, Replacement) for layer in site.standing(names)) > 1:
-                raise StateError("two adapters replace the same module", where=path, got=", ".join(names))
+            taken = [parameter for layer in site.standing(names) for parameter in layer.replaces()]
+            if len(set(taken)) < len(taken):
+                raise StateError("two adapters replace the same parameters", where=path, got=", ".join(names))
+
+    @contextmanager
+    def running(self, active: Active) -> Iterator[None]:
+        """While open, these adapters run, for every row."""
+        before, self.active = self.active, active
+        try:
+            yield
+        finally:
+            self.active = before
 
     def layers_of(self, name: str) -> dict[str, Layer]:
         """Canonical path -> layer of one adapter."""
@@ -78,14 +85,16 @@ class Host:
                 f"cannot {doing} while {', '.join(self.merged)} is merged into the weights", hint="unmerge(model) first"
             )
 
-    def add(self, name: str, attached: Attached, layers: Mapping[str, Layer]) -> None:
+    def add(self, name: str, attached: Attached, layers: Mapping[str, tuple[Shape, Layer]]) -> None:
         """Stand the layers at their modules; all of them were made before, so this cannot fail half-way."""
         modules = walk.modules(self.model)
-        for path, layer in layers.items():
+        bypassing = [path for path, module in modules.items() if isinstance(module, nn.TransformerEncoderLayer)]
+        for path, (shape, layer) in layers.items():
             layer.requires_grad_(attached.trainable)
             layer.train(modules[path].training)
             if path not in self.sites:
-                self.sites[path] = Site(path, modules[path], self)
+                bypassed = any(path.startswith(f"{around}." if around else "") for around in bypassing)
+                self.sites[path] = Site(shape, modules[path], self, bypassed)
             self.sites[path].add(name, layer)
         self.adapters[name] = attached
 
@@ -139,69 +148,3 @@ def make_host(model: nn.Module) -> Host:
         host = Host(model)
         model.__dict__[_ATTRIBUTE] = host
     return host
-
-
-def new_layers(model: nn.Module, spec: TargetedMethod, selection: Selection, seed: int) -> dict[str, Layer]:
-    """Fresh layers for a spec. Each starts from (seed, path), so neither order nor other modules change it."""
-    modules = walk.modules(model)
-    layers: dict[str, Layer] = {}
-    for path in selection.targets:
-        generator = torch.Generator().manual_seed(
-            int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8]) >> 1
-        )
-        layers[path] = spec.layer(shape_of(path, modules[path]), generator)
-    for path in (*selection.saved, *selection.biased):
-        names = _whole_names(path, selection, modules[path])
-        layers[path] = Replacement({name: wide(getattr(modules[path], name).detach()) for name in names})
-    return layers
-
-
-def stored_layers(model: nn.Module, adapter: Adapter) -> tuple[Selection, dict[str, Layer]]:
-    """Layers that hold an adapter's tensors. Raises `AdapterFileError` unless tensors and spec name the same."""
-    spec = adapter.spec
-    assert isinstance(spec, TargetedMethod)
-    modules = walk.modules(model)
-    selection = select(model, spec)
-    _same_paths(adapter, selection, modules)
-    layers: dict[str, Layer] = {}
-    for path in selection.paths:
-        shape, slots = shape_of(path, modules[path]), adapter.tensors[path]
-        if path in selection.targets:
-            layers[path] = spec.restored(shape, slots)
-            continue
-        names = _whole_names(path, selection, modules[path])
-        _same_shapes(path, shape, slots, names)
-        device = next(iter(shape.parameters.values())).device
-        layers[path] = Replacement({name: slots[name].to(device) for name in names})
-    return selection, layers
-
-
-def _whole_names(path: str, selection: Selection, module: nn.Module) -> list[str]:
-    """Which of a module's own parameters are trained whole."""
-    return ["bias"] if path in selection.biased else [name for name, _ in module.named_parameters(recurse=False)]
-
-
-def _same_paths(adapter: Adapter, selection: Selection, modules: Mapping[str, nn.Module]) -> None:
-    unknown = [path for path in adapter.paths if path not in selection.paths]
-    unfilled = [path for path in selection.paths if path not in adapter.tensors]
-    if unknown:
-        raise AdapterFileError(
-            f"{len(unknown)} of the adapter's {len(adapter.paths)} modules are not targets of this model",
-            where=unknown[0],
-            got=f"{len(unfilled)} modules of the model left without tensors",
-            hint=nearest(unknown[0], modules),
-        )
-    if unfilled:
-        raise AdapterFileError(
-            f"{len(unfilled)} modules that the adapter's spec names have no tensors in it",
-            where=unfilled[0],
-            got=f"{len(adapter.paths)} modules with tensors",
-            expected=f"{len(selection.paths)}",
-        )
-
-
-def _same_shapes(path: str, shape: Shape, slots: Mapping[str, Tensor], names: list[str]) -> None:
-    got = {name: tuple(tensor.shape) for name, tensor in slots.items()}
-    expected = {name: tuple(shape.parameters[name].shape) for name in sorted(names)}
-    if got != expected:
-        raise AdapterFileError("tensors that do not fit the module", where=path, got=str(got), expected=str(expected))

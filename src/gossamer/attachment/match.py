@@ -4,51 +4,87 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from gossamer.attachment import walk
-from gossamer.attachment.site import kind_of
+from gossamer.attachment.frozen import shape_of
 from gossamer.errors import TargetError, UnsupportedError, nearest
-from gossamer.methods import TargetedMethod
-from gossamer.methods.lora import matches_end
+from gossamer.methods import Shape, TargetedMethod
+from gossamer.methods.base import LINEAR_KINDS
+from gossamer.methods.roles import role_of
+from gossamer.methods.targeted import matches_end
+
+Paths = Mapping[str, list[str]]
+
+_STACKED = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"} | {
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "down_proj": "down_proj",
+}
+"""What the linear modules of single experts were called before transformers 5 stacked them."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The canonical paths a spec names, by the part they play; sorted as the model orders them."""
+    """The canonical paths a spec names, by the part they play; sorted as the model orders them.
+
+    Attributes:
+        targets: where the method's own layers stand; `saved`: modules trained whole; `biased`: biases trained alone.
+        tokens: embedding -> the rows of it that are trained whole.
+        matrices: of targets that are experts or attention, the matrices to adapt.
+    """
 
     targets: tuple[str, ...]
-    saved: tuple[str, ...]
-    biased: tuple[str, ...]
+    saved: tuple[str, ...] = ()
+    biased: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    matrices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def paths(self) -> tuple[str, ...]:
         """All of them."""
-        return (*self.targets, *self.saved, *self.biased)
+        return (*self.targets, *self.saved, *self.biased, *self.tokens)
 
 
 def select(model: nn.Module, spec: TargetedMethod) -> Selection:
     """Resolve a spec's patterns on a model. Raises `TargetError` for every pattern that names nothing adaptable."""
     modules = walk.modules(model)
     names = {paths[0]: paths for paths in walk.aliases(model).values()}
+    shapes = {path: shape_of(path, module) for path, module in modules.items()}
     saved = _saved(spec, modules, names)
-    adaptable = [path for path, module in modules.items() if path and kind_of(module) and path not in saved]
-    targets = _targets(spec, model, modules, adaptable, names)
-    targets = _excluded(spec, targets, names)
-    targets = _in_layers(spec, targets)
+    adaptable = [
+        path
+        for path, shape in shapes.items()
+        if (shape.kind != "model" if path else shape.kind in ("model", "")) and path not in saved and spec.fits(shape)
+    ]
+    matrices = _matrices(spec, shapes, names)
+    targets = _targets(spec, model, shapes, modules, adaptable, names)
+    targets = [path for path in shapes if path in {*targets, *matrices}]
+    targets = _in_layers(spec, _excluded(spec, targets, names))
     if not targets:
         raise TargetError(
             "no module is left to adapt",
             got=f"target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}",
+            expected=_choices(adaptable) if adaptable else f"{spec.name} stands at {spec.stands_at}",
         )
-    _check_patterns(spec, targets)
-    _refuse_bypassed(targets, modules)
-    biased = [
-        path for path, module in modules.items() if _owns_bias(module) and path not in targets and path not in saved
-    ]
-    return Selection(tuple(targets), tuple(saved), tuple(spec.bias_modules(targets, biased)))
+    _check_patterns(spec, [*targets, *(f"{path}.{name}" for path in targets for name in shapes[path].matrices)])
+    _refuse_bypassed([*targets, *saved], modules)
+    tokens = _tokens(spec, model, shapes, names)
+    for path in tokens:
+        if path in targets or path in saved:
+            raise TargetError("trainable_tokens names a module that is adapted or trained whole already", where=path)
+    owning = [path for path, module in modules.items() if _owns_bias(module) and path not in {*targets, *saved}]
+    biased = spec.bias_modules(targets, owning)
+    _refuse_bypassed(biased, modules)
+    return Selection(
+        tuple(targets),
+        tuple(saved),
+        tuple(biased),
+        tokens,
+        {path: chosen for path, chosen in matrices.items() if path in targets},
+    )
 
 
 def _ends_with(path: str, suffix: str) -> bool:
@@ -63,13 +99,18 @@ def _named_by(pattern: str, candidates: Iterable[str], names: Mapping[str, list[
 def _targets(
     spec: TargetedMethod,
     model: nn.Module,
+    shapes: Mapping[str, Shape],
     modules: Mapping[str, nn.Module],
     adaptable: list[str],
-    names: Mapping[str, list[str]],
+    names: Paths,
 ) -> list[str]:
     pattern = spec.target_modules
+    inside = {path for path in adaptable if _attention_around(path, modules)}
     if pattern == "all-linear":
-        return [path for path in adaptable if path not in heads(model, modules)]
+        left = inside | heads(model, modules)
+        return [path for path in adaptable if shapes[path].kind in (*LINEAR_KINDS, "attention") and path not in left]
+    if pattern == "auto":
+        return [path for path in adaptable if path not in inside and (not spec.roles or role_of(path) in spec.roles)]
     if isinstance(pattern, str):
         found = [path for path in adaptable if any(re.fullmatch(pattern, name) for name in names[path])]
         if not found:
@@ -80,10 +121,83 @@ def _targets(
     chosen: set[str] = set()
     for entry in pattern:
         found = _named_by(entry, adaptable, names)
-        if not found:
+        if not found and not _stacked_by(entry, shapes):
             raise _unmatched("target_modules", entry, _named_by(entry, modules, names), modules, adaptable)
         chosen.update(found)
     return [path for path in adaptable if path in chosen]
+
+
+def _stacked_by(entry: str, shapes: Mapping[str, Shape]) -> list[str]:
+    """The experts whose stacked matrices took the place of the linear modules that `entry` used to name."""
+    return [path for path, shape in shapes.items() if shape.kind == "experts" and _STACKED.get(entry) in shape.matrices]
+
+
+def _matrices(spec: TargetedMethod, shapes: Mapping[str, Shape], names: Paths) -> dict[str, tuple[str, ...]]:
+    """Path of experts or attention -> those of their matrices that are named one by one."""
+    stacked = {path: shape for path, shape in shapes.items() if shape.matrices}
+    chosen: dict[str, set[str]] = {}
+    for entry in getattr(spec, "target_parameters", ()):
+        found = [
+            (path, matrix)
+            for path, shape in stacked.items()
+            for matrix in shape.matrices
+            if any(_ends_with(f"{name}.{matrix}", entry) for name in names[path])
+        ]
+        if not found:
+            known = [f"{path}.{matrix}" for path, shape in stacked.items() for matrix in shape.matrices]
+            raise TargetError(
+                f"target_parameters: {entry!r} matches no stacked matrix",
+                expected=_choices(known) if known else "a model with stacked experts",
+                hint=_hint(entry, known) or "a module's own weight is adapted by target_modules",
+            )
+        for path, matrix in found:
+            chosen.setdefault(path, set()).add(matrix)
+    pattern = spec.target_modules
+    for entry in pattern if isinstance(pattern, tuple) else ():
+        if not any(_ends_with(path, entry) for path in shapes):
+            for path in _stacked_by(entry, shapes):
+                chosen.setdefault(path, set()).add(_STACKED[entry])
+    return {path: tuple(sorted(matrices)) for path, matrices in chosen.items()}
+
+
+def _tokens(
+    spec: TargetedMethod, model: nn.Module, shapes: Mapping[str, Shape], names: Paths
+) -> dict[str, tuple[int, ...]]:
+    """Embedding -> rows of it to train whole, checked."""
+    wanted = spec.trainable_tokens
+    if isinstance(wanted, tuple):
+        getter = getattr(model, "get_input_embeddings", None)
+        embedding = getter() if getter and wanted else None
+        if wanted and embedding is None:
+            raise TargetError(
+                "trainable_tokens without a name means the input embedding, which this model does not tell",
+                hint='name it: {"embed_tokens": [...]}',
+            )
+        modules = walk.modules(model)
+        wanted = {path: wanted for path in shapes if wanted and modules[path] is embedding}
+    found: dict[str, tuple[int, ...]] = {}
+    embeddings = [path for path, shape in shapes.items() if shape.kind == "embedding"]
+    for entry, rows in wanted.items():
+        paths = [entry] if entry in embeddings else _named_by(entry, embeddings, names)
+        if not paths:
+            raise TargetError(
+                f"trainable_tokens: {entry!r} is no embedding",
+                expected=_choices(embeddings),
+                hint=_hint(entry, embeddings),
+            )
+        for path in paths:
+            count = shapes[path].in_features
+            wrong = [row for row in rows if not 0 <= row < count]
+            if wrong or len(set(rows)) < len(rows) or not rows:
+                raise TargetError(
+                    "trainable_tokens are different rows of the embedding",
+                    where=path,
+                    got=str(wrong or rows),
+                    expected=f"rows 0..{count - 1}, each once",
+                    hint="new tokens need model.resize_token_embeddings first" if wrong else "",
+                )
+            found[path] = tuple(rows)
+    return found
 
 
 def heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
@@ -93,7 +207,7 @@ def heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
     found = {path for path, module in modules.items() if module is head}
     body = getattr(model, "base_model", None)
     if isinstance(body, nn.Module) and body is not model:
-        inside = {id(module) for module in body.modules()}
+        inside = {id(module) for module in walk.modules(body).values()}
         found |= {path for path, module in modules.items() if id(module) not in inside}
     return found
 
@@ -108,7 +222,8 @@ def _saved(spec: TargetedMethod, modules: Mapping[str, nn.Module], names: Mappin
         if not owners:
             raise _unmatched("modules_to_save", entry, roots, modules, [path for path in modules if path])
         chosen.update(owners)
-    return [path for path in modules if path in chosen]
+    whole = [path for path in modules if path in chosen]
+    return [path for path in whole if _attention_around(path, modules) not in chosen]  # it trains its parts itself
 
 
 def _excluded(spec: TargetedMethod, targets: list[str], names: Mapping[str, list[str]]) -> list[str]:
@@ -144,22 +259,35 @@ def _in_layers(spec: TargetedMethod, targets: list[str]) -> list[str]:
 
 
 def _check_patterns(spec: TargetedMethod, targets: list[str]) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(spec, field, {}):
+    for kind in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(spec, kind, {}):
             if not any(matches_end(pattern, path) for path in targets):
                 raise TargetError(
-                    f"{field} has an entry that matches no adapted module", got=pattern, hint=_hint(pattern, targets)
+                    f"{kind} has an entry that matches no adapted module", got=pattern, hint=_hint(pattern, targets)
                 )
 
 
-def _refuse_bypassed(targets: list[str], modules: Mapping[str, nn.Module]) -> None:
-    """torch's own attention and encoder layers use their parts' weights without calling the parts."""
-    for owner, module in modules.items():
-        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            inside = [path for path in targets if path.startswith(f"{owner}." if owner else "")]
-            if inside:
-                kind = type(module).__name__
-                raise UnsupportedError(f"{kind} uses this module's weight without calling it", where=inside[0])
+def _attention_around(path: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The torch attention that uses this module's weight without calling it."""
+    owner = path.rpartition(".")[0]
+    return owner if isinstance(modules.get(owner), nn.MultiheadAttention) else None
+
+
+def _refuse_bypassed(chosen: list[str], modules: Mapping[str, nn.Module]) -> None:
+    for path in chosen:
+        if isinstance(modules[path], nn.RNNBase):
+            raise UnsupportedError(
+                "torch's recurrent modules run on a flat copy of their weights, so nothing can stand in for those",
+                where=path,
+                got=type(modules[path]).__name__,
+            )
+        owner = _attention_around(path, modules)
+        if owner is not None:
+            raise UnsupportedError(
+                "MultiheadAttention uses this module's weight without calling it",
+                where=path,
+                hint=f"adapt the attention itself: {owner or 'the model'}",
+            )
 
 
 def _owns_bias(module: nn.Module) -> bool:

@@ -9,13 +9,15 @@ in bfloat16, ten cycles of add and subtract move weights by 5e-3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from gossamer.attachment import walk
 from gossamer.attachment.host import Host, require_host
-from gossamer.attachment.site import Active
-from gossamer.errors import NonFiniteError, SharedWeightError, StateError
+from gossamer.attachment.site import Active, Site
+from gossamer.errors import NonFiniteError, SharedWeightError, StateError, UnsupportedError
 
 
 @torch.no_grad()
@@ -35,22 +37,20 @@ def merge(model: nn.Module, *names: str, keep: bool = True) -> None:
     host.refuse_while_merged("merge")
     chosen = _chosen(host, names)
     changes = _changes(host, chosen)
-    host.stash = {path: {} for path in changes}
+    originals = {
+        path: {name: host.sites[path].stored(name).detach().clone() for name in parameters}
+        for path, parameters in changes.items()
+        if keep
+    }  # all of them before any is written: two may be one tensor
     for path, parameters in changes.items():
-        own = host.sites[path].module._parameters
         for name, value in parameters.items():
-            stored = own[name]
-            assert stored is not None
-            if keep:
-                host.stash[path][name] = stored.detach().clone()
-            stored.detach().copy_(value)
+            host.sites[path].stored(name).detach().copy_(value)
     if not keep:
-        host.stash = None
         host.remove(*chosen)
         return
     for site in host.sites.values():
         site.disable()
-    host.merged = chosen
+    host.stash, host.merged = originals, chosen
 
 
 def _chosen(host: Host, names: tuple[str, ...]) -> Active:
@@ -65,26 +65,50 @@ def _chosen(host: Host, names: tuple[str, ...]) -> Active:
 
 def _changes(host: Host, names: Active) -> dict[str, dict[str, Tensor]]:
     """Every new parameter value, checked, before any is written."""
-    owners = walk.owners_of_storage(host.model)
     changes: dict[str, dict[str, Tensor]] = {}
     for path, site in host.sites.items():
         merged = site.merged(names)
         for name, value in merged.items():
-            shared = owners[getattr(site.module, name).untyped_storage().data_ptr()]
-            if len(shared) > 1:
+            if not torch.isfinite(value).all():
+                raise NonFiniteError(
+                    "the merged weight would not be finite; nothing was merged", where=f"{path}.{name}"
+                )
+        _refuse_clipped(site, merged)
+        if merged:
+            changes[path] = merged
+    _refuse_shared(host, changes)
+    return changes
+
+
+def _refuse_shared(host: Host, changes: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """A weight that is stored once is merged only if every module that uses it gets the same new value."""
+    owners = walk.owners_of_storage(host.model)
+    values = {f"{path}.{name}": value for path, merged in changes.items() for name, value in merged.items()}
+    for path, merged in changes.items():
+        for name, value in merged.items():
+            shared = owners[host.sites[path].stored(name).untyped_storage().data_ptr()]
+            others = [values.get(other) for other in shared] if len(shared) > 1 else []
+            if any(other is None or not torch.equal(other, value) for other in others):
                 raise SharedWeightError(
                     "this weight is stored once and used by several modules, so merging here would change them all",
                     where=f"{path}.{name}",
                     got=f"shared by {', '.join(shared)}",
                     hint="keep the adapter unmerged, leave the module out, or untie the model first",
                 )
-            if not torch.isfinite(value).all():
-                raise NonFiniteError(
-                    "the merged weight would not be finite; nothing was merged", where=f"{path}.{name}"
-                )
-        if merged:
-            changes[path] = merged
-    return changes
+
+
+def _refuse_clipped(site: Site, merged: Mapping[str, Tensor]) -> None:
+    """An embedding with max_norm shrinks long rows when they are looked up: the merged ones, but not W's own."""
+    limit = getattr(site.module, "max_norm", None)
+    if limit is not None and "weight" in merged:
+        longest = merged["weight"].float().norm(p=getattr(site.module, "norm_type", 2.0), dim=1).max().item()
+        if longest > limit:
+            raise UnsupportedError(
+                "the embedding's max_norm would shrink merged rows, so merged and unmerged would differ",
+                where=site.path,
+                got=f"a row of norm {longest:.4g}",
+                expected=f"at most {limit:.4g}",
+            )
 
 
 @torch.no_grad()
@@ -95,9 +119,7 @@ def unmerge(model: nn.Module) -> None:
         raise StateError("nothing is merged")
     for path, parameters in host.stash.items():
         for name, original in parameters.items():
-            stored = host.sites[path].module._parameters[name]
-            assert stored is not None
-            stored.detach().copy_(original)
+            host.sites[path].stored(name).detach().copy_(original)
     for site in host.sites.values():
         site.enable()
     host.stash, host.merged = None, ()

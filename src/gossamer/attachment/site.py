@@ -1,4 +1,4 @@
-"""One module that carries adapter layers: how it is called, how its weight is read and written.
+"""One module that carries adapter layers: which of them run, around which call, for which rows.
 
 The module stays in the model's tree under its own name and class. While adapters stand at it, its `forward` is this
 site's, and its layers are children under the name `gossamer`, so `.to()`, `.train()` and `.parameters()` reach them.
@@ -6,16 +6,19 @@ site's, and its layers are children under the name `gossamer`, so `.to()`, `.tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from gossamer.attachment.frozen import Frozen, Stacked, owner, parameters_of
 from gossamer.attachment.walk import CONTAINER
 from gossamer.errors import StateError
-from gossamer.methods import Layer, Replacement, Shape
+from gossamer.methods import Layer, Shape
+from gossamer.methods.base import AFFINE_KINDS
 
 if TYPE_CHECKING:
     from gossamer.attachment.host import Host
@@ -24,32 +27,13 @@ Active = tuple[str, ...]
 """Names whose layers run, in order."""
 
 
-def kind_of(module: nn.Module) -> str:
-    """What can be adapted: "linear", "conv1d" (GPT-2's, its weight stored as (in, out)), or "" for neither."""
-    weight = module._parameters.get("weight")
-    if weight is None or nn.parameter.is_lazy(weight):
-        return ""  # computed by a parametrisation, or not made yet
-    if isinstance(module, nn.Linear):
-        return "linear"
-    return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else ""
-
-
-def shape_of(path: str, module: nn.Module) -> Shape:
-    """What a method may know of a module."""
-    kind = kind_of(module)
-    weight = module._parameters.get("weight")
-    rows, columns = tuple(weight.shape) if kind and weight is not None else (0, 0)
-    out_features, in_features = (columns, rows) if kind == "conv1d" else (rows, columns)
-    return Shape(path, kind, in_features, out_features, dict(module.named_parameters(recurse=False)))
-
-
 class Site:
     """A module, the layers that stand at it, and the frozen call they stand beside."""
 
-    def __init__(self, path: str, module: nn.Module, host: Host) -> None:
-        self.path, self.module, self.host = path, module, host
-        self.shape = shape_of(path, module)
-        self.outer = module.__dict__.get("forward")  # another tool's override, put back when we leave
+    def __init__(self, shape: Shape, module: nn.Module, host: Host, bypassed: bool) -> None:
+        self.path, self.shape, self.module, self.host = shape.path, shape, module, host
+        self.frozen = Frozen(shape, module)
+        self.bypassed, self.hook = bypassed, None
         self.layers = nn.ModuleDict()
         module.add_module(CONTAINER, self.layers)
         self.enable()
@@ -60,129 +44,151 @@ class Site:
 
     def enable(self) -> None:
         """Let calls of the module pass through this site."""
-        self.module.forward = self.run
+        self.module.forward = self.run if self.shape.kind in AFFINE_KINDS else self._with_signature()
+        if self.bypassed:  # torch's encoder layer reads weights of parts it does not call, unless a part has a hook
+            self.hook = self.module.register_forward_pre_hook(lambda *_: None)
+
+    def _with_signature(self) -> Callable[..., Any]:
+        """`run` with the module's own signature, which transformers reads to know what a model takes."""
+
+        original = self.frozen.outer or functools.partial(type(self.module).forward, self.module)
+        signature = inspect.signature(original) if self.shape.kind == "model" else None
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if signature is not None and args:  # a model's layer asks for its inputs by name
+                args, kwargs = (), {**signature.bind_partial(*args).arguments, **kwargs}
+            return self.run(*args, **kwargs)
+
+        return forward
 
     def disable(self) -> None:
         """Let calls of the module reach it as if nothing stood there: not even a Python frame is added."""
-        if self.outer is None:
+        if self.hook is not None:
+            self.hook.remove()
+        if self.frozen.outer is None:
             self.module.__dict__.pop("forward", None)
         else:
-            self.module.forward = self.outer
+            self.module.forward = self.frozen.outer
 
     def remove(self) -> None:
         """Leave the module as it was found."""
         self.disable()
         del self.module._modules[CONTAINER]
 
-    # What a layer sees of its base ------------------------------------------------------------------------------
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the frozen module."""
-        if self.outer is not None:
-            return self.outer(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def affine(self) -> tuple[Tensor, Tensor | None]:
-        """Weight as (out, in), and bias or None."""
-        weight: Any = self.module._parameters.get("weight")
-        return (weight.T if self.shape.kind == "conv1d" else weight), self.module._parameters.get("bias")
-
-    @contextmanager
-    def replacing(self, replaced: Mapping[str, Tensor]) -> Iterator[None]:
-        """While open, the module runs with some of its direct parameters replaced."""
-        own: dict[str, Any] = self.module._parameters
-        kept = {name: own[name] for name in replaced}
-        own.update({name: value.to(kept[name].dtype) for name, value in replaced.items()})
-        try:
-            yield
-        finally:
-            own.update(kept)
-
-    def with_parameters(self, replaced: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Run the frozen module with some of its direct parameters replaced for this call."""
-        with self.replacing(replaced):
-            return self(*args, **kwargs)
-
     # The adapted call ------------------------------------------------------------------------------------------
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward while adapters are attached: the active layers around the frozen call."""
         active = self.host.active
-        if not args and len(kwargs) == 1:  # `linear(input=x)`
+        if not args and len(kwargs) == 1 and self.shape.kind in AFFINE_KINDS:  # `linear(input=x)`
             args, kwargs = (*kwargs.values(),), {}
         if isinstance(active, list):
             return self._run_rows(active, args, kwargs)
         return self._stacked(active)(*args, **kwargs)
 
     def _stacked(self, active: Active) -> Callable[..., Any]:
-        call: Any = self
+        call: Any = self.frozen
         for layer in self.standing(active):
             call = Stacked(layer, call)
         return call
 
     def standing(self, active: Active) -> list[Layer]:
-        """The layers of the named adapters here, innermost first; one that replaces parameters is always innermost."""
+        """The layers of the named adapters here, in stacking order; those that stand for parameters come first."""
         layers: list[Any] = [self.layers[name] for name in active if name in self.layers]
-        return sorted(layers, key=lambda layer: not isinstance(layer, Replacement)) if len(layers) > 1 else layers
+        return sorted(layers, key=lambda layer: not layer.innermost) if len(layers) > 1 else layers
 
     def _run_rows(self, rows: Sequence[Active], args: tuple, kwargs: dict) -> Any:
         """One adapter (or none) for every row of the batch: the plain way, one call for each distinct entry."""
-        if not args:
-            raise StateError("one adapter a row needs the batch as the module's first argument", where=self.path)
-        x, *rest = args
-        if x.shape[0] != len(rows):
+        here = [tuple(name for name in entry if name in self.layers) for entry in rows]
+        if not any(here):
+            return self.frozen(*args, **kwargs)
+        if kwargs.get("past_key_values") is not None:
+            raise StateError(
+                "a key-value cache cannot be shared by rows with different virtual tokens",
+                hint="call the model without one, or generate for each adapter apart",
+            )
+        entries = rows if self.shape.kind == "model" else here  # what runs inside a model stands elsewhere too
+        share = self._rows_share(len(rows), args, kwargs)
+        outs, order = [], []
+        for entry in dict.fromkeys(entries):
+            chosen = [row for row, other in enumerate(entries) if other == entry]
+            index = torch.tensor(
+                [row * share + part for row in chosen for part in range(share)], device=self.shape.device
+            )
+            whole = len(rows) * share
+            with self.host.running(entry):
+                outs.append(self._stacked(entry)(*_picked(args, index, whole), **_picked(kwargs, index, whole)))
+            order.append(index)
+        return _joined(outs, torch.cat(order).argsort(), self.path)
+
+    def _rows_share(self, rows: int, args: tuple, kwargs: dict) -> int:
+        """How many entries along the first dimension one row of the batch has: 1, but all its tokens for experts."""
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+        if not tensors:
+            raise StateError("one adapter a row needs a batch, and no tensor came in", where=self.path)
+        first = tensors[0].shape[0]
+        share = first // rows if self.shape.kind == "experts" else 1
+        if self.shape.kind == "attention" and not getattr(self.module, "batch_first", True):
+            raise StateError("one adapter a row needs attention with batch_first=True", where=self.path)
+        if share * rows != first:
             raise StateError(
                 "one adapter a row needs one entry for each row of the batch",
                 where=self.path,
-                got=f"{len(rows)} entries, input of shape {tuple(x.shape)}",
+                got=f"{rows} entries, input of shape {tuple(tensors[0].shape)}",
             )
-        out = None
-        for entry in dict.fromkeys(rows):
-            index = torch.tensor([row for row, name in enumerate(rows) if name == entry], device=x.device)
-            part = self._stacked(entry)(x[index], *rest, **kwargs)
-            out = part.new_empty(x.shape[0], *part.shape[1:]) if out is None else out
-            out = out.index_copy(0, index, part)
-        return out
+        return share
 
     # Merging ---------------------------------------------------------------------------------------------------
 
     def merged(self, names: Active) -> dict[str, Tensor]:
         """Those of the module's own parameters that change when the named layers are folded in, ready to be stored."""
-        stored = {name: value.detach() for name, value in self.module.named_parameters(recurse=False)}
+        stored = {name: value.detach() for name, value in parameters_of(self.module).items()}
         changed: dict[str, Tensor] = {}
         for layer in self.standing(names):
-            if isinstance(layer, Replacement):
+            if layer.innermost:
                 changed |= layer.merged(stored | changed, stored)
             else:
                 changed |= self._oriented(layer.merged(self._oriented(stored | changed), self._oriented(stored)))
         return {name: value.to(stored[name].dtype) for name, value in changed.items()}
 
     def _oriented(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A Conv1D stores its weight as (in, out); this turns it round, there and back."""
+        """A Conv1D stores its weight as (in, out), an embedding too; this turns it round, there and back."""
         turned = dict(parameters)
-        if self.shape.kind == "conv1d" and "weight" in turned:
+        if self.shape.kind in ("conv1d", "embedding") and "weight" in turned:
             turned["weight"] = turned["weight"].T
         return turned
 
+    def stored(self, name: str) -> Tensor:
+        """One of the module's own parameters."""
+        place, last = owner(self.module, name)
+        return place[last]
 
-class Stacked:
-    """A layer around a call, itself the base of the next layer.
 
-    A replacement is always innermost, so its base is the site; everything above sees the frozen weight and bias.
-    """
+def _picked(values: Any, index: Tensor, whole: int) -> Any:
+    """Arguments of a call with only some entries of every tensor whose first dimension is the batch's."""
+    if isinstance(values, Tensor):
+        return values[index] if values.ndim and values.shape[0] == whole else values
+    if isinstance(values, dict):
+        return {name: _picked(value, index, whole) for name, value in values.items()}
+    return type(values)(_picked(value, index, whole) for value in values) if type(values) in (tuple, list) else values
 
-    __slots__ = ("base", "layer")
 
-    def __init__(self, layer: Layer, base: Any) -> None:
-        self.layer, self.base = layer, base
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.layer(self.base, *args, **kwargs)
-
-    def affine(self) -> tuple[Tensor, Tensor | None]:
-        """The frozen module's own weight and bias, whatever stands between."""
-        return self.base.affine()
-
-    def with_parameters(self, replaced: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Never reached through another layer; see above."""
-        return self.base.with_parameters(replaced, *args, **kwargs)
+def _joined(outs: Sequence[Any], order: Tensor, where: str) -> Any:
+    """Outputs of parts of a batch as the output of the whole, in the order of its rows."""
+    first = outs[0]
+    if len(outs) == 1:
+        return first
+    if isinstance(first, Tensor):
+        if not first.ndim:
+            raise StateError(
+                "one number for the whole batch cannot be put together from rows with different adapters",
+                where=where,
+                hint="leave the labels out and compute the loss from the logits",
+            )
+        return torch.cat([*outs])[order]
+    if isinstance(first, dict):  # a transformers output is one
+        return type(first)(**{name: _joined([out[name] for out in outs], order, where) for name in first})
+    if type(first) in (tuple, list):
+        return type(first)(_joined(parts, order, where) for parts in zip(*outs, strict=True))
+    return None  # a key-value cache, for example: it cannot be told apart by rows

@@ -7,17 +7,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer.adapter import Adapter
 from gossamer.attachment import walk
-from gossamer.attachment.host import Attached, Host, find_host, make_host, new_layers, require_host, stored_layers
+from gossamer.attachment.host import Attached, Host, find_host, make_host, require_host
+from gossamer.attachment.layers import Layers, new_layers, stored_layers
 from gossamer.attachment.match import select
 from gossamer.attachment.merge import unmerge
 from gossamer.attachment.report import InjectionReport, SiteRow
-from gossamer.attachment.site import Active, kind_of
+from gossamer.attachment.site import Active
 from gossamer.errors import BaseMismatchError, StateError, UsageError
-from gossamer.methods import Layer, TargetedMethod
+from gossamer.methods import Shape, TargetedMethod
 
 Rows = Sequence[str | None]
 
@@ -85,28 +86,30 @@ def _check_base(model: nn.Module, host: Host | None, adapter: Adapter, force: bo
         )
 
 
-def _report(host: Host, name: str, attached: Attached, layers: dict[str, Layer]) -> InjectionReport:
+def _report(host: Host, name: str, attached: Attached, layers: Layers) -> InjectionReport:
     rows, notes = [], []
     names = walk.aliases(host.model)
-    for path, layer in layers.items():
-        module = host.sites[path].module
+    own = {path: [*layer.slots().values()] for path, (_, layer) in layers.items()}
+    for path, (shape, _) in layers.items():
         rank = getattr(attached.spec, "rank_at", lambda _: None)(path) if path in attached.selection.targets else None
-        shape = host.sites[path].shape
-        text = (
-            f"{shape.out_features} x {shape.in_features}"
-            if kind_of(module)
-            else str([tuple(p.shape) for p in shape.parameters.values()])
-        )
-        rows.append(
-            SiteRow(path, type(module).__name__, text, rank, sum(slot.numel() for slot in layer.slots().values()))
-        )
-        if len(names[id(module)]) > 1:
-            notes.append(f"note: {path} is one module under {len(names[id(module)])} names; adapted once")
-    own = [slot for layer in layers.values() for slot in layer.slots().values()]
-    count = sum(slot.numel() for slot in own)
-    total = count + sum(parameter.numel() for _, parameter in walk.base_parameters(host.model))
-    nbytes = sum(slot.numel() * slot.element_size() for slot in own)
-    return InjectionReport(name, tuple(rows), count if attached.trainable else 0, total, nbytes, tuple(notes))
+        count = sum(slot.numel() for slot in own[path])
+        rows.append(SiteRow(path, shape.class_name, _size(shape), rank, count))
+        known_as = len(names[id(host.sites[path].module)])
+        if known_as > 1:
+            notes.append(f"note: {path} is one module under {known_as} names; adapted once")
+    every = [slot for slots in own.values() for slot in slots]
+    trainable = sum(slot.numel() for slot in every if slot.requires_grad)
+    total = sum(slot.numel() for slot in every) + sum(p.numel() for _, p in walk.base_parameters(host.model))
+    nbytes = sum(slot.numel() * slot.element_size() for slot in every)
+    return InjectionReport(name, tuple(rows), trainable, total, nbytes, tuple(notes))
+
+
+def _size(shape: Shape) -> str:
+    """A weight as "out x in", kernels after it; of other modules the shapes of their parameters."""
+    if shape.out_features:
+        kernel = f" x {list(shape.kernel)}" if shape.kernel else ""
+        return f"{shape.out_features} x {shape.in_features}{kernel}"
+    return str([tuple(parameter.shape) for parameter in shape.parameters.values()])
 
 
 def attached(model: nn.Module) -> tuple[str, ...]:
@@ -166,20 +169,28 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> dict[str,
     if name is not None:
         host.known(name)
         layers = host.layers_of(name)
-        found = {f"{path}.{slot}": value for path in layers for slot, value in layers[path].slots().items()}
+        found = {f"{path}.{slot}": value for path in layers for slot, value in layers[path].named_parameters()}
         return {key: found[key] for key in sorted(found) if found[key].requires_grad}
     return {f"{one}:{key}": value for one in host.adapters for key, value in trainable_parameters(model, one).items()}
+
+
+def sites_of_parameters(model: nn.Module, name: str) -> dict[str, str]:
+    """`"<path>.<slot>"` -> path, for the trainable parameters of one adapter: which module each of them stands at."""
+    layers = require_host(model).layers_of(name)
+    return {f"{path}.{slot}": path for path, layer in layers.items() for slot in layer.slots()}
 
 
 def capture(model: nn.Module, name: str = "default") -> Adapter:
     """The adapter as a value: its tensors copied to main memory, bit for bit. Raises `StateError`."""
     host = require_host(model)
     attached = host.known(name)
-    layers = host.layers_of(name)
-    tensors = {
-        path: {slot: value.detach().cpu().clone() for slot, value in layer.slots().items()}
-        for path, layer in layers.items()
-    }
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for path, layer in host.layers_of(name).items():
+        for place, slots in ((path, layer.slots()), ("", layer.common())):
+            new = {slot: value for slot, value in slots.items() if slot not in tensors.get(place, {})}
+            if new:
+                copies = {slot: value.detach().cpu().clone() for slot, value in new.items()}
+                tensors.setdefault(place, {}).update(copies)
     foreign = dict(attached.foreign)
     if not foreign:
         config = getattr(host.model, "config", None)

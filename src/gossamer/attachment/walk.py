@@ -17,25 +17,47 @@ CONTAINER = "gossamer"
 _SAMPLES = 32
 
 
+def _visits(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module under every name it has, in the model's order; adapter layers are not entered.
+
+    torch's own `named_modules` would enter them, and make the fiftieth adapter slower to attach than the first.
+    """
+    found: list[tuple[str, nn.Module]] = []
+
+    def visit(module: nn.Module, path: str) -> None:
+        found.append((path, module))
+        for name, child in module._modules.items():
+            if child is not None and name != CONTAINER:
+                visit(child, f"{path}.{name}" if path else name)
+
+    visit(model, "")
+    return found
+
+
 def modules(model: nn.Module) -> dict[str, nn.Module]:
     """Canonical path -> module, each module once, under the first name it has."""
-    return {path: module for path, module in model.named_modules() if CONTAINER not in path.split(".")}
+    first: dict[nn.Module, str] = {}
+    for path, module in _visits(model):
+        first.setdefault(module, path)
+    return {path: module for module, path in first.items()}
 
 
 def aliases(model: nn.Module) -> dict[int, list[str]]:
     """id(module) -> every path it is registered under; more than one for a shared module."""
     found: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if CONTAINER not in path.split("."):
-            found.setdefault(id(module), []).append(path)
+    for path, module in _visits(model):
+        found.setdefault(id(module), []).append(path)
     return found
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The model's own parameters by canonical name, each once; adapter parameters are not among them."""
-    for name, parameter in model.named_parameters():
-        if CONTAINER not in name.split("."):
-            yield name, parameter
+    seen: set[int] = set()
+    for path, module in modules(model).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{path}.{name}" if path else name), parameter
 
 
 def owners_of_storage(model: nn.Module) -> dict[int, list[str]]:

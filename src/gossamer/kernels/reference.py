@@ -25,6 +25,22 @@ def lora(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return torch.nn.functional.linear(down, lora_B.to(x.dtype)) * scaling
 
 
+def dora(out: Tensor, term: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
+    """`ratio * (W x + scaling * B A x) + b`, from the frozen output and the low-rank term.
+
+    Args:
+        out: W x + b, channels last.
+        term: scaling * B A x, likewise.
+        ratio: (channels,), the magnitude over the norm of W + scaling * B A, row by row; 1 leaves `out` bit for bit.
+        bias: b, (channels,), which is not scaled.
+
+    Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
+    """
+    ratio = ratio.to(out.dtype)
+    frozen = out if bias is None else out - bias
+    return out + (ratio - 1) * frozen + ratio * term
+
+
 def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """`scaling * B A`, (out, in), computed in the factors' dtype but never below float32."""
     wide = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)

@@ -6,11 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from gossamer.errors import SpecError, nearest
-from gossamer.methods.base import Base, Layer, Replacement, Shape, TargetedMethod
-from gossamer.methods.lora import LoRA, LoRALayer
+from gossamer.methods.base import Base, Layer, Shape
+from gossamer.methods.bottleneck import Houlsby, Lin
+from gossamer.methods.dora import DoRA
+from gossamer.methods.ia3 import IA3
+from gossamer.methods.lora import LoRA
+from gossamer.methods.prefix import PrefixTuning, PromptTuning
+from gossamer.methods.replacement import ParameterLayer, Replacement
+from gossamer.methods.targeted import TargetedMethod
+from gossamer.methods.vera import VeRA
+from gossamer.methods.whole import BitFit, FullTuning, NormTuning
 from gossamer.spec import Lines
 
-METHODS: dict[str, type[TargetedMethod]] = {method.name: method for method in (LoRA,)}
+METHODS: dict[str, type[TargetedMethod]] = {
+    method.name: method
+    for method in (LoRA, DoRA, VeRA, IA3, BitFit, NormTuning, Houlsby, Lin, PrefixTuning, PromptTuning, FullTuning)
+}
 
 
 def method_from_dict(
@@ -33,11 +44,21 @@ def method_from_dict(
 __all__ = [
     "METHODS",
     "Base",
+    "BitFit",
+    "DoRA",
+    "FullTuning",
+    "Houlsby",
+    "IA3",
     "Layer",
+    "Lin",
     "LoRA",
-    "LoRALayer",
+    "NormTuning",
+    "ParameterLayer",
+    "PrefixTuning",
+    "PromptTuning",
     "Replacement",
     "Shape",
     "TargetedMethod",
+    "VeRA",
     "method_from_dict",
 ]

@@ -1,39 +1,26 @@
 """The protocol between a method and a module.
 
-An adapter layer sees its base through two things only: it can call it, and it can ask for its weight and bias. So no
-method knows how a weight is stored, and methods x storages becomes methods + storages.
+An adapter layer sees its base through a few questions only: call it, ask for its weight and bias, send an input
+through its own linear map with another weight. So no method knows how a weight is stored, and methods x storages
+becomes methods + storages.
 """
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import torch
-from pydantic import AfterValidator
 from torch import Tensor, nn
 
-from gossamer import adapter
-from gossamer.spec import Indices, Names, StrictInt, StrictStr
+from gossamer.errors import AdapterFileError
 
-
-class Base(Protocol):
-    """The frozen module beside which an adapter layer stands."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module as it is."""
-        ...
-
-    def affine(self) -> tuple[Tensor, Tensor | None]:
-        """Its weight (out, in) and bias (out,) or None, in the module's own dtype."""
-        ...
-
-    def with_parameters(self, replaced: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Run the module with some of its direct parameters replaced for this one call."""
-        ...
+LINEAR_KINDS = ("linear", "conv1d")
+"""Kinds whose map is one matrix product."""
+AFFINE_KINDS = (*LINEAR_KINDS, "embedding", "conv")
+"""Kinds with one weight that `affine` gives and `mapped` can stand another one in for."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +28,82 @@ class Shape:
     """What a method may know of a module before it makes a layer for it.
 
     Attributes:
-        path: canonical path.
-        kind: "linear", "conv1d" or "" for a module that only its parameters describe.
-        in_features, out_features: of the affine map; 0 where there is none.
-        parameters: its direct parameters, by name.
+        path: canonical path; "" is the whole model.
+        kind: "linear"; "conv1d" (GPT-2's transposed linear); "embedding", a linear map of one-hot rows, so that
+            in_features is the number of rows; "conv" (1 to 3 dimensions); "experts" and "attention", which use their
+            `matrices` without calling anything; "model", a transformers decoder; or "" for all others.
+        class_name: of the module.
+        out_features, in_features: of the affine map; 0 where there is none.
+        parameters: its direct parameters, by name; of an "attention" also those of its `out_proj`.
+        kernel, groups: of a convolution.
+        matrices: of "experts" and "attention": parameter name -> (experts, out, in).
+        transposed: whether those matrices are stored as (experts, in, out).
+        tied: its parameters that are stored in another selected module: name -> (that module's path, name there).
+        config, embeddings: of a "model", its transformers config and its input embeddings, (rows, hidden).
     """
 
     path: str
     kind: str
-    in_features: int
+    class_name: str
     out_features: int
+    in_features: int
     parameters: Mapping[str, Tensor]
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    matrices: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    transposed: bool = False
+    tied: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    config: Any = None
+    embeddings: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its first parameter is."""
+        known = self.parameters.values() if self.embeddings is None else (self.embeddings,)
+        return next((parameter.device for parameter in known), torch.device("cpu"))
+
+
+class Base(Protocol):
+    """The frozen module beside which an adapter layer stands."""
+
+    @property
+    def shape(self) -> Shape:
+        """What it is."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module as it is."""
+        ...
+
+    def affine(self) -> tuple[Tensor, Tensor | None]:
+        """Its weight (out, in, *kernel) and bias (out,) or None, in the module's own dtype."""
+        ...
+
+    def mapped(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The module's linear map with `weight` (rows, in, *kernel) in place of its own, and no bias.
+
+        Strides, dilation, padding and an embedding's scale are the module's; a convolution's groups are 1.
+        """
+        ...
+
+    def checkpointed(self) -> bool:
+        """Whether parts of it run a second time in the backward, which switches key-value caches off."""
+        ...
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Its direct parameters as stored, or as the layers further in present them."""
+        ...
+
+    def with_parameters(self, replaced: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Run the module with some of its direct parameters replaced for this one call."""
+        ...
 
 
 class Layer(nn.Module):
-    """One adapter at one module. Its direct parameters are its slots."""
+    """One adapter at one module. Its parameters and persistent buffers are its slots."""
+
+    innermost: ClassVar[bool] = False
+    """Whether it stands for parameters of the module itself, so that layers of other adapters go around it."""
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         """The adapted output; `base(*args, **kwargs)` is the frozen one."""
@@ -67,31 +115,38 @@ class Layer(nn.Module):
 
         Args:
             current: the module's direct parameters with earlier layers folded in; a "weight" of an affine map as
-                (out, in), unless the layer is a `Replacement`.
+                (out, in, *kernel), unless the layer is an innermost one, which sees parameters as they are stored.
             frozen: the same as stored in the base.
+
+        Raises `UnsupportedError` where the layer has no equivalent weight.
         """
 
-    def slots(self) -> dict[str, nn.Parameter]:
-        """Slot name -> parameter, sorted."""
-        return dict(sorted(self.named_parameters(recurse=False)))
+    def replaces(self) -> list[str]:
+        """Parameters of the module that have another value with this layer, whatever they were."""
+        return []
+
+    def slots(self) -> dict[str, Tensor]:
+        """Slot name -> tensor, sorted: what is saved. Buffers among them are constants of the adapter."""
+        return dict(sorted(self.state_dict(keep_vars=True).items())) if self._modules else self._own_slots()
+
+    def _own_slots(self) -> dict[str, Tensor]:
+        """The same of a layer without parts; hundreds of layers are asked, and torch's way takes its time."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if name not in self._non_persistent_buffers_set}
+        return {name: slot for name, slot in sorted({**self._parameters, **kept}.items()) if slot is not None}
+
+    def common(self) -> dict[str, Tensor]:
+        """Tensors that all layers of the adapter share, saved once, under the path ""."""
+        return {}
 
 
-class Replacement(Layer):
-    """Trained copies of a module's own parameters (`modules_to_save`, biases): the module runs with them instead.
-
-    Copies are at least float32 and are cast to the module's dtype when it runs.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, value in values.items():
-            self.register_parameter(name, nn.Parameter(value.detach().clone()))
-
-    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        return base.with_parameters(self.slots(), *args, **kwargs)
-
-    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: slot.detach() for name, slot in self.slots().items()}
+def hold(layer: nn.Module, slots: Mapping[str, Tensor]) -> None:
+    """Give a layer its slots as parameters, under the very names; a dotted one lies in a child."""
+    for name, value in slots.items():
+        place, (*path, last) = layer, name.split(".")
+        for part in path:
+            place.add_module(part, place._modules.get(part) or nn.Module())
+            place = place.get_submodule(part)
+        place.register_parameter(last, nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format)))
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -106,47 +161,8 @@ def bias_shift(trained: Tensor, base: Base) -> Tensor:
     return trained - frozen
 
 
-def _compiles(pattern: str) -> str:
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")  # as rank patterns use it, where global flags may not stand
-    except re.error as error:
-        raise ValueError(f"not a valid regular expression: {error}") from None
-    return pattern
-
-
-Regex = Annotated[StrictStr, AfterValidator(_compiles)]
-
-
-def exactly(paths: Iterable[str]) -> tuple[str, ...] | str:
-    """`target_modules` that name these paths and no others: a list, unless a path could be the end of another one."""
-    paths = sorted(paths)
-    return tuple(paths) if all("." in path for path in paths) else "|".join(map(re.escape, paths))
-
-
-class TargetedMethod(adapter.Method):
-    """The fields every method shares that stands beside chosen modules.
-
-    A pattern list matches a module whose path equals an entry or ends with `"." + entry`; a string is a regular
-    expression that must match the whole path. Every pattern must match something.
-    """
-
-    target_modules: Names | Regex = "all-linear"
-    """List of path suffixes, one regular expression, or "all-linear": every linear module but the head."""
-    exclude_modules: Names | Regex = ()
-    """Modules to leave out, in the same two forms."""
-    layers_to_transform: Indices | StrictInt | None = None
-    """Indices of the layers to adapt (the first number in a path); None adapts all."""
-    modules_to_save: Names = ()
-    """Modules (norms, embeddings, a head) to train whole beside the method, by suffix."""
-
-    @abstractmethod
-    def layer(self, shape: Shape, generator: torch.Generator) -> Layer:
-        """A new layer for one matched module; its output equals the base's until it is trained."""
-
-    @abstractmethod
-    def restored(self, shape: Shape, slots: Mapping[str, Tensor]) -> Layer:
-        """The layer that holds stored tensors; raises `AdapterFileError` when they do not fit the module."""
-
-    @abstractmethod
-    def bias_modules(self, targets: list[str], biased: list[str]) -> list[str]:
-        """Which modules, of those that own a bias and are not targets, get a trained bias of their own."""
+def check_slots(path: str, slots: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `AdapterFileError` unless the tensors have exactly these names and shapes."""
+    got = {name: tuple(tensor.shape) for name, tensor in slots.items()}
+    if got != dict(expected):
+        raise AdapterFileError("tensors that do not fit the module", where=path, got=str(got), expected=str(expected))

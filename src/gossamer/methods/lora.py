@@ -4,104 +4,74 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.adapter import Method, Tensors
-from gossamer.errors import AdapterFileError, StateError, UnsupportedError
-from gossamer.kernels import reference
-from gossamer.methods.base import Base, Layer, Regex, Shape, TargetedMethod, bias_shift, exactly, wide
-from gossamer.spec import StrictFloat, StrictInt
+from gossamer.errors import StateError, UnsupportedError
+from gossamer.methods.base import Layer, Shape, wide
+from gossamer.methods.factored import RANDOM_STARTS, Factored, factors_in
+from gossamer.methods.lora_layers import LoRALayer, MatrixLoRA, product
+from gossamer.methods.targeted import exactly
 
-Rank = Annotated[StrictInt, Field(ge=1, le=65536)]
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
-class LoRA(TargetedMethod):
-    """Low-rank adaptation: `h = W x + scaling * B A x` with `scaling = alpha / r` (rsLoRA: `alpha / sqrt(r)`).
+class LoRA(Factored):
+    """Low-rank adaptation: beside each frozen weight stands the product of two thin trained matrices.
 
-    A (r, in) starts random, B (out, r) starts at zero, so the output is unchanged at the start. Trainable parameters:
-    r (in + out) a module. Merges exactly into `W' = W + scaling * B A`, at zero added latency.
+    Equation:
 
-    Source: Hu et al. 2021, arXiv:2106.09685, equation 3; scaling "rslora": Kalajdzievski 2023, arXiv:2312.03732.
+        h = W x + scaling * B A x        scaling = alpha / r        ("rslora": alpha / sqrt(r))
+
+    Shapes: A (r, in) starts random and B (out, r) at zero, so the output is unchanged at the start. Trained are
+    r (in + out) numbers a module, instead of in * out. An embedding's A is (r, rows); a convolution's A is
+    (r, in, *kernel) and its B (out, r, 1...); stacked experts have an A and a B each. A start made of the weight keeps
+    its first factors A0, B0 as constants: `h = W x + scaling * (B A - B0 A0) x`.
+
+    Cost: beside the model 2 r (in + out) operations a token and module, where the frozen product costs 2 in * out.
+    AdamW holds two more numbers for each trained one, and nothing for W. Merged it costs nothing.
+
+    Merge: exact, into `W' = W + scaling * B A`, computed in float32 and rounded once. Refused where no weight says the
+    same: a convolution with groups, an embedding whose max_norm would cut the merged rows, and a weight that another
+    module shares. As values, adapters add exactly: factors are concatenated and ranks add.
+
+    When to use it: first. Other tools read its files, and merged it is as fast as the base. Every linear module at a
+    small rank is a better use of parameters than the attention alone at a large one, and the best learning rate is
+    about ten times that of full fine-tuning. "rslora" keeps the update's size as r grows, for ranks of 64 and more.
+    What an adapter can hold is bounded by its size: where the loss stalls above full fine-tuning's, raise r.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, equation 3; scaling "rslora": Kalajdzievski 2023, arXiv:2312.03732;
+    starts: Meng et al. 2024, arXiv:2404.02948 (PiSSA), Buyukakyuz 2024, arXiv:2406.01775 (OLoRA). Targets, learning
+    rate and capacity: Schulman et al. 2025, "LoRA Without Regret".
     """
 
     name: ClassVar[str] = "lora"
 
-    r: Rank = 8
-    """Rank of the update."""
-    alpha: StrictFloat = 16.0
-    """Numerator of the scaling."""
-    rank_pattern: dict[Regex, Rank] = {}
-    """Other ranks for some modules: regular expression for the end of a path -> rank; the first match wins."""
-    alpha_pattern: dict[Regex, StrictFloat] = {}
-    """Other alphas for some modules, likewise."""
-    dropout: Annotated[StrictFloat, Field(ge=0, lt=1)] = 0.0
-    """Probability with which an input of A is zeroed in training."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Which of the model's biases are trained too: none, all, or those of the adapted modules."""
-    scaling: Literal["standard", "rslora"] = "standard"
-    """"standard": alpha / r; "rslora": alpha / sqrt(r)."""
-    start: Literal["gaussian", "kaiming"] = "gaussian"
-    """How A starts: normal (the paper's) or uniform (PEFT's); both with variance 1 / (3 in)."""
-
-    def rank_at(self, path: str) -> int:
-        """The rank at `path`, patterns applied."""
-        return _first_match(self.rank_pattern, path, self.r)
-
-    def scaling_at(self, path: str) -> float:
-        """alpha / r, or alpha / sqrt(r), at `path`, patterns applied."""
-        alpha, rank = _first_match(self.alpha_pattern, path, self.alpha), self.rank_at(path)
-        return alpha / (rank**0.5 if self.scaling == "rslora" else rank)
-
-    def layer(self, shape: Shape, generator: torch.Generator) -> LoRALayer:
-        rank = self.rank_at(shape.path)
-        bound = shape.in_features**-0.5
-        factor = torch.empty(rank, shape.in_features)
-        if self.start == "gaussian":
-            factor.normal_(std=bound / 3**0.5, generator=generator)
-        else:
-            factor.uniform_(-bound, bound, generator=generator)
-        slots = {"lora_A": factor, "lora_B": torch.zeros(shape.out_features, rank)}
-        if self.bias != "none" and "bias" in shape.parameters:
-            slots["bias"] = wide(shape.parameters["bias"])
-        return self._layer(shape, slots)
-
-    def restored(self, shape: Shape, slots: Mapping[str, Tensor]) -> LoRALayer:
-        rank = self.rank_at(shape.path)
-        expected: dict[str, tuple[int, ...]] = {
-            "lora_A": (rank, shape.in_features),
-            "lora_B": (shape.out_features, rank),
-        }
-        if self.bias != "none" and "bias" in shape.parameters:
-            expected["bias"] = (shape.out_features,)
-        got = {name: tuple(tensor.shape) for name, tensor in slots.items()}
-        if got != expected:
-            raise AdapterFileError(
-                "tensors that do not fit the module", where=shape.path, got=str(got), expected=str(expected)
-            )
-        return self._layer(shape, slots)
-
-    def _layer(self, shape: Shape, slots: Mapping[str, Tensor]) -> LoRALayer:
-        return LoRALayer(slots, self.scaling_at(shape.path), self.dropout).to(
-            next(iter(shape.parameters.values())).device
-        )
-
-    def bias_modules(self, targets: list[str], biased: list[str]) -> list[str]:
-        return biased if self.bias == "all" else []
+    def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
+        if shape.matrices:
+            scalings = {name: self.scaling_at(f"{shape.path}.{name}") for name in shape.matrices}
+            return MatrixLoRA(slots, scalings, shape.transposed)
+        return LoRALayer(shape, slots, self.scaling_at(shape.path), self.dropout)
 
     def delta(self, path: str, slots: Mapping[str, Tensor]) -> Tensor:
-        if "lora_A" not in slots:
+        factors = factors_in(slots)
+        if factors is None:
             raise UnsupportedError(
-                "trained whole, so its change needs the base's own value", where=path, got=str([*slots])
+                "no factors of one matrix: what was trained whole needs the base's own value",
+                where=path,
+                got=str([*slots]),
             )
-        return reference.lora_delta(slots["lora_A"], slots["lora_B"], self.scaling_at(path))
+        change = product(*factors)
+        if "start_A" in slots:
+            change = change - product(slots["start_A"], slots["start_B"])
+        return self.scaling_at(path) * change
 
     def scaled(self, tensors: Tensors, weight: float) -> tuple[Method, Tensors]:
-        _only_factors(tensors)
-        return self, {
+        plain, tensors = self._plain(tensors)
+        return plain, {
             path: {"lora_A": slots["lora_A"], "lora_B": wide(slots["lora_B"]) * weight}
             for path, slots in tensors.items()
         }
@@ -109,11 +79,10 @@ class LoRA(TargetedMethod):
     def summed(self, tensors: Tensors, other: Method, other_tensors: Tensors) -> tuple[Method, Tensors]:
         if not isinstance(other, LoRA):
             raise UnsupportedError("only LoRA adapters can be added to a LoRA adapter", got=other.name)
-        _only_factors(tensors)
-        _only_factors(other_tensors)
+        (mine, tensors), (theirs, other_tensors) = self._plain(tensors), other._plain(other_tensors)
         total: dict[str, dict[str, Tensor]] = {}
         for path in sorted({*tensors, *other_tensors}):
-            parts = [(spec, part[path]) for spec, part in ((self, tensors), (other, other_tensors)) if path in part]
+            parts = [(spec, part[path]) for spec, part in ((mine, tensors), (theirs, other_tensors)) if path in part]
             shapes = {(slots["lora_B"].shape[0], slots["lora_A"].shape[1]) for _, slots in parts}
             if len(shapes) > 1:
                 raise StateError("weights of different shapes have no sum", where=path, got=str(sorted(shapes)))
@@ -123,48 +92,46 @@ class LoRA(TargetedMethod):
             }
         return _unit_scaled(total), total
 
-
-class LoRALayer(Layer):
-    """A and B at one module, with the trained bias where the spec asks for it."""
-
-    def __init__(self, slots: Mapping[str, Tensor], scaling: float, dropout: float) -> None:
-        super().__init__()
-        self.lora_A = nn.Parameter(slots["lora_A"].detach().clone())
-        self.lora_B = nn.Parameter(slots["lora_B"].detach().clone())
-        self.bias = nn.Parameter(slots["bias"].detach().clone()) if "bias" in slots else None
-        self.scaling, self.dropout = scaling, dropout
-
-    def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = base(x, *args, **kwargs)
-        dropped = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
-        out = out + reference.lora(dropped, self.lora_A, self.lora_B, self.scaling)
-        if self.bias is not None:
-            out = out + bias_shift(self.bias, base).to(out.dtype)
-        return out
-
-    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        delta = reference.lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
-        folded = {"weight": wide(current["weight"]) + delta}
-        if self.bias is not None:
-            folded["bias"] = current["bias"] + (self.bias.detach() - frozen["bias"])
-        return folded
+    def _plain(self, tensors: Tensors) -> tuple[LoRA, Tensors]:
+        """The same change with the constants of its start among the factors; only for factors of linear modules."""
+        _only_factors(tensors)
+        if self.start in RANDOM_STARTS:
+            return self, tensors
+        return plain_spec(self), {path: plain_slots(slots) for path, slots in tensors.items()}
 
 
-def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if matches_end(pattern, path)), default)
+def plain_spec(spec: Factored) -> LoRA:
+    """The spec of the plain LoRA of twice the rank that says the same as one with a start made of the weight."""
+    growth = 2.0 if spec.scaling == "standard" else 2**0.5
+    fields = {name: getattr(spec, name) for name in type(spec).model_fields}
+    doubled = {pattern: 2 * rank for pattern, rank in spec.rank_pattern.items()}
+    alphas = {pattern: alpha * growth for pattern, alpha in spec.alpha_pattern.items()}
+    changes = {"r": 2 * spec.r, "alpha": spec.alpha * growth, "rank_pattern": doubled, "alpha_pattern": alphas}
+    return LoRA(**fields | changes | {"start": "kaiming"})
 
 
-def matches_end(pattern: str, path: str) -> bool:
-    """Whether a rank or alpha pattern names `path`: it must cover the path, or its end after a dot (PEFT's rule)."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+def plain_slots(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`B A - B0 A0` as one pair of factors: A over A0, B beside -B0."""
+    plain = {name: slot for name, slot in slots.items() if not name.startswith("start_")}
+    for name in [name for name in plain if "start_A" in slots and name in _FACTORS]:
+        start = slots["start_A"] if name.endswith("A") else -slots["start_B"]
+        plain[name] = torch.cat([plain[name], start.to(plain[name].dtype)], dim=0 if name.endswith("A") else 1)
+    return plain
 
 
 def _only_factors(tensors: Tensors) -> None:
-    whole = [f"{path}.{slot}" for path, slots in tensors.items() for slot in slots if slot not in ("lora_A", "lora_B")]
-    if whole:
+    known = ("lora_A", "lora_B", "start_A", "start_B")
+    others = [
+        f"{path}.{slot}"
+        for path, slots in tensors.items()
+        for slot, tensor in slots.items()
+        if slot not in known or tensor.ndim != 2
+    ]
+    if others:
         raise UnsupportedError(
-            "parameters trained whole (modules_to_save, biases) cannot be scaled or added without the base",
-            got=", ".join(whole[:3]) + (" ..." if len(whole) > 3 else ""),
+            "parameters trained whole (modules_to_save, biases) cannot be scaled or added without the base, and only "
+            "factors of linear modules can be",
+            got=", ".join(others[:3]) + (" ..." if len(others) > 3 else ""),
         )
 
 

@@ -16,6 +16,7 @@ _HOME = {
     "has_bfloat16_units": "load",
     "load_base": "load",
     "tiny": "toys",
+    "tiny_inputs": "toys",
     "tiny_tokenizer": "toys",
     "write_model_folder": "write",
 }
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from gossamer.models.load import has_bfloat16_units as has_bfloat16_units
     from gossamer.models.load import load_base as load_base
     from gossamer.models.toys import tiny as tiny
+    from gossamer.models.toys import tiny_inputs as tiny_inputs
     from gossamer.models.toys import tiny_tokenizer as tiny_tokenizer
     from gossamer.models.write import write_model_folder as write_model_folder
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from gossamer.attachment import active, attached, trainable_parameters, use
 from gossamer.errors import DataError, GradientError, StateError
+from gossamer.methods.tokens import SLOT
 from gossamer.training.masks import Example
 
 
@@ -80,16 +81,18 @@ def refuse_misfits(model: nn.Module, examples: Iterable[Example]) -> None:
             )
 
 
-def audit_gradients(trainable: Mapping[str, nn.Parameter]) -> None:
+def audit_gradients(trainable: Mapping[str, nn.Parameter], sites: Mapping[str, str]) -> None:
     """Raise `GradientError` unless the first backward reached every module.
 
     Args:
         trainable: `"<path>.<slot>"` -> parameter, with the gradients of the first step. Non-finite gradients are not
             its business: the loop stops on them with `NonFiniteError`.
+        sites: the same names -> the module each parameter stands at.
     """
     missing = [name for name, parameter in trainable.items() if parameter.grad is None]
-    reached = {name.rpartition(".")[0] for name, p in trainable.items() if p.grad is not None and bool(p.grad.any())}
-    dead = sorted({name.rpartition(".")[0] for name in trainable} - reached)
+    reached = {sites[name] for name, p in trainable.items() if p.grad is not None and bool(p.grad.any())}
+    rows = {sites[name] for name in trainable if name.endswith(f".{SLOT}")}  # not in every batch
+    dead = sorted({sites[name] for name in trainable} - reached - rows)
     if missing or dead:
         raise GradientError(
             "the first step does not reach every trainable parameter, so some of them would never learn",

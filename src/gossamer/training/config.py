@@ -73,6 +73,8 @@ class LoopConfig(Spec):
     """Tokens that go through the model at once; a larger batch is split into parts that make the same step."""
     lr: LearningRate = "auto"
     """Peak learning rate, or auto: `5e-4 * (2000 / hidden size) ** p`."""
+    lr_ratio: Annotated[StrictFloat, Field(gt=0)] = 1.0
+    """LoRA+: learning rate of B over that of A; 1 is plain LoRA, 16 what the paper found to serve hard tasks."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate goes from its peak to zero."""
     warmup: Annotated[StrictFloat, Field(ge=0)] = 0.03

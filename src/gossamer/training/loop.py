@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.adapter import Adapter
-from gossamer.attachment import capture, trainable_parameters
+from gossamer.attachment import capture, sites_of_parameters, trainable_parameters
 from gossamer.errors import Interrupted, NonFiniteError
 from gossamer.files.atomic import write_text
 from gossamer.training.audit import adapter_to_train, audit_gradients, refuse_misfits
@@ -92,7 +92,8 @@ def train(
         refuse_misfits(model, material.examples)
         try:
             with keeping_modes(model), interruptible() as stop, torch.random.fork_rng(generators), memory_errors():
-                return _Training(model, tokenizer, settings, name, material, folder, show, stop).run(whole, resume)
+                training = _Training(model, tokenizer, whole, name, material, folder, show, stop)
+                return training.run(whole, resume)
         finally:
             show.finish()
 
@@ -104,18 +105,20 @@ class _Training:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        config: TrainConfig,
+        whole: RunConfig,
         name: str,
         material: Material,
         folder: RunFolder,
         show: Progress,
         stop: StopRequest,
     ) -> None:
+        config = whole.train_config()
         self.model, self.config, self.name, self.pad = model, config, name, pad_id(tokenizer)
         self.material, self.folder, self.show, self.stop = material, folder, show, stop
         self.device = next(model.parameters()).device
-        self.parameters = trainable_parameters(model, name)
-        self.optimizer = make_optimizer(self.parameters.values(), config.weight_decay)
+        self.parameters, self.sites = trainable_parameters(model, name), sites_of_parameters(model, name)
+        outer = whole.method.outer_slots
+        self.optimizer = make_optimizer(self.parameters, config.weight_decay, outer, config.lr_ratio)
         self.steps = Steps(material.examples, config)
         self.warmup = warmup_steps(config.warmup, self.steps.total)
         self.lr, self.lr_rule = auto_lr(model.config) if config.lr == "auto" else (config.lr, f"lr {config.lr:g}")
@@ -137,7 +140,7 @@ class _Training:
             start = time.monotonic()
             loss, norm = self._accumulate(self.steps[step])
             if step == first:
-                audit_gradients(self.parameters)
+                audit_gradients(self.parameters, self.sites)
             lr = self.lr * lr_factor(step, self.steps.total, self.warmup, self.config.schedule)
             set_lr(self.optimizer, lr)
             self.optimizer.step()
@@ -186,7 +189,7 @@ class _Training:
             batch = collate([examples[index] for index in indices], self.pad, self.device)
             loss = supervised_nll(self.model, batch).sum() / supervised
             if not loss.requires_grad:  # no adapter had a part in it, or all runs under no_grad
-                audit_gradients(self.parameters)
+                audit_gradients(self.parameters, self.sites)
             loss.backward()
             losses.append(loss.detach())
             self.tokens += batch.tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -17,18 +17,33 @@ EXPONENTS = {"qwen": 0.0775}
 LLAMA = 0.781
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], weight_decay: float, outer: Collection[str] = (), ratio: float = 1.0
+) -> torch.optim.AdamW:
     """AdamW over adapter parameters alone; its moments have the parameters' dtype, float32.
 
     Fused: an adapter is hundreds of small tensors, and seven of eight parts of an unfused step on a CPU are overhead.
+
+    Args:
+        parameters: "<path>.<slot>" -> parameter.
+        outer: slots whose learning rate is `ratio` times the others' (LoRA+): the factors that are applied last.
+
+    Raises: UsageError when a ratio is asked for and no parameter is an outer factor.
+    Source: LoRA+: Hayou et al. 2024, arXiv:2402.12354, section 4.
     """
-    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(ratio if name.rpartition(".")[2] in outer else 1.0, []).append(parameter)
+    if ratio != 1.0 and ratio not in groups:
+        raise UsageError("lr_ratio is about the factor B of LoRA, and this method has none", got=f"lr_ratio={ratio:g}")
+    named = [{"params": members, "lr_ratio": factor} for factor, members in groups.items()]
+    return torch.optim.AdamW(named, lr=0.0, weight_decay=weight_decay, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the next step."""
+    """Set the learning rate of the next step; a group's own is `lr_ratio` times it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_ratio"]
 
 
 def auto_lr(config: object) -> tuple[float, str]:

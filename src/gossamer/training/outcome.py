@@ -16,6 +16,7 @@ from gossamer.adapter import Adapter
 from gossamer.attachment import capture
 from gossamer.errors import ResourceError, StateError
 from gossamer.files.atomic import sha256_file, write_json
+from gossamer.methods.lora import plain_slots
 from gossamer.training.config import RunConfig, TrainConfig
 from gossamer.training.material import Material
 from gossamer.training.report import write_report
@@ -147,9 +148,9 @@ def spectra(adapter: Adapter) -> dict[str, list[float]]:
     """Singular values of each low-rank weight change, largest first."""
     spec: Any = adapter.spec
     return {
-        path: linalg.singular_values(slots["lora_A"], slots["lora_B"], spec.scaling_at(path)).tolist()
+        path: linalg.singular_values(plain["lora_A"], plain["lora_B"], spec.scaling_at(path)).tolist()
         for path, slots in adapter.tensors.items()
-        if "lora_A" in slots
+        if "lora_A" in slots and (plain := plain_slots(slots))["lora_A"].ndim == 2
     }
 
 

@@ -1,0 +1,142 @@
+"""From a spec and a selection to layers: of new tensors or of stored ones, both through one door."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.adapter import Adapter, Tensors
+from gossamer.attachment import walk
+from gossamer.attachment.frozen import Frozen, shape_of
+from gossamer.attachment.match import Selection, select
+from gossamer.errors import AdapterFileError, TargetError, nearest
+from gossamer.methods import Layer, Replacement, Shape, TargetedMethod
+from gossamer.methods.base import check_slots, wide
+from gossamer.methods.tokens import SLOT, TokenRows
+
+Layers = dict[str, tuple[Shape, Layer]]
+"""Canonical path -> the module's shape and the layer made for it."""
+
+
+def new_layers(model: nn.Module, spec: TargetedMethod, selection: Selection, seed: int) -> Layers:
+    """Fresh layers for a spec. Each starts from (seed, path), so neither order nor other modules change it."""
+    modules, shapes = walk.modules(model), _shapes(model, selection)
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    for path in selection.targets:
+        words = hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(words) >> 1)
+        tensors[path] = spec.initial(Frozen(shapes[path], modules[path]), generator)
+    for path in (*selection.saved, *selection.biased):
+        names = _whole(path, selection, shapes[path])
+        tensors[path] = {name: wide(shapes[path].parameters[name].detach()) for name in names}
+    for path, rows in selection.tokens.items():
+        tensors[path] = {SLOT: wide(shapes[path].parameters["weight"].detach()[list(rows)])}
+    return _built(model, spec, selection, shapes, tensors)
+
+
+def stored_layers(model: nn.Module, adapter: Adapter) -> tuple[Selection, Layers]:
+    """Layers that hold an adapter's tensors. Raises `AdapterFileError` unless tensors and spec name the same."""
+    spec = adapter.spec
+    assert isinstance(spec, TargetedMethod)
+    selection = select(model, spec)
+    shapes = _shapes(model, selection)
+    expected = {path: _expected(spec, selection, shapes[path]) for path in selection.paths}
+    _same_paths(adapter, [path for path in selection.paths if expected[path]], model)
+    for path in selection.paths:
+        check_slots(path, adapter.tensors.get(path, {}), expected[path])
+    return selection, _built(model, spec, selection, shapes, adapter.tensors)
+
+
+def _shapes(model: nn.Module, selection: Selection) -> dict[str, Shape]:
+    """Shapes of all selected modules; of the targets, with what they store in common."""
+    modules = walk.modules(model)
+    first: dict[int, tuple[str, str]] = {}
+    shapes: dict[str, Shape] = {}
+    for path in selection.paths:
+        shape = shape_of(path, modules[path], selection.matrices.get(path))
+        tied: dict[str, tuple[str, str]] = {}
+        for name, parameter in shape.parameters.items() if path in selection.targets else ():
+            known = first.setdefault(id(parameter), (path, name))
+            if known != (path, name):
+                tied[name] = known
+        shapes[path] = replace(shape, tied=tied) if tied else shape
+    return shapes
+
+
+def _expected(spec: TargetedMethod, selection: Selection, shape: Shape) -> dict[str, tuple[int, ...]]:
+    if shape.path in selection.tokens:
+        return {SLOT: (len(selection.tokens[shape.path]), shape.out_features)}
+    if shape.path in selection.targets:
+        return spec.expected(shape)
+    return {name: tuple(shape.parameters[name].shape) for name in _whole(shape.path, selection, shape)}
+
+
+def _whole(path: str, selection: Selection, shape: Shape) -> list[str]:
+    """Which of a module's own parameters are trained whole."""
+    return ["bias"] if path in selection.biased else sorted(shape.parameters)
+
+
+def _built(
+    model: nn.Module, spec: TargetedMethod, selection: Selection, shapes: Mapping[str, Shape], tensors: Tensors
+) -> Layers:
+    layers: Layers = {}
+    common = spec.common([shapes[path] for path in selection.targets], tensors.get("", {}))
+    if common is None and "" in tensors and "" not in selection.paths:
+        raise AdapterFileError("tensors without a module, which this method has no use for", got=str([*tensors[""]]))
+    for path in selection.paths:
+        shape = shapes[path]
+        device = shape.device
+        slots = {name: slot.to(device) for name, slot in tensors.get(path, {}).items()}
+        if path in selection.tokens:
+            layer: Layer = TokenRows(selection.tokens[path], shape.in_features, slots[SLOT]).to(device)
+        elif path in selection.targets:
+            layer = spec.build(shape, slots, common)  # on the device its slots are on
+        else:
+            layer = Replacement(slots)
+        layers[path] = (shape, layer)
+    for shape, layer in layers.values():
+        for name, (owner, there) in shape.tied.items():
+            lender = layers[owner][1]
+            if isinstance(layer, Replacement) and isinstance(lender, Replacement) and there in lender.replaces():
+                layer.borrowed[name] = (lender, there)
+    return layers | _tied_rows(model, selection, layers)
+
+
+def _tied_rows(model: nn.Module, selection: Selection, layers: Layers) -> Layers:
+    """Layers at the heads that store their weight in an embedding of which rows are trained."""
+    found: Layers = {}
+    modules = walk.modules(model) if selection.tokens else {}
+    for path, rows in selection.tokens.items():
+        weight = modules[path]._parameters["weight"]
+        for other, module in modules.items():
+            if other != path and module._parameters.get("weight") is weight:
+                if other in layers:
+                    raise TargetError("its rows are trained with the embedding it is tied to", where=other)
+                shape, owner = shape_of(other, module), layers[path][1]
+                assert isinstance(owner, TokenRows)
+                found[other] = (shape, TokenRows(rows, shape.parameters["weight"].shape[0], owner).to(shape.device))
+    return found
+
+
+def _same_paths(adapter: Adapter, wanted: list[str], model: nn.Module) -> None:
+    given = [path for path in adapter.paths if path or "" in wanted]
+    unknown = [path for path in given if path not in wanted]
+    unfilled = [path for path in wanted if path not in adapter.tensors]
+    if unknown:
+        raise AdapterFileError(
+            f"{len(unknown)} of the adapter's {len(given)} modules are not targets of this model",
+            where=unknown[0],
+            got=f"{len(unfilled)} modules of the model left without tensors",
+            hint=nearest(unknown[0], walk.modules(model)),
+        )
+    if unfilled:
+        raise AdapterFileError(
+            f"{len(unfilled)} modules that the adapter's spec names have no tensors in it",
+            where=unfilled[0],
+            got=f"{len(given)} modules with tensors",
+            expected=f"{len(wanted)}",
+        )

@@ -1,0 +1,96 @@
+"""The files of an adapter folder: what is opened and how. One read each; what is checked is what is used."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from gossamer.errors import AdapterFileError, UnsupportedError
+
+CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "gossamer.json"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def missing_hint(folder: Path) -> str:
+    """What is there instead of a missing file."""
+    if not os.path.isdir(folder):  # which, unlike Path.is_dir, takes names that no file system can hold
+        return "there is no such folder"
+    return f"the folder holds {', '.join(sorted(entry.name for entry in folder.iterdir())[:8]) or 'nothing'}"
+
+
+def read_json(path: Path, missing: str = "") -> dict[str, Any]:
+    """A JSON object without duplicate keys. Raises `AdapterFileError`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(_read_bytes(path), object_pairs_hook=unique)
+    except OSError as error:
+        raise AdapterFileError(
+            "cannot read an adapter's file", where=str(path), got=error.strerror or str(error), hint=missing
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError("not valid JSON", where=str(path), got=str(error)) from None
+    if not isinstance(value, dict):
+        raise AdapterFileError("not a JSON object", where=str(path), got=type(value).__name__)
+    return value
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the folder, all finite. Raises `AdapterFileError`; `UnsupportedError` for a pickle."""
+    path = folder / WEIGHTS
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise UnsupportedError(
+            "only safetensors are read: a .bin file is a pickle, which can run code",
+            where=str(folder / "adapter_model.bin"),
+            hint="load it once with PEFT and save_pretrained(safe_serialization=True)",
+        )
+    try:
+        tensors = load_safetensors(_read_bytes(path))
+    except OSError as error:
+        raise AdapterFileError(
+            "cannot read an adapter's file", where=str(path), got=error.strerror or str(error)
+        ) from None
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise AdapterFileError("not a whole safetensors file", where=str(path), got=str(error)) from None
+    if not tensors:
+        raise AdapterFileError("the file holds no tensors", where=str(path))
+    _check_numbers(tensors, str(path))
+    return tensors
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse what is not finite. One sum for each dtype tells; only where that is not finite are tensors looked at."""
+    for dtype in {tensor.dtype for tensor in tensors.values()}:
+        named = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+        if dtype in DTYPES:
+            total = torch.cat([tensor.reshape(-1) for tensor in named.values()]).sum(
+                dtype=torch.promote_types(dtype, torch.float32)
+            )
+            if torch.isfinite(total):
+                continue
+        for name, tensor in named.items():
+            if dtype not in DTYPES or not torch.isfinite(tensor).all():
+                raise AdapterFileError(
+                    "a tensor that is not made of finite numbers", where=f"{where}: {name}", got=str(dtype)
+                )
+
+
+def _read_bytes(path: Path) -> bytes:
+    """A regular file's bytes; a pipe or a device, which could block for ever, is not opened."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return path.read_bytes()

@@ -1,0 +1,129 @@
+"""DoRA: a weight's rows are scaled by a trained magnitude, their direction moved by LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.kernels import fused, reference
+from gossamer.methods.base import AFFINE_KINDS, LINEAR_KINDS, Base, Layer, Shape, bias_shift, wide
+from gossamer.methods.factored import Factored
+from gossamer.methods.lora_layers import FactorLayer
+
+MAGNITUDE = "lora_magnitude_vector"
+
+
+class DoRA(Factored):
+    """Weight-decomposed low-rank adaptation: LoRA turns the rows of the weight, a trained magnitude sets their length.
+
+    Equation:
+
+        h = m (W + D) x / ||W + D|| + b        D = scaling * B A        norms and products row by row
+
+    Shapes: m (out,) starts as the norms ||W|| of the rows of W, A (r, in) random, B (out, r) at zero, so the output is
+    unchanged at the start. Trained are r (in + out) + out numbers a module.
+
+    Cost: that of LoRA and the norm, which is never computed from the (out, in) sum:
+
+        ||W + D||^2 = ||W||^2 + 2 scaling <B, W A^T> + scaling^2 <B A A^T, B>
+
+    ||W||^2 is kept, so the norm costs about as much as r more tokens. It is a constant in the backward, as in section
+    4.3 of the paper.
+
+    Merge: exact, into `W' = m (W + D) / ||W + D||`, row by row; refused where LoRA's merge is. Two of them have no
+    sum as values, since each divides by its own norm; on a model they stack.
+
+    When to use it: where LoRA at a small rank stays short of full fine-tuning and the merged model is what runs. The
+    paper finds it ahead of LoRA at ranks 4 to 64, most clearly below 8. Use plain LoRA where adapters are to be added,
+    or served unmerged by a program that does not know DoRA.
+
+    Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
+    """
+
+    name: ClassVar[str] = "dora"
+
+    def fits(self, shape: Shape) -> bool:
+        return shape.kind in AFFINE_KINDS
+
+    def expected(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        magnitude = (1, shape.out_features, *(1 for _ in shape.kernel)) if shape.kernel else (shape.out_features,)
+        return dict(sorted((super().expected(shape) | {MAGNITUDE: magnitude}).items()))
+
+    def initial(self, base: Base, generator: torch.Generator) -> dict[str, Tensor]:
+        slots = super().initial(base, generator)
+        slots[MAGNITUDE] = squared_norms(base).sqrt().reshape(slots[MAGNITUDE].shape)
+        return slots
+
+    def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
+        return DoRALayer(shape, slots, self.scaling_at(shape.path), self.dropout)
+
+
+class DoRALayer(FactorLayer):
+    """Factors and magnitude at one module."""
+
+    known: tuple[tuple[int, int], Tensor] | None = None
+    """||W||^2 and the storage and version of the W that it is of."""
+
+    def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = base(x, *args, **kwargs)
+        bias = base.affine()[1]
+        ratio = self.get_parameter(MAGNITUDE).flatten() / self._norms(base)
+        kernel = len(base.shape.kernel)
+        if base.shape.kind in LINEAR_KINDS and "start_A" not in self._buffers and out.ndim > 1:
+            dropped = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+            inner, outer = self.factors
+            out = fused.dora(out, base.mapped(dropped, inner.to(x.dtype)), outer, ratio, bias, self.scaling)
+        else:  # a convolution's channels stand before its places
+            out, term = (part.movedim(-1 - kernel, -1) for part in (out, self.term(base, x)))
+            out = reference.dora(out, term, ratio, bias).movedim(-1, -1 - kernel)
+        if "bias" in self._parameters:
+            shift = bias_shift(self.bias, base).to(out.dtype)
+            out = out + shift.reshape(-1, *(1 for _ in range(kernel)))
+        return out
+
+    @torch.no_grad()
+    def _norms(self, base: Base) -> Tensor:
+        """||W + D|| by rows, (out,), at least float32."""
+        weight = base.affine()[0]
+        key = (weight.data_ptr(), weight._version)
+        if self.known is None or self.known[0] != key:
+            self.known = (key, squared_norms(base))
+        matrix = wide(weight).flatten(1)
+        pairs = [(1.0, *self.factors)]
+        if "start_A" in self._buffers:
+            pairs.append((-1.0, self.start_A, self.start_B))
+        return (self.known[1] + self._growth(matrix, pairs)).clamp(min=0).sqrt()
+
+    def _growth(self, matrix: Tensor, pairs: list[tuple[float, Tensor, Tensor]]) -> Tensor:
+        """`||W + D||^2 - ||W||^2`; exactly zero while the factors are those that their start subtracts."""
+        flat = [
+            (sign, inner.flatten(1).to(matrix.dtype), outer.flatten(1).to(matrix.dtype)) for sign, inner, outer in pairs
+        ]
+        cross: Any = sum(sign * (outer * (matrix @ inner.T)).sum(1) for sign, inner, outer in flat)
+        square: Any = sum(
+            sign * other * ((outer @ (inner @ inner2.T)) * outer2).sum(1)
+            for sign, inner, outer in flat
+            for other, inner2, outer2 in flat
+        )
+        return 2 * self.scaling * cross + self.scaling**2 * square
+
+    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        change, weight = self.change(), wide(frozen["weight"])
+        norms = (weight + change).flatten(1).square().sum(1).sqrt()
+        ratio = wide(self.get_parameter(MAGNITUDE).detach()).flatten() / norms
+        by_row = ratio.reshape(-1, *(1 for _ in weight.shape[1:]))
+        moved = wide(current["weight"]) + change
+        folded = {"weight": moved + (by_row - 1) * moved}
+        if "bias" in current:
+            shift = ratio * (current["bias"] - frozen["bias"])
+            own = self.bias.detach() - frozen["bias"] if "bias" in self._parameters else 0
+            folded["bias"] = frozen["bias"] + shift + own
+        return folded
+
+
+def squared_norms(base: Base) -> Tensor:
+    """||W||^2 by rows, (out,), at least float32."""
+    return wide(base.affine()[0].detach()).flatten(1).square().sum(1)

@@ -1,0 +1,111 @@
+"""IA3: activations are scaled by learned vectors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import TargetError
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
+from gossamer.methods.roles import role_of
+from gossamer.methods.targeted import Names, Regex, TargetedMethod
+
+SLOT = "ia3_l"
+
+
+class IA3(TargetedMethod):
+    """Infused adapter by inhibiting and amplifying inner activations: what flows through a module is scaled.
+
+    Equation:
+
+        h = l * (W x + b)        keys, values, a fused projection; any other module
+        h = W (l * x) + b        modules of `feedforward_modules`
+
+    Shapes: l is (out, 1), or (1, in) where the input is scaled; beside a convolution (1, channels, 1...). It starts at
+    ones, so the output is unchanged at the start. Trained are out, or in, numbers a module.
+
+    Cost: one product an entry of the output, or of the input, in float32 beside a narrower base.
+
+    Merge: exact, into `W' = l W, b' = l b`, row by row, or `W' = W l`, column by column.
+
+    When to use it: with few examples and very many tasks: the paper learns from some tens of rows a task, and one
+    adapter is a few vectors. It can only scale what the model already computes; for more, use LoRA.
+
+    Source: Liu et al. 2022, arXiv:2205.05638, section 3.3.
+    """
+
+    name: ClassVar[str] = "ia3"
+    roles = ("key", "value", "fused", "feedforward-output")
+
+    feedforward_modules: Names | Regex = "auto"
+    """Those of the targets whose input is scaled: path suffixes, one regular expression, or "auto", told by name."""
+
+    def fits(self, shape: Shape) -> bool:
+        return shape.kind in (*LINEAR_KINDS, "conv")
+
+    def expected(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        scales_input = self.scales_input(shape.path)
+        size = shape.in_features if scales_input else shape.out_features
+        if shape.kernel:
+            return {SLOT: (1, size, *(1 for _ in shape.kernel))}
+        return {SLOT: (1, size) if scales_input else (size, 1)}
+
+    def initial(self, base: Base, generator: torch.Generator) -> dict[str, Tensor]:
+        return {SLOT: torch.ones(self.expected(base.shape)[SLOT])}
+
+    def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
+        return IA3Layer(shape, slots[SLOT], self.scales_input(shape.path))
+
+    def common(self, shapes: Sequence[Shape], stored: Mapping[str, Tensor]) -> nn.Module | None:
+        """Nothing is shared; but this is where all modules are seen, so that each pattern must name one of them."""
+        pattern = self.feedforward_modules
+        entries = pattern if isinstance(pattern, tuple) else (pattern,) if pattern != "auto" else ()
+        for entry in entries:
+            if not any(_names(entry, shape.path, isinstance(pattern, str)) for shape in shapes):
+                paths = ", ".join(shape.path for shape in shapes[:4])
+                raise TargetError("feedforward_modules names no target", got=repr(entry), expected=f"among {paths} ...")
+        return None
+
+    def scales_input(self, path: str) -> bool:
+        """Whether the module at `path` is a feedforward one, whose input is scaled instead of its output."""
+        pattern = self.feedforward_modules
+        if pattern == "auto":
+            return role_of(path) == "feedforward-output"
+        if isinstance(pattern, str):
+            return _names(pattern, path, True)
+        return any(_names(entry, path, False) for entry in pattern)
+
+
+class IA3Layer(Layer):
+    """The vector at one module, before its call or after it."""
+
+    ia3_l: nn.Parameter
+
+    def __init__(self, shape: Shape, slot: Tensor, scales_input: bool) -> None:
+        super().__init__()
+        self.register_parameter(SLOT, nn.Parameter(slot.detach().clone()))
+        self.scales_input, self.groups, self.ones = scales_input, shape.groups, (1,) * len(shape.kernel)
+
+    def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scale = self.ia3_l.reshape(-1, *self.ones)  # channels come last, except beside a convolution
+        if self.scales_input:
+            return base((x * scale).to(x.dtype), *args, **kwargs)
+        out = base(x, *args, **kwargs)
+        return (out * scale).to(out.dtype)
+
+    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weight, scale = wide(current["weight"]), wide(self.ia3_l.detach())
+        if self.scales_input:  # an output channel of a convolution sees the inputs of its own group
+            by_column = scale.reshape(self.groups, 1, -1, *self.ones)
+            return {"weight": (weight.unflatten(0, (self.groups, -1)) * by_column).flatten(0, 1)}
+        folded = {"weight": weight * scale.reshape(-1, 1, *self.ones)}
+        return folded | ({"bias": current["bias"] * scale.flatten()} if "bias" in current else {})
+
+
+def _names(entry: str, path: str, expression: bool) -> bool:
+    """Whether a regular expression covers the path, or a suffix ends it."""
+    return bool(re.fullmatch(entry, path)) if expression else path == entry or path.endswith(f".{entry}")

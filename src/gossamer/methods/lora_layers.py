@@ -1,0 +1,131 @@
+"""A and B at a module: beside its call where it has one, in its weight where others use that without calling it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import UnsupportedError
+from gossamer.kernels import reference
+from gossamer.methods.base import Base, Layer, Shape, bias_shift, hold, wide
+from gossamer.methods.factored import factor_names
+from gossamer.methods.replacement import ParameterLayer
+
+
+class FactorLayer(Layer):
+    """The factors at one module that is called, with the trained bias where the spec asks for it."""
+
+    bias: Tensor
+    start_A: Tensor
+    start_B: Tensor
+
+    def __init__(self, shape: Shape, slots: Mapping[str, Tensor], scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.first, self.second = factor_names(shape)
+        for name, slot in slots.items():
+            if name.startswith("start_"):
+                self.register_buffer(name, slot.detach().clone(memory_format=torch.contiguous_format))
+        hold(self, {name: slot for name, slot in slots.items() if not name.startswith("start_")})
+        self.groups, self.scaling = shape.groups, scaling
+        self.dropout = 0.0 if shape.kind == "embedding" else dropout  # there is no half of a token
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.get_parameter(self.first), self.get_parameter(self.second)
+
+    def term(self, base: Base, x: Tensor) -> Tensor:
+        """`scaling * (B A - B0 A0) x` in the output's layout and the input's dtype."""
+        x = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+        out = self._product(base, x, *self.factors)
+        if "start_A" in self._buffers:
+            out = out - self._product(base, x, self.start_A, self.start_B)
+        return out
+
+    def _product(self, base: Base, x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+        if base.shape.kind in ("linear", "conv1d"):
+            return reference.lora(x, inner, outer, self.scaling)
+        dtype = x.dtype if x.is_floating_point() else base.affine()[0].dtype
+        down = base.mapped(x, inner.to(dtype))
+        if outer.ndim == 2:
+            return nn.functional.linear(down, outer.to(dtype)) * self.scaling
+        convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[outer.ndim - 3]
+        return convolve(down, outer.to(dtype), groups=self.groups) * self.scaling
+
+    def change(self) -> Tensor:
+        """`scaling * (B A - B0 A0)`, (out, in, *kernel), at least float32; refused where groups make it no weight."""
+        if self.groups > 1:
+            raise UnsupportedError(
+                "A sees the inputs of all groups and the weight only those of its own, so this cannot be merged",
+                got=f"a convolution of {self.groups} groups",
+            )
+        change = product(*(factor.detach() for factor in self.factors))
+        if "start_A" in self._buffers:
+            change = change - product(self.start_A, self.start_B)
+        return self.scaling * change
+
+
+class LoRALayer(FactorLayer):
+    """`h = W x + scaling * B A x`."""
+
+    def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = base(x, *args, **kwargs)
+        out = out + self.term(base, x)
+        if "bias" in self._parameters:
+            out = out + _along_channels(bias_shift(self.bias, base), base.shape).to(out.dtype)
+        return out
+
+    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        folded = {"weight": wide(current["weight"]) + self.change()}
+        if "bias" in self._parameters:
+            folded["bias"] = current["bias"] + (self.bias.detach() - frozen["bias"])
+        return folded
+
+
+class MatrixLoRA(ParameterLayer):
+    """Factors for matrices that a module uses itself: stacked experts, torch's own attention.
+
+    `W'[e] = W[e] + scaling * B[e] A[e]` is formed for each call, in float32. A is stored as (experts * r, in), expert
+    by expert; B as (out, r * experts), rank by rank: PEFT's layout.
+    """
+
+    def __init__(self, slots: Mapping[str, Tensor], scalings: Mapping[str, float], transposed: bool) -> None:
+        super().__init__()
+        self.scalings, self.transposed = dict(scalings), transposed
+        hold(self, slots)
+
+    def presented(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        changed = dict(parameters)
+        for name, scaling in self.scalings.items():
+            factors = self.get_submodule(name)
+            weight = parameters[name]
+            inner, outer = factors.get_parameter("lora_A"), factors.get_parameter("lora_B")
+            change = stacked_product(inner, outer, weight.shape[0] if weight.ndim == 3 else 1)
+            change = change.transpose(1, 2) if self.transposed else change
+            changed[name] = (wide(weight) + scaling * change.reshape(weight.shape)).to(weight.dtype)
+        return changed
+
+    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        presented = self.presented({name: wide(value) for name, value in current.items()})
+        return {name: presented[name].detach() for name in self.scalings}
+
+
+def product(inner: Tensor, outer: Tensor) -> Tensor:
+    """`B A` with trailing kernel dimensions, (out, in, *kernel), at least float32."""
+    return reference.lora_delta(inner.flatten(1), outer.flatten(1), 1.0).reshape(outer.shape[0], *inner.shape[1:])
+
+
+def stacked_product(inner: Tensor, outer: Tensor, count: int) -> Tensor:
+    """`B[e] A[e]` of `count` experts, (experts, out, in), at least float32."""
+    dtype = torch.promote_types(torch.promote_types(inner.dtype, outer.dtype), torch.float32)
+    inner = inner.to(dtype).reshape(count, -1, inner.shape[-1])
+    outer = outer.to(dtype).reshape(outer.shape[0], -1, count)
+    return torch.einsum("ore,eri->eoi", outer, inner)
+
+
+def _along_channels(bias: Tensor, shape: Shape) -> Tensor:
+    """A bias as the output has it: channels come last, except after a convolution."""
+    return bias.reshape(-1, *(1 for _ in shape.kernel))

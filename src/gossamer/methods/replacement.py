@@ -1,0 +1,48 @@
+"""Layers that are other values of a module's own parameters: the module runs with them instead."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from gossamer.methods.base import Base, Layer, hold
+
+
+class ParameterLayer(Layer):
+    """A layer that is another value of the module's own parameters: the module runs with that value instead."""
+
+    innermost = True
+
+    @abstractmethod
+    def presented(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All parameters, given those of the module or of the layers further in."""
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        return base.with_parameters(self.presented(base.parameters()), *args, **kwargs)
+
+    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        presented = self.presented(current)
+        return {name: value.detach() for name, value in presented.items() if value is not current.get(name)}
+
+
+class Replacement(ParameterLayer):
+    """Trained copies of a module's own parameters (`modules_to_save`, biases, norms, a whole model).
+
+    Copies are at least float32 and are cast to the module's dtype when it runs. A parameter that the model stores once
+    for two modules is trained once: the second module's layer borrows it from the first's.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        hold(self, values)
+        self.borrowed: dict[str, tuple[Replacement, str]] = {}
+
+    def replaces(self) -> list[str]:
+        return [*dict(self.named_parameters()), *self.borrowed]
+
+    def presented(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        borrowed = {name: layer.get_parameter(there) for name, (layer, there) in self.borrowed.items()}
+        return dict(parameters) | dict(self.named_parameters()) | borrowed
