@@ -1,4 +1,4 @@
-"""Writes the generated pages (the command's help, the index of errors) and checks every link.
+"""Writes the generated pages (the command's help, the errors' index, the methods) and checks every link.
 
 python docs/build_pages.py            write what is stale, report broken links
 python docs/build_pages.py --check    write nothing; exit 1 when something is stale or broken
@@ -14,6 +14,10 @@ import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+
+import build_methods
+
+from gossamer import errors
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -64,9 +68,6 @@ def command_page() -> str:
 
 def error_page() -> str:
     """docs/errors/index.md: every code with its exit code and meaning, from errors.py."""
-    sys.path.insert(0, str(ROOT / "src"))
-    from gossamer import errors
-
     kinds = [
         kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GossamerError)
     ]
@@ -129,7 +130,12 @@ def without_code(page: Path, *, spans: bool = True) -> str:
 
 # ------------------------------------------------------------------------------------------------------------------
 
-PAGES = {DOCS / "cli.md": command_page, DOCS / "errors" / "index.md": error_page}
+PAGES = {DOCS / "cli.md": command_page, DOCS / "errors" / "index.md": error_page} | build_methods.pages()
+
+
+def orphans() -> list[Path]:
+    """Pages in the folder of the methods that no registered method has."""
+    return [page for page in sorted(build_methods.FOLDER.glob("*.md")) if page not in PAGES]
 
 
 def main() -> int:
@@ -147,6 +153,7 @@ def main() -> int:
         else:
             page.write_text(text, encoding="utf-8")
             print(f"written: {page.relative_to(ROOT)}")
+    faults += [f"no method of that name: {page.relative_to(ROOT)}" for page in orphans()]
     faults += [f"broken link in {link}" for link in broken_links()]
     print("\n".join(faults) if faults else "the pages are fresh and every link leads somewhere")
     return 1 if faults else 0
