@@ -40,6 +40,7 @@ class Host:
         self.active: Active | list[Active] = ()
         self.stash: dict[str, dict[str, Tensor]] | None = None  # path -> parameter -> what it was before the merge
         self.merged: Active = ()
+        self.size = sum(parameter.numel() for _, parameter in walk.base_parameters(model))
         self.requires_grad = {name: parameter.requires_grad for name, parameter in walk.base_parameters(model)}
         for _, parameter in walk.base_parameters(model):
             parameter.requires_grad_(False)
@@ -90,7 +91,8 @@ class Host:
         modules = walk.modules(self.model)
         bypassing = [path for path, module in modules.items() if isinstance(module, nn.TransformerEncoderLayer)]
         for path, (shape, layer) in layers.items():
-            layer.requires_grad_(attached.trainable)
+            if not attached.trainable:
+                layer.requires_grad_(False)
             layer.train(modules[path].training)
             if path not in self.sites:
                 bypassed = any(path.startswith(f"{around}." if around else "") for around in bypassing)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +23,18 @@ Layers = dict[str, tuple[Shape, Layer]]
 
 def new_layers(model: nn.Module, spec: TargetedMethod, selection: Selection, seed: int) -> Layers:
     """Fresh layers for a spec. Each starts from (seed, path), so neither order nor other modules change it."""
-    modules, shapes = walk.modules(model), _shapes(model, selection)
+    modules, shapes = selection.modules, selection.shapes
     tensors: dict[str, Mapping[str, Tensor]] = {}
     for path in selection.targets:
         words = hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(words) >> 1)
         tensors[path] = spec.initial(Frozen(shapes[path], modules[path]), generator)
     for path in (*selection.saved, *selection.biased):
-        names = _whole(path, selection, shapes[path])
+        names = _whole(path, selection)
         tensors[path] = {name: wide(shapes[path].parameters[name].detach()) for name in names}
     for path, rows in selection.tokens.items():
         tensors[path] = {SLOT: wide(shapes[path].parameters["weight"].detach()[list(rows)])}
-    return _built(model, spec, selection, shapes, tensors)
+    return _built(model, spec, selection, tensors)
 
 
 def stored_layers(model: nn.Module, adapter: Adapter) -> tuple[Selection, Layers]:
@@ -43,57 +42,39 @@ def stored_layers(model: nn.Module, adapter: Adapter) -> tuple[Selection, Layers
     spec = adapter.spec
     assert isinstance(spec, TargetedMethod)
     selection = select(model, spec)
-    shapes = _shapes(model, selection)
-    expected = {path: _expected(spec, selection, shapes[path]) for path in selection.paths}
+    expected = {path: _expected(spec, selection, path) for path in selection.paths}
     _same_paths(adapter, [path for path in selection.paths if expected[path]], model)
     for path in selection.paths:
         check_slots(path, adapter.tensors.get(path, {}), expected[path])
-    return selection, _built(model, spec, selection, shapes, adapter.tensors)
+    return selection, _built(model, spec, selection, adapter.tensors)
 
 
-def _shapes(model: nn.Module, selection: Selection) -> dict[str, Shape]:
-    """Shapes of all selected modules; of the targets, with what they store in common."""
-    modules = walk.modules(model)
-    first: dict[int, tuple[str, str]] = {}
-    shapes: dict[str, Shape] = {}
-    for path in selection.paths:
-        shape = shape_of(path, modules[path], selection.matrices.get(path))
-        tied: dict[str, tuple[str, str]] = {}
-        for name, parameter in shape.parameters.items() if path in selection.targets else ():
-            known = first.setdefault(id(parameter), (path, name))
-            if known != (path, name):
-                tied[name] = known
-        shapes[path] = replace(shape, tied=tied) if tied else shape
-    return shapes
-
-
-def _expected(spec: TargetedMethod, selection: Selection, shape: Shape) -> dict[str, tuple[int, ...]]:
-    if shape.path in selection.tokens:
-        return {SLOT: (len(selection.tokens[shape.path]), shape.out_features)}
-    if shape.path in selection.targets:
+def _expected(spec: TargetedMethod, selection: Selection, path: str) -> dict[str, tuple[int, ...]]:
+    shape = selection.shapes[path]
+    if path in selection.tokens:
+        return {SLOT: (len(selection.tokens[path]), shape.out_features)}
+    if path in selection.target_set:
         return spec.expected(shape)
-    return {name: tuple(shape.parameters[name].shape) for name in _whole(shape.path, selection, shape)}
+    return {name: tuple(shape.parameters[name].shape) for name in _whole(path, selection)}
 
 
-def _whole(path: str, selection: Selection, shape: Shape) -> list[str]:
+def _whole(path: str, selection: Selection) -> list[str]:
     """Which of a module's own parameters are trained whole."""
-    return ["bias"] if path in selection.biased else sorted(shape.parameters)
+    return ["bias"] if path in selection.biased else sorted(selection.shapes[path].parameters)
 
 
-def _built(
-    model: nn.Module, spec: TargetedMethod, selection: Selection, shapes: Mapping[str, Shape], tensors: Tensors
-) -> Layers:
+def _built(model: nn.Module, spec: TargetedMethod, selection: Selection, tensors: Tensors) -> Layers:
     layers: Layers = {}
-    common = spec.common([shapes[path] for path in selection.targets], tensors.get("", {}))
+    common = spec.common([selection.shapes[path] for path in selection.targets], tensors.get("", {}))
     if common is None and "" in tensors and "" not in selection.paths:
         raise AdapterFileError("tensors without a module, which this method has no use for", got=str([*tensors[""]]))
     for path in selection.paths:
-        shape = shapes[path]
+        shape = selection.shapes[path]
         device = shape.device
         slots = {name: slot.to(device) for name, slot in tensors.get(path, {}).items()}
         if path in selection.tokens:
             layer: Layer = TokenRows(selection.tokens[path], shape.in_features, slots[SLOT]).to(device)
-        elif path in selection.targets:
+        elif path in selection.target_set:
             layer = spec.build(shape, slots, common)  # on the device its slots are on
         else:
             layer = Replacement(slots)

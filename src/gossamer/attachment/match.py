@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import nn
 
@@ -33,14 +34,23 @@ class Selection:
     Attributes:
         targets: where the method's own layers stand; `saved`: modules trained whole; `biased`: biases trained alone.
         tokens: embedding -> the rows of it that are trained whole.
-        matrices: of targets that are experts or attention, the matrices to adapt.
+        modules, shapes: of all of them; shapes of experts and attention hold the matrices to adapt, and those of
+            targets what they store in common.
+        aliases: how many names a module has, for those that have several.
     """
 
     targets: tuple[str, ...]
-    saved: tuple[str, ...] = ()
-    biased: tuple[str, ...] = ()
-    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    matrices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    saved: tuple[str, ...]
+    biased: tuple[str, ...]
+    tokens: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, nn.Module]
+    shapes: Mapping[str, Shape]
+    aliases: Mapping[str, int]
+
+    @cached_property
+    def target_set(self) -> frozenset[str]:
+        """The targets, to look paths up in."""
+        return frozenset(self.targets)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -50,8 +60,7 @@ class Selection:
 
 def select(model: nn.Module, spec: TargetedMethod) -> Selection:
     """Resolve a spec's patterns on a model. Raises `TargetError` for every pattern that names nothing adaptable."""
-    modules = walk.modules(model)
-    names = {paths[0]: paths for paths in walk.aliases(model).values()}
+    modules, names = walk.modules_and_names(model)
     shapes = {path: shape_of(path, module) for path, module in modules.items()}
     saved = _saved(spec, modules, names)
     adaptable = [
@@ -78,13 +87,32 @@ def select(model: nn.Module, spec: TargetedMethod) -> Selection:
     owning = [path for path, module in modules.items() if _owns_bias(module) and path not in {*targets, *saved}]
     biased = spec.bias_modules(targets, owning)
     _refuse_bypassed(biased, modules)
+    chosen = (*targets, *saved, *biased, *tokens)
+    for path in {*matrices}.intersection(targets):
+        shapes[path] = shape_of(path, modules[path], matrices[path])
     return Selection(
         tuple(targets),
         tuple(saved),
         tuple(biased),
         tokens,
-        {path: chosen for path, chosen in matrices.items() if path in targets},
+        {path: modules[path] for path in chosen},
+        {path: shapes[path] for path in chosen} | _with_ties([shapes[path] for path in targets]),
+        {path: len(names[path]) for path in chosen if len(names[path]) > 1},
     )
+
+
+def _with_ties(shapes: Iterable[Shape]) -> dict[str, Shape]:
+    """Shapes that know which of their parameters another one of them holds already."""
+    first: dict[int, tuple[str, str]] = {}
+    found: dict[str, Shape] = {}
+    for shape in shapes:
+        tied: dict[str, tuple[str, str]] = {}
+        for name, parameter in shape.parameters.items():
+            known = first.setdefault(id(parameter), (shape.path, name))
+            if known != (shape.path, name):
+                tied[name] = known
+        found[shape.path] = replace(shape, tied=tied) if tied else shape
+    return found
 
 
 def _ends_with(path: str, suffix: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gossamer.adapter import Adapter
 from gossamer.attachment import walk
-from gossamer.attachment.frozen import Frozen, shape_of
+from gossamer.attachment.frozen import Frozen
 from gossamer.attachment.host import find_host
 from gossamer.attachment.match import select
 from gossamer.errors import NonFiniteError, StateError, TargetError, UnsupportedError, UsageError
@@ -60,12 +60,9 @@ def eva(model: nn.Module, spec: LoRA, batches: Iterable[Mapping[str, Any]], *, r
         if rank:
             inner = found[path][0][:rank].cpu().clone()
             tensors[path] = {"lora_A": inner, "lora_B": inner.new_zeros(frozen[path].shape.out_features, rank)}
-    host = find_host(model)
-    fingerprint = host.fingerprint if host else walk.base_fingerprint(model)
     provenance = {"start": "eva", "rho": rho, "tokens": max(one.rows for one in running.values())}
-    return Adapter(
-        _with_ranks(spec, {path: rank for path, rank in ranks.items() if rank}), tensors, fingerprint, provenance
-    )
+    kept = {path: ranks[path] for path in tensors}
+    return Adapter(_with_ranks(spec, kept), tensors, walk.base_fingerprint(model), provenance)
 
 
 def loftq(
@@ -117,8 +114,8 @@ def _linear_targets(model: nn.Module, spec: LoRA) -> dict[str, Frozen]:
     host = find_host(model)
     if host:
         host.refuse_while_merged("look at the base")
-    modules, selection = walk.modules(model), select(model, spec)
-    frozen = {path: Frozen(shape_of(path, modules[path]), modules[path]) for path in selection.targets}
+    selection = select(model, spec)
+    frozen = {path: Frozen(selection.shapes[path], selection.modules[path]) for path in selection.targets}
     for path in selection.paths:
         shape = frozen[path].shape if path in frozen else None
         slots = {*spec.expected(shape)} - {"start_A", "start_B"} if shape and shape.kind in LINEAR_KINDS else None
@@ -126,7 +123,7 @@ def _linear_targets(model: nn.Module, spec: LoRA) -> dict[str, Frozen]:
             raise UnsupportedError(
                 "this start is for the factors of linear modules alone",
                 where=path,
-                got=str(sorted(slots)) if slots else type(modules[path]).__name__,
+                got=str(sorted(slots)) if slots else type(selection.modules[path]).__name__,
             )
     return frozen
 

@@ -88,18 +88,18 @@ def _check_base(model: nn.Module, host: Host | None, adapter: Adapter, force: bo
 
 def _report(host: Host, name: str, attached: Attached, layers: Layers) -> InjectionReport:
     rows, notes = [], []
-    names = walk.aliases(host.model)
     own = {path: [*layer.slots().values()] for path, (_, layer) in layers.items()}
+    rank_at = getattr(attached.spec, "rank_at", lambda _: None)
     for path, (shape, _) in layers.items():
-        rank = getattr(attached.spec, "rank_at", lambda _: None)(path) if path in attached.selection.targets else None
+        rank = rank_at(path) if path in attached.selection.target_set else None
         count = sum(slot.numel() for slot in own[path])
         rows.append(SiteRow(path, shape.class_name, _size(shape), rank, count))
-        known_as = len(names[id(host.sites[path].module)])
-        if known_as > 1:
+        if path in attached.selection.aliases:
+            known_as = attached.selection.aliases[path]
             notes.append(f"note: {path} is one module under {known_as} names; adapted once")
     every = [slot for slots in own.values() for slot in slots]
     trainable = sum(slot.numel() for slot in every if slot.requires_grad)
-    total = sum(slot.numel() for slot in every) + sum(p.numel() for _, p in walk.base_parameters(host.model))
+    total = sum(slot.numel() for slot in every) + host.size
     nbytes = sum(slot.numel() * slot.element_size() for slot in every)
     return InjectionReport(name, tuple(rows), trainable, total, nbytes, tuple(notes))
 

@@ -42,12 +42,12 @@ def modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for module, path in first.items()}
 
 
-def aliases(model: nn.Module) -> dict[int, list[str]]:
-    """id(module) -> every path it is registered under; more than one for a shared module."""
-    found: dict[int, list[str]] = {}
+def modules_and_names(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+    """The same, and canonical path -> every path the module has; more than one for a shared module."""
+    found: dict[nn.Module, list[str]] = {}
     for path, module in _visits(model):
-        found.setdefault(id(module), []).append(path)
-    return found
+        found.setdefault(module, []).append(path)
+    return {paths[0]: module for module, paths in found.items()}, {paths[0]: paths for paths in found.values()}
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
