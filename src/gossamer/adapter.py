@@ -171,4 +171,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor, whatever its dtype (numpy has no bfloat16); a view of it where it is contiguous."""
     import torch
 
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype != torch.bfloat16:
+        return plain.numpy().data.cast("B") if plain.numel() else memoryview(b"")
+    return plain.view(-1).view(torch.uint8).numpy().data

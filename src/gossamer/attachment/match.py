@@ -70,7 +70,8 @@ def select(model: nn.Module, spec: TargetedMethod) -> Selection:
     ]
     matrices = _matrices(spec, shapes, names)
     targets = _targets(spec, model, shapes, modules, adaptable, names)
-    targets = [path for path in shapes if path in {*targets, *matrices}]
+    chosen = {*targets, *matrices}
+    targets = [path for path in shapes if path in chosen]
     targets = _in_layers(spec, _excluded(spec, targets, names))
     if not targets:
         raise TargetError(
@@ -87,7 +88,7 @@ def select(model: nn.Module, spec: TargetedMethod) -> Selection:
     owning = [path for path, module in modules.items() if _owns_bias(module) and path not in {*targets, *saved}]
     biased = spec.bias_modules(targets, owning)
     _refuse_bypassed(biased, modules)
-    chosen = (*targets, *saved, *biased, *tokens)
+    everything = (*targets, *saved, *biased, *tokens)
     for path in {*matrices}.intersection(targets):
         shapes[path] = shape_of(path, modules[path], matrices[path])
     return Selection(
@@ -95,9 +96,9 @@ def select(model: nn.Module, spec: TargetedMethod) -> Selection:
         tuple(saved),
         tuple(biased),
         tokens,
-        {path: modules[path] for path in chosen},
-        {path: shapes[path] for path in chosen} | _with_ties([shapes[path] for path in targets]),
-        {path: len(names[path]) for path in chosen if len(names[path]) > 1},
+        {path: modules[path] for path in everything},
+        {path: shapes[path] for path in everything} | _with_ties([shapes[path] for path in targets]),
+        {path: len(names[path]) for path in everything if len(names[path]) > 1},
     )
 
 

@@ -18,24 +18,30 @@ from gossamer.methods.replacement import ParameterLayer
 class FactorLayer(Layer):
     """The factors at one module that is called, with the trained bias where the spec asks for it."""
 
+    first: str
+    second: str
+    groups: int
+    scaling: float
+    dropout: float
     bias: Tensor
     start_A: Tensor
     start_B: Tensor
 
     def __init__(self, shape: Shape, slots: Mapping[str, Tensor], scaling: float, dropout: float) -> None:
         super().__init__()
-        self.first, self.second = factor_names(shape)
+        first, second = factor_names(shape)
+        dropout = 0.0 if shape.kind == "embedding" else dropout  # there is no half of a token
+        # past torch's __setattr__, which asks what kind of tensor each may be: hundreds of layers are made at once
+        vars(self).update(first=first, second=second, groups=shape.groups, scaling=scaling, dropout=dropout)
         for name, slot in slots.items():
             if name.startswith("start_"):
                 self.register_buffer(name, slot.detach().clone(memory_format=torch.contiguous_format))
         hold(self, {name: slot for name, slot in slots.items() if not name.startswith("start_")})
-        self.groups, self.scaling = shape.groups, scaling
-        self.dropout = 0.0 if shape.kind == "embedding" else dropout  # there is no half of a token
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B."""
-        return self.get_parameter(self.first), self.get_parameter(self.second)
+        return self._parameters[self.first], self._parameters[self.second]  # pyright: ignore[reportReturnType]
 
     def term(self, base: Base, x: Tensor) -> Tensor:
         """`scaling * (B A - B0 A0) x` in the output's layout and the input's dtype."""
