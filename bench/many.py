@@ -20,32 +20,31 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def measure() -> list[Row]:
     """The time of one attach with so many adapters there already; the model computes the same at both counts."""
     gs.fetch(BASE)
-    ours, theirs = (gs.load_base(BASE, dtype="float32")[0] for _ in range(2))
+    few, many, peft_few, peft_many = (gs.load_base(BASE, dtype="float32")[0] for _ in range(4))
+    config = LoraConfig(r=8, target_modules=TARGETS)
+    theirs: list[Any] = [get_peft_model(model, config, "kept") for model in (peft_few, peft_many)]
+    for model in (few, many):
+        gs.attach(model, gs.LoRA(r=8), "kept")
+    for number in range(COUNT - 2):
+        gs.attach(many, gs.LoRA(r=8), f"n{number}")
+        theirs[1].add_adapter(f"n{number}", config)
+    took = _timed([_ours(few), _ours(many), *(_theirs(model, config) for model in theirs)])
     ids = torch.arange(1000, 1016)[None]
     with torch.inference_mode():
-        base = ours(ids).logits
-    gs.attach(ours, gs.LoRA(r=8), "kept")
-    config = LoraConfig(r=8, target_modules=TARGETS)
-    peft: Any = get_peft_model(theirs, config, "kept")
-    first = {"ours": _timed(*_ours(ours)), "PEFT": _timed(*_theirs(peft, config))}
-    for number in range(COUNT - 2):
-        gs.attach(ours, gs.LoRA(r=8), f"n{number}")
-        peft.add_adapter(f"n{number}", config)
-    last = {"ours": _timed(*_ours(ours)), "PEFT": _timed(*_theirs(peft, config))}
-    with torch.inference_mode():
-        torch.testing.assert_close(ours(ids).logits, base, rtol=0, atol=0)  # untrained adapters change nothing
-        torch.testing.assert_close(peft(ids).logits, base, rtol=1e-4, atol=1e-4)
-    return [
-        {
-            "library": name,
-            "2nd, median ms": round(first[name][0], 1),
-            f"{COUNT}th, median ms": round(last[name][0], 1),
-            "ratio": round(last[name][0] / first[name][0], 2),
-            "2nd min..max": first[name][1],
-            f"{COUNT}th min..max": last[name][1],
-        }
-        for name in ("ours", "PEFT")
-    ]
+        torch.testing.assert_close(many(ids).logits, few(ids).logits, rtol=0, atol=0)  # untrained: they change nothing
+        torch.testing.assert_close(theirs[1](ids).logits, few(ids).logits, rtol=1e-4, atol=1e-4)
+    return [_row("ours", took[0], took[1]), _row("PEFT", took[2], took[3])]
+
+
+def _row(library: str, second: list[float], last: list[float]) -> Row:
+    return {
+        "library": library,
+        "2nd, median ms": round(statistics.median(second), 1),
+        f"{COUNT}th, median ms": round(statistics.median(last), 1),
+        "ratio": round(statistics.median(last) / statistics.median(second), 2),
+        "2nd min..max": f"{min(second):.1f}..{max(second):.1f}",
+        f"{COUNT}th min..max": f"{min(last):.1f}..{max(last):.1f}",
+    }
 
 
 def _ours(model: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -56,16 +55,16 @@ def _theirs(model: Any, config: LoraConfig) -> tuple[Callable[[], Any], Callable
     return lambda: model.add_adapter("one_more", config), lambda: model.delete_adapter("one_more")
 
 
-def _timed(attach: Callable[[], Any], detach: Callable[[], Any]) -> tuple[float, str]:
-    """Median of the rounds in milliseconds, and their range; only attaching is timed."""
-    took = []
+def _timed(pairs: list[tuple[Callable[[], Any], Callable[[], Any]]]) -> list[list[float]]:
+    """Milliseconds of each attach, one round after another over all of them; detaching is not timed."""
+    took: list[list[float]] = [[] for _ in pairs]
     for _ in range(ROUNDS + 1):
-        start = time.perf_counter()
-        attach()
-        took.append((time.perf_counter() - start) * 1e3)
-        detach()
-    took = took[1:]  # the first one warms up
-    return statistics.median(took), f"{min(took):.1f}..{max(took):.1f}"
+        for times, (attach, detach) in zip(took, pairs, strict=True):
+            start = time.perf_counter()
+            attach()
+            times.append((time.perf_counter() - start) * 1e3)
+            detach()
+    return [times[1:] for times in took]  # the first round warms up
 
 
 if __name__ == "__main__":
