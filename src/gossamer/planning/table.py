@@ -1,0 +1,159 @@
+"""A plan as text for people, and as a dict for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from gossamer.planning.devices import UTILISATION
+
+if TYPE_CHECKING:
+    from gossamer.planning.plan import Plan
+
+WORDS = {
+    "weights": "the base",
+    "adapters": "what is trained",
+    "gradients": "of what is trained",
+    "optimizer": "AdamW's moments",
+    "activations": "kept for the backward",
+    "transient": "of the running piece",
+}
+"""What each piece is."""
+
+
+def as_text(plan: Plan) -> str:
+    """The whole plan as a table."""
+    return "\n\n".join(
+        (
+            _heading(plan),
+            rows(_parameters(plan)),
+            rows(_memory(plan)),
+            rows(_cost(plan)),
+            rows([("card", "", "verdict"), *_verdicts(plan)]),
+            *(f"note: {note}" for note in plan.notes),
+        )
+    )
+
+
+def compared(plans: Sequence[tuple[str, Plan]]) -> str:
+    """Several plans beside each other: "80 GB against 16 against 6"."""
+    pieces = [*plans[0][1].pieces]
+    header = ("", *(name for name, _ in plans))
+    body = [(piece, *(size(plan.pieces[piece]) for _, plan in plans)) for piece in pieces]
+    trained = ("trained", *(count(plan.trainable) for _, plan in plans))
+    total = ("peak", *(size(plan.peak) for _, plan in plans))
+    disk = ("file", *(size(plan.adapter_bytes) for _, plan in plans))
+    return rows([header, trained, *body, total, disk])
+
+
+def rows(table: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column and _numeric(cell) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    )
+
+
+def size(count: float) -> str:
+    """Bytes in the largest decimal unit that leaves a figure before the point."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}" if count < 100 * unit else f"{count / unit:.0f} {name}"
+    return f"{count:.0f} B"
+
+
+def count(number: float) -> str:
+    """A count with its unit: 18.9M, 174.6B."""
+    for unit, name in ((1e9, "B"), (1e6, "M")):
+        if number >= unit:
+            return f"{number / unit:.1f}{name}"
+    return f"{number:,.0f}"
+
+
+def _numeric(cell: str) -> bool:
+    return cell[:1].isdigit()
+
+
+def _heading(plan: Plan) -> str:
+    setting = plan.setting
+    stored = f"{setting.quant}, else {setting.dtype}" if setting.quant else setting.dtype
+    steps = f" x {setting.accumulation}" if setting.accumulation > 1 else ""
+    return (
+        f"{plan.shape.name}: {plan.tuning}, base in {stored}\n"
+        f"batch {setting.batch}{steps} of {setting.sequence:,} tokens, {setting.supervised:.0%} with a label, "
+        f"checkpointing {'on' if plan.checkpointing else 'off'}, {setting.optimizer}"
+    )
+
+
+def _parameters(plan: Plan) -> list[tuple[str, ...]]:
+    counted = [(kind, f"{number:,}", "") for kind, number in plan.parameters.items()]
+    total = ("all parameters", f"{plan.shape.total:,}", "")
+    return [*counted, total, ("trained", f"{plan.trainable:,}", f"{plan.share:.4%}")]
+
+
+def _memory(plan: Plan) -> list[tuple[str, ...]]:
+    table = [(piece, size(number), WORDS[piece]) for piece, number in plan.pieces.items()]
+    table.append(("peak", size(plan.peak), f"at {plan.moment.name}"))
+    table.append(("all gradients", size(plan.memory.gradients), "at the optimiser's step"))
+    table.append(("head and loss", size(plan.memory.head), "at their fullest"))
+    if plan.setting.quant:
+        table.append(("one matrix", size(plan.memory.dequantisation), "rebuilt while it is used"))
+    if plan.memory.paged:
+        table.append(("paged", size(plan.memory.paged), "moments in the host's memory"))
+    return table
+
+
+def _cost(plan: Plan) -> list[tuple[str, ...]]:
+    table = [
+        ("forward", f"{plan.forward_flops / 1e9:.2f} GFLOP", "a token"),
+        ("backward", f"{plan.backward_flops / 1e9:.2f} GFLOP", "a token"),
+        ("checkpoint", size(plan.checkpoint_bytes), f"on disk, in {plan.setting.dtype}"),
+        ("adapter", size(plan.adapter_bytes), "on disk"),
+    ]
+    if plan.seconds_per_token and plan.device:
+        each = plan.seconds_per_token
+        said = f"on {plan.device.name} at {UTILISATION:.0%} of its speed: {1 / each:,.0f} tokens a second"
+        table.insert(2, ("time", f"{each * 1e6:.1f} µs", f"a token, {said}"))
+    return table
+
+
+def _verdicts(plan: Plan) -> list[tuple[str, ...]]:
+    return [(one.device.name, size(one.device.memory), str(one)) for one in plan.verdicts()]
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """Everything a program may want to know."""
+    memory, setting = plan.memory, plan.setting
+    return {
+        "model": plan.shape.name,
+        "method": str(plan.tuning),
+        "setting": {name: getattr(setting, name) for name in setting.__dataclass_fields__},
+        "checkpointing": plan.checkpointing,
+        "parameters": plan.parameters,
+        "total": plan.shape.total,
+        "trainable": plan.trainable,
+        "share": plan.share,
+        "bytes": plan.pieces,
+        "peak": plan.peak,
+        "moment": plan.moment.name,
+        "moments": {moment.name: memory.always + moment.total for moment in memory.during},
+        "gradients": memory.gradients,
+        "activations": memory.activations,
+        "head": memory.head,
+        "dequantisation": memory.dequantisation,
+        "paged": memory.paged,
+        "flops_per_token": {"forward": plan.forward_flops, "backward": plan.backward_flops},
+        "device": plan.device.name if plan.device else None,
+        "seconds_per_token": plan.seconds_per_token,
+        "disk": {"checkpoint": plan.checkpoint_bytes, "adapter": plan.adapter_bytes},
+        "verdicts": [
+            {"device": one.device.name, "memory": one.device.memory, "fits": one.fits, "change": one.change}
+            | ({"peak": one.plan.peak} if one.plan else {})
+            for one in plan.verdicts()
+        ],
+        "notes": [*plan.notes],
+    }
