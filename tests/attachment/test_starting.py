@@ -241,6 +241,21 @@ def test_loftq_brings_the_quantised_model_back_towards_the_base(name: str, toy: 
         assert (twin(ids).logits - wanted).norm() < 0.8 * lost
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_loftq_by_the_name_of_a_format_starts_nearer_to_the_base_than_its_codes_alone(name: str, toy: Toys):
+    model, ids = toy(name), tokens()
+    wanted = model(ids).logits
+    adapter, weights = gs.loftq(model, gs.LoRA(r=16), "nf4")
+    twin = gs.quantize_model(toy(name), "nf4", skip=["lm_head"])
+    for path, stored in weights.items():
+        held = twin.get_submodule(path).weight
+        assert torch.equal(held if name == "llama" else held.T, stored)
+    with torch.no_grad():
+        lost = (twin(ids).logits - wanted).norm()
+        gs.attach(twin, adapter, trainable=True)
+        assert (twin(ids).logits - wanted).norm() < 0.8 * lost
+
+
 def fine(weight: Tensor) -> Tensor:
     """Steps so small that bfloat16 rounds what is between them."""
     step = weight.abs().amax(dim=1, keepdim=True) / 100

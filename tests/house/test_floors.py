@@ -14,7 +14,7 @@ FLOORS = (
     {"errors", "spec", "adapter"},
     {"linalg", "drawing", "kernels", "quant"},
     {"methods", "attachment"},
-    {"files", "models"},
+    {"files", "models", "planning"},
     {"training", "merging", "serving", "analysis", "studies"},
     {"cli"},
     {"__main__"},
@@ -26,6 +26,7 @@ BESIDE = {
     "adapter": {"errors", "spec"},
     "attachment": {"methods"},
     "models": {"files"},
+    "planning": {"files"},
     "studies": {"training", "merging", "serving", "analysis"},
 }
 

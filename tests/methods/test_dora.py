@@ -103,3 +103,18 @@ def test_a_start_made_of_the_weight_changes_nothing(start: str):
     assert not torch.allclose(beside, before)
     gs.merge(net)
     torch.testing.assert_close(net(x), beside, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_of_zeros_starts_unchanged_and_stays_finite():
+    net, x = nn.Sequential(nn.Linear(7, 6)), torch.randn(3, 7)
+    net[0].weight.data[2] = 0
+    before = net(x)
+    gs.attach(net, gs.DoRA(r=3))
+    assert torch.equal(net(x), before)
+    net(x).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in gs.trainable_parameters(net, "default").values())
+    shaken(net, "default")
+    beside = net(x)
+    assert beside.isfinite().all()
+    gs.merge(net)
+    torch.testing.assert_close(net(x), beside, rtol=1e-5, atol=1e-5)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.methods import Shape
 from gossamer.methods.base import AFFINE_KINDS
+from gossamer.quant import QuantizedLinear
 
 _CONVOLVE = {
     nn.Conv1d: nn.functional.conv1d,
@@ -21,6 +22,8 @@ _CONVOLVE = {
 
 def kind_of(module: nn.Module) -> str:
     """What a module is to an adapter; see `Shape.kind`."""
+    if isinstance(module, QuantizedLinear):
+        return "linear"
     weight = module._parameters.get("weight")
     if weight is None or nn.parameter.is_lazy(weight):
         return _kind_without_weight(module)
@@ -85,10 +88,15 @@ def shape_of(path: str, module: nn.Module, matrices: tuple[str, ...] | None = No
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's direct parameters; of torch's attention also those of `out_proj`, which it uses without calling it."""
+    """A module's direct parameters; of torch's attention also those of `out_proj`, which it uses without calling it.
+
+    A weight that is stored in few bits is there in outline alone: to rebuild it takes time and memory.
+    """
     own = {name: value for name, value in module._parameters.items() if value is not None}
     if isinstance(module, nn.MultiheadAttention):
         own |= {f"out_proj.{name}": value for name, value in module.out_proj._parameters.items() if value is not None}
+    if isinstance(module, QuantizedLinear):
+        own = {"weight": module.outline} | own
     return own  # pyright: ignore[reportReturnType]
 
 
@@ -125,9 +133,25 @@ class Frozen:
 
     def affine(self) -> tuple[Tensor, Tensor | None]:
         """Weight as (out, in, *kernel), and bias or None."""
-        weight: Any = self.module._parameters["weight"]
+        weight = self.value("weight")
         turned = self.shape.kind in ("conv1d", "embedding")
-        return (weight.T if turned else weight), self.module._parameters.get("bias")
+        return (weight.T if turned else weight), self.bias()
+
+    def bias(self) -> Tensor | None:
+        """The bias alone."""
+        return self.module._parameters.get("bias")
+
+    def value(self, name: str) -> Tensor:
+        """One of `parameters_of` in numbers."""
+        place, last = owner(self.module, name)
+        stored = place[last]
+        return stored if stored is not None else getattr(self.module, name)
+
+    def version(self) -> tuple[int, int]:
+        """Where the stored weight is, and how often it was written to."""
+        stored: Any = self.module._parameters["weight"]
+        stored = self.module.codes if stored is None else stored
+        return stored.data_ptr(), stored._version
 
     def mapped(self, x: Tensor, weight: Tensor) -> Tensor:
         """The module's own linear map with another weight (rows, in, *kernel) and no bias."""
@@ -168,10 +192,11 @@ class Frozen:
     @contextmanager
     def replacing(self, replaced: Mapping[str, Tensor]) -> Iterator[None]:
         """While open, the module runs with some of its direct parameters replaced."""
-        places = {name: owner(self.module, name) for name in replaced}
+        current = self.parameters()
+        places = {name: owner(self.module, name) for name in replaced if replaced[name] is not current[name]}
         kept = {name: place[last] for name, (place, last) in places.items()}
         for name, (place, last) in places.items():
-            place[last] = replaced[name].to(kept[name].dtype)
+            place[last] = replaced[name].to(current[name].dtype)
         try:
             yield
         finally:
@@ -202,6 +227,18 @@ class Stacked:
     def affine(self) -> tuple[Tensor, Tensor | None]:
         """The frozen module's own weight and bias, whatever stands between."""
         return self.base.affine()
+
+    def bias(self) -> Tensor | None:
+        """The frozen module's own bias."""
+        return self.base.bias()
+
+    def value(self, name: str) -> Tensor:
+        """One of the frozen module's own parameters."""
+        return self.base.value(name)
+
+    def version(self) -> tuple[int, int]:
+        """Of the frozen module's weight."""
+        return self.base.version()
 
     def mapped(self, x: Tensor, weight: Tensor) -> Tensor:
         """The frozen module's own map."""

@@ -38,9 +38,11 @@ class Host:
         self.adapters: dict[str, Attached] = {}
         self.sites: dict[str, Site] = {}
         self.active: Active | list[Active] = ()
-        self.stash: dict[str, dict[str, Tensor]] | None = None  # path -> parameter -> what it was before the merge
+        self.stash: dict[str, dict[str, Tensor | None]] | None = (
+            None  # path -> parameter -> what it was before the merge
+        )
         self.merged: Active = ()
-        self.size = sum(parameter.numel() for _, parameter in walk.base_parameters(model))
+        self.size = walk.base_size(model)
         self.requires_grad = {name: parameter.requires_grad for name, parameter in walk.base_parameters(model)}
         for _, parameter in walk.base_parameters(model):
             parameter.requires_grad_(False)

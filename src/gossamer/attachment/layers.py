@@ -31,7 +31,8 @@ def new_layers(model: nn.Module, spec: TargetedMethod, selection: Selection, see
         tensors[path] = spec.initial(Frozen(shapes[path], modules[path]), generator)
     for path in (*selection.saved, *selection.biased):
         names = _whole(path, selection)
-        tensors[path] = {name: wide(shapes[path].parameters[name].detach()) for name in names}
+        frozen = Frozen(shapes[path], modules[path])
+        tensors[path] = {name: wide(frozen.value(name).detach()) for name in names}
     for path, rows in selection.tokens.items():
         tensors[path] = {SLOT: wide(shapes[path].parameters["weight"].detach()[list(rows)])}
     return _built(model, spec, selection, tensors)

@@ -2,6 +2,9 @@
 
     W' = W + sum_i scaling_i B_i A_i      computed in float32, rounded once to W's dtype
 
+A weight that is stored in 4 or 8 bits is rebuilt, and while merged the dense sum stands in its place: codes hold no
+such sum. Unmerging gives the codes back.
+
 While merged the model has no trace of Gossamer in its calls, so the latency is the base's own. What the weights were
 is kept beside (one copy of the changed matrices), because subtracting the delta again would not restore them:
 in bfloat16, ten cycles of add and subtract move weights by 5e-3.
@@ -38,19 +41,25 @@ def merge(model: nn.Module, *names: str, keep: bool = True) -> None:
     chosen = _chosen(host, names)
     changes = _changes(host, chosen)
     originals = {
-        path: {name: host.sites[path].stored(name).detach().clone() for name in parameters}
+        path: {name: _copied(host.sites[path].stored(name)) for name in parameters}
         for path, parameters in changes.items()
         if keep
     }  # all of them before any is written: two may be one tensor
     for path, parameters in changes.items():
         for name, value in parameters.items():
-            host.sites[path].stored(name).detach().copy_(value)
+            host.sites[path].store(name, value)
     if not keep:
+        for path in changes:
+            host.sites[path].forget_codes()
         host.remove(*chosen)
         return
     for site in host.sites.values():
         site.disable()
     host.stash, host.merged = originals, chosen
+
+
+def _copied(stored: Tensor | None) -> Tensor | None:
+    return None if stored is None else stored.detach().clone()
 
 
 def _chosen(host: Host, names: tuple[str, ...]) -> Active:
@@ -86,7 +95,8 @@ def _refuse_shared(host: Host, changes: Mapping[str, Mapping[str, Tensor]]) -> N
     values = {f"{path}.{name}": value for path, merged in changes.items() for name, value in merged.items()}
     for path, merged in changes.items():
         for name, value in merged.items():
-            shared = owners[host.sites[path].stored(name).untyped_storage().data_ptr()]
+            stored = host.sites[path].stored(name)
+            shared = owners[stored.untyped_storage().data_ptr()] if stored is not None else []
             others = [values.get(other) for other in shared] if len(shared) > 1 else []
             if any(other is None or not torch.equal(other, value) for other in others):
                 raise SharedWeightError(
@@ -119,7 +129,7 @@ def unmerge(model: nn.Module) -> None:
         raise StateError("nothing is merged")
     for path, parameters in host.stash.items():
         for name, original in parameters.items():
-            host.sites[path].stored(name).detach().copy_(original)
+            host.sites[path].store(name, original)
     for site in host.sites.values():
         site.enable()
     host.stash, host.merged = None, ()

@@ -19,6 +19,7 @@ from gossamer.attachment.walk import CONTAINER
 from gossamer.errors import StateError
 from gossamer.methods import Layer, Shape
 from gossamer.methods.base import AFFINE_KINDS
+from gossamer.quant import QuantizedLinear
 
 if TYPE_CHECKING:
     from gossamer.attachment.host import Host
@@ -143,7 +144,7 @@ class Site:
 
     def merged(self, names: Active) -> dict[str, Tensor]:
         """Those of the module's own parameters that change when the named layers are folded in, ready to be stored."""
-        stored = {name: value.detach() for name, value in parameters_of(self.module).items()}
+        stored = {name: self.frozen.value(name).detach() for name in parameters_of(self.module)}
         changed: dict[str, Tensor] = {}
         for layer in self.standing(names):
             if layer.innermost:
@@ -159,10 +160,23 @@ class Site:
             turned["weight"] = turned["weight"].T
         return turned
 
-    def stored(self, name: str) -> Tensor:
-        """One of the module's own parameters."""
+    def stored(self, name: str) -> Tensor | None:
+        """One of the module's own parameters; None for a weight that codes stand for."""
         place, last = owner(self.module, name)
         return place[last]
+
+    def store(self, name: str, value: Tensor | None) -> None:
+        """Write one of the module's own parameters. A dense weight stands in for codes until None takes it away."""
+        place, last = owner(self.module, name)
+        if value is not None and place[last] is not None:
+            place[last].detach().copy_(value)
+        else:
+            place[last] = None if value is None else nn.Parameter(value, requires_grad=False)
+
+    def forget_codes(self) -> None:
+        """Let a dense weight that stands in for codes be there for good."""
+        if isinstance(self.module, QuantizedLinear) and self.stored("weight") is not None:
+            self.module.forget_codes()
 
 
 def _picked(values: Any, index: Tensor, whole: int) -> Any:

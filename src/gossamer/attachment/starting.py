@@ -22,6 +22,7 @@ from gossamer.errors import NonFiniteError, StateError, TargetError, Unsupported
 from gossamer.methods import LoRA, starts
 from gossamer.methods.base import LINEAR_KINDS, wide
 from gossamer.methods.targeted import exactly
+from gossamer.quant import dequantize, format_of, quantize
 
 _SPARE = 8
 """Directions followed beyond those that can be used: what leads in the end may be small in the first batches."""
@@ -66,20 +67,22 @@ def eva(model: nn.Module, spec: LoRA, batches: Iterable[Mapping[str, Any]], *, r
 
 
 def loftq(
-    model: nn.Module, spec: LoRA, quantise: starts.Quantise, *, iterations: int = 1
+    model: nn.Module, spec: LoRA, quantise: starts.Quantise | str, *, iterations: int = 1
 ) -> tuple[Adapter, dict[str, Tensor]]:
     """A start that makes up for what quantising the base loses: `W ~ Q + scaling * B A` at every module.
 
     Args:
         model: the base before it is quantised; it is not changed.
         spec: which modules, and r; its start does not hold.
-        quantise: a weight (out, in), at least float32 -> what would be stored of it, turned back to numbers.
+        quantise: "nf4" or another of the formats a base may be quantised to; or any function of a weight (out, in),
+            at least float32, to what would be stored of it, turned back to numbers.
         iterations: how often factors and quantised weight are fitted to each other.
 
     Returns:
         The adapter, which belongs to no fingerprint since its base is the quantised twin, and for each module the
         quantised-and-back weight, oriented and of the dtype as the module stores it, that the twin has to hold. With
-        one iteration that is `quantise(W)`, what any base quantised so holds.
+        one iteration that is `quantise(W)`, what any base quantised so holds: `quantize_model(model, "nf4")` and then
+        `attach(model, adapter, trainable=True)`.
 
     Raises: UnsupportedError for what is not the factors of a linear module; TargetError for a rank larger than a
         weight's; StateError while merged; UsageError for no iteration or a `quantise` that changes the shape;
@@ -88,6 +91,7 @@ def loftq(
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     weights: dict[str, Tensor] = {}
+    rounded = _there_and_back(quantise) if isinstance(quantise, str) else quantise
     for path, one in _linear_targets(model, spec).items():
         weight, rank = one.affine()[0].detach(), spec.rank_at(path)
         if rank > min(weight.shape):
@@ -99,7 +103,7 @@ def loftq(
             )
 
         def stored_as(matrix: Tensor, dtype: torch.dtype = weight.dtype) -> Tensor:
-            return quantise(matrix).to(dtype)  # rounded as the module will hold it, so that the factors see that too
+            return rounded(matrix).to(dtype)  # rounded as the module will hold it, so that the factors see that too
 
         inner, outer, stored = starts.loftq(
             wide(weight).contiguous(), rank, spec.scaling_at(path), stored_as, iterations
@@ -107,6 +111,11 @@ def loftq(
         tensors[path] = {"lora_A": inner.cpu(), "lora_B": outer.cpu()}
         weights[path] = (stored.T if one.shape.kind == "conv1d" else stored).to(weight.dtype).contiguous()
     return Adapter(spec.replace(start="gaussian"), tensors, None, {"start": "loftq", "iterations": iterations}), weights
+
+
+def _there_and_back(quant: str) -> starts.Quantise:
+    form = format_of(quant)
+    return lambda weight: dequantize(quantize(weight, form), weight.dtype)
 
 
 def _linear_targets(model: nn.Module, spec: LoRA) -> dict[str, Frozen]:

@@ -6,15 +6,16 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gossamer.errors import StateError
+from gossamer.quant import QuantizedLinear, sampled
 
 CONTAINER = "gossamer"
 """The child under which a module carries its adapter layers; no walk enters it."""
-
-_SAMPLES = 32
+FINGERPRINT = "base_fingerprint"
+"""Where the config of a model that is stored quantised notes what it was made of."""
+UNKNOWN = "unknown"
 
 
 def _visits(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -70,28 +71,53 @@ def owners_of_storage(model: nn.Module) -> dict[int, list[str]]:
     return found
 
 
+def base_size(model: nn.Module) -> int:
+    """How many numbers the model's own parameters are, whatever they are stored as."""
+    dense = sum(parameter.numel() for _, parameter in base_parameters(model))
+    return dense + sum(module.in_features * module.out_features for _, module in _packed(model))
+
+
 def base_fingerprint(model: nn.Module) -> dict[str, str]:
-    """What tells one base model from another, cheap and the same for float32 and bfloat16 copies.
+    """What tells one base model from another, cheap and the same for float32, bfloat16 and quantised copies.
 
     Returns:
         {"architecture": class name, "shapes": sha256 of all names and shapes, "weights": sha256 of 32 values of each
-        parameter, rounded to bfloat16}. Cost: a few milliseconds for hundreds of parameters.
+        parameter, rounded to bfloat16}. Of a quantised weight they are those of the weight it was made of; where nobody
+        noted those down, "weights" and "shapes" are what the config says, or "unknown". Cost: a few milliseconds for
+        hundreds of parameters.
     """
+    stored = {name: _identity(parameter) for name, parameter in base_parameters(model)}
+    for path, module in _packed(model):
+        if module.sampled is None:
+            noted = getattr(getattr(model, "config", None), FINGERPRINT, None) or {}
+            return {"architecture": type(model).__name__} | {
+                part: str(noted.get(part, UNKNOWN)) for part in ("shapes", "weights")
+            }
+        stored[f"{path}.weight" if path else "weight"] = module.sampled
     shapes, weights = hashlib.sha256(), hashlib.sha256()
-    for name, parameter in sorted(base_parameters(model)):
-        weights.update(name.encode() + _sampled(parameter))
-        shapes.update(f"{name}:{tuple(parameter.shape)};".encode())
+    for name, (shape, words) in sorted(stored.items()):
+        weights.update(name.encode() + words)
+        shapes.update(f"{name}:{shape};".encode())
     return {"architecture": type(model).__name__, "shapes": shapes.hexdigest(), "weights": weights.hexdigest()}
 
 
-def _sampled(parameter: Tensor) -> bytes:
+def _packed(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Path and module of every weight that is held by codes."""
+    for path, module in modules(model).items():
+        if isinstance(module, QuantizedLinear) and module.runs_packed:
+            yield path, module
+
+
+def _identity(parameter: Tensor) -> tuple[tuple[int, ...], bytes]:
     if parameter.is_meta or nn.parameter.is_lazy(parameter):
         raise StateError("the model's weights are not there yet", got="meta or lazy parameters", hint="load them first")
-    flat = parameter.detach().reshape(-1)
-    picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16)
-    return picked.view(torch.int16).cpu().numpy().tobytes()
+    return tuple(parameter.shape), sampled(parameter)
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Which parts of two fingerprints differ."""
-    return [part for part in ("architecture", "shapes", "weights") if one.get(part) != other.get(part)]
+    """Which parts of two fingerprints differ; what is unknown differs from nothing."""
+    return [
+        part
+        for part in ("architecture", "shapes", "weights")
+        if one.get(part) != other.get(part) and UNKNOWN not in (one.get(part), other.get(part))
+    ]

@@ -79,6 +79,14 @@ class Base(Protocol):
         """Its weight (out, in, *kernel) and bias (out,) or None, in the module's own dtype."""
         ...
 
+    def bias(self) -> Tensor | None:
+        """The bias alone: a weight may have to be rebuilt to be looked at."""
+        ...
+
+    def version(self) -> tuple[int, int]:
+        """What changes when the stored weight does."""
+        ...
+
     def mapped(self, x: Tensor, weight: Tensor) -> Tensor:
         """The module's linear map with `weight` (rows, in, *kernel) in place of its own, and no bias.
 
@@ -91,7 +99,14 @@ class Base(Protocol):
         ...
 
     def parameters(self) -> dict[str, Tensor]:
-        """Its direct parameters as stored, or as the layers further in present them."""
+        """Its direct parameters as stored, or as the layers further in present them.
+
+        A weight that is stored in few bits is present in outline: shape and dtype, and NaN for numbers.
+        """
+        ...
+
+    def value(self, name: str) -> Tensor:
+        """One of the frozen module's direct parameters in numbers, as stored or rebuilt."""
         ...
 
     def with_parameters(self, replaced: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -156,7 +171,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 def bias_shift(trained: Tensor, base: Base) -> Tensor:
     """What a trained bias adds to the output of a module that has already added its own."""
-    frozen = base.affine()[1]
+    frozen = base.bias()
     assert frozen is not None, "a bias is trained only where there is one"
     return trained - frozen
 

@@ -69,7 +69,7 @@ class DoRALayer(FactorLayer):
 
     def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = base(x, *args, **kwargs)
-        bias = base.affine()[1]
+        bias = base.bias()
         ratio = self.get_parameter(MAGNITUDE).flatten() / self._norms(base)
         kernel = len(base.shape.kernel)
         if base.shape.kind in LINEAR_KINDS and "start_A" not in self._buffers and out.ndim > 1:
@@ -88,14 +88,14 @@ class DoRALayer(FactorLayer):
     def _norms(self, base: Base) -> Tensor:
         """||W + D|| by rows, (out,), at least float32."""
         weight = base.affine()[0]
-        key = (weight.data_ptr(), weight._version)
+        key = base.version()
         if self.known is None or self.known[0] != key:
             self.known = (key, squared_norms(base))
         matrix = wide(weight).flatten(1)
         pairs = [(1.0, *self.factors)]
         if "start_A" in self._buffers:
             pairs.append((-1.0, self.start_A, self.start_B))
-        return (self.known[1] + self._growth(matrix, pairs)).clamp(min=0).sqrt()
+        return _never_zero((self.known[1] + self._growth(matrix, pairs)).clamp(min=0).sqrt())
 
     def _growth(self, matrix: Tensor, pairs: list[tuple[float, Tensor, Tensor]]) -> Tensor:
         """`||W + D||^2 - ||W||^2`; exactly zero while the factors are those that their start subtracts."""
@@ -112,7 +112,7 @@ class DoRALayer(FactorLayer):
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         change, weight = self.change(), wide(frozen["weight"])
-        norms = (weight + change).flatten(1).square().sum(1).sqrt()
+        norms = _never_zero((weight + change).flatten(1).square().sum(1).sqrt())
         ratio = wide(self.get_parameter(MAGNITUDE).detach()).flatten() / norms
         by_row = ratio.reshape(-1, *(1 for _ in weight.shape[1:]))
         moved = wide(current["weight"]) + change
@@ -127,3 +127,8 @@ class DoRALayer(FactorLayer):
 def squared_norms(base: Base) -> Tensor:
     """||W||^2 by rows, (out,), at least float32."""
     return wide(base.affine()[0].detach()).flatten(1).square().sum(1)
+
+
+def _never_zero(norms: Tensor) -> Tensor:
+    """A row of zeros (pruned, or rounded away in 4 bits) has magnitude and norm 0, and 0 / 0 would be NaN."""
+    return norms.clamp(min=torch.finfo(norms.dtype).tiny)

@@ -57,6 +57,6 @@ class TokenRows(ParameterLayer):
             trained = base.mapped(place.clamp(min=0), values.T)
             return torch.where((place >= 0)[..., None], trained, out)
         trained = base.mapped(x, values)
-        bias = base.affine()[1]
+        bias = base.bias()
         trained = trained if bias is None else trained + bias[self.rows]
         return out.index_copy(-1, self.rows, trained)

@@ -33,7 +33,7 @@ class Whole(TargetedMethod):
         return {name: tuple(shape.parameters[name].shape) for name in own}
 
     def initial(self, base: Base, generator: torch.Generator) -> dict[str, Tensor]:
-        return {name: wide(base.shape.parameters[name].detach()) for name in self.expected(base.shape)}
+        return {name: wide(base.value(name).detach()) for name in self.expected(base.shape)}
 
     def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
         return Replacement(slots)
