@@ -57,7 +57,9 @@ class Live(TorchDispatchMode):
             self.add(tensor)
 
     def add(self, tensor: Tensor) -> None:
-        """Count the tensor's storage until it is freed."""
+        """Count the tensor's storage until it is freed; a tensor of the meta device has none."""
+        if tensor.is_meta:
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.storages and storage.nbytes():

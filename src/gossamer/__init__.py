@@ -23,7 +23,9 @@ _HOME = {
     "InjectionReport": "attachment",
     "Lin": "methods",
     "LoRA": "methods",
+    "ModelShape": "planning",
     "NormTuning": "methods",
+    "Plan": "planning",
     "PrefixTuning": "methods",
     "PromptTuning": "methods",
     "RunConfig": "training",
@@ -46,6 +48,9 @@ _HOME = {
     "loftq": "attachment",
     "merge": "attachment",
     "merge_into_base": "merging",
+    "plan": "planning",
+    "quantize_base": "models",
+    "quantize_model": "quant",
     "train": "training",
     "trainable_parameters": "attachment",
     "unmerge": "attachment",
@@ -90,6 +95,11 @@ if TYPE_CHECKING:
     from gossamer.methods import VeRA as VeRA
     from gossamer.models import fetch as fetch
     from gossamer.models import load_base as load_base
+    from gossamer.models import quantize_base as quantize_base
+    from gossamer.planning import ModelShape as ModelShape
+    from gossamer.planning import Plan as Plan
+    from gossamer.planning import plan as plan
+    from gossamer.quant import quantize_model as quantize_model
     from gossamer.serving import generate as generate
     from gossamer.training import RunConfig as RunConfig
     from gossamer.training import TrainConfig as TrainConfig

@@ -27,6 +27,7 @@ from gossamer.cli.shared import (
 @json_option
 def command(
     base: str,
+    quant: str | None,
     dtype: str,
     device: str,
     adapter: str | None,
@@ -39,7 +40,7 @@ def command(
     """Measure a base, or a base with an adapter, on held-out rows."""
     from gossamer.training import evaluate
 
-    model, tokenizer, digest = load_with_adapter(base, adapter, dtype, device, force_base)
+    model, tokenizer, digest = load_with_adapter(base, adapter, quant, dtype, device, force_base)
     result = evaluate(model, tokenizer, data, task=task, batch_size=batch_size)
     if as_json:
         emit({"base": base, "adapter_digest": digest, "data": data} | result)

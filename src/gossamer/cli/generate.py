@@ -21,6 +21,7 @@ from gossamer.cli.shared import adapter_option, base_options, emit, force_option
 @json_option
 def command(
     base: str,
+    quant: str | None,
     dtype: str,
     device: str,
     adapter: str | None,
@@ -35,7 +36,7 @@ def command(
     """Continue prompts with a base, or a base with an adapter."""
     from gossamer.serving import generate
 
-    model, tokenizer, digest = load_with_adapter(base, adapter, dtype, device, force_base)
+    model, tokenizer, digest = load_with_adapter(base, adapter, quant, dtype, device, force_base)
     results = generate(model, tokenizer, prompts, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat)
     if as_json:
         emit([one | {"adapter_digest": digest} for one in results])

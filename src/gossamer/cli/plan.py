@@ -42,7 +42,7 @@ _SWITCH = {"on": True, "off": False, "auto": "auto"}
 @click.option("--html", metavar="FILE", help="Also write one offline page with a picture.")
 @json_option
 def command(config: str | None, compare: bool, html: str | None, as_json: bool, **options: Any) -> None:
-    """Say what a training run takes, from the model's config alone: memory, time, disk, and which change lets it fit."""
+    """Say what a training run takes, from the model's config alone: memory, time, disk, and how it would fit."""
     from gossamer import planning
     from gossamer.planning.table import compared
 

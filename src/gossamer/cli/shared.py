@@ -15,19 +15,23 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 adapter_option = click.option("--adapter", metavar="DIR", help="An adapter folder, or a run folder that holds one.")
 force_option = click.option("--force-base", is_flag=True, help="Use the adapter though it was made for another base.")
 
+dtype_option = click.option("--dtype", default="auto", show_default=True, help="auto, bf16, fp16 or fp32.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+
 
 def base_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every verb that loads a base: --base, --dtype, --device."""
+    """The options of every verb that loads a base: --base, --quant, --dtype, --device."""
     options = (
         click.option("--base", required=True, metavar="B", help="Catalog name, Hugging Face id, folder or .gguf file."),
-        click.option("--dtype", default="auto", show_default=True, help="auto, bf16, fp16 or fp32."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option("--quant", help="Hold linear weights as nf4, nf4-single, fp4, fp4-single or int8."),
+        dtype_option,
+        device_option,
     )
     return functools.reduce(lambda inner, option: option(inner), reversed(options), function)
 
 
 def load_with_adapter(
-    base: str, adapter: str | None, dtype: str, device: str, force_base: bool
+    base: str, adapter: str | None, quant: str | None, dtype: str, device: str, force_base: bool
 ) -> tuple[Any, Any, str]:
     """Model, tokenizer and the digest of the adapter that stands on it ("" without one)."""
     from gossamer.adapter import Adapter
@@ -36,7 +40,7 @@ def load_with_adapter(
     from gossamer.training import adapter_of
 
     value = Adapter.load(adapter_of(adapter)) if adapter else None
-    model, tokenizer = load_base(base, dtype=dtype, device=device)
+    model, tokenizer = load_base(base, quant=quant, dtype=dtype, device=device)
     if value is not None:
         attach(model, value, force_base=force_base)
     return model, tokenizer, value.digest if value is not None else ""

@@ -15,6 +15,8 @@ _HOME = {
     "home": "catalog",
     "has_bfloat16_units": "load",
     "load_base": "load",
+    "make_dense": "quantizer",
+    "quantize_base": "quantize",
     "tiny": "toys",
     "tiny_inputs": "toys",
     "tiny_tokenizer": "toys",
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from gossamer.models.catalog import home as home
     from gossamer.models.load import has_bfloat16_units as has_bfloat16_units
     from gossamer.models.load import load_base as load_base
+    from gossamer.models.quantize import quantize_base as quantize_base
+    from gossamer.models.quantizer import make_dense as make_dense
     from gossamer.models.toys import tiny as tiny
     from gossamer.models.toys import tiny_inputs as tiny_inputs
     from gossamer.models.toys import tiny_tokenizer as tiny_tokenizer

@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as noise
 
-from gossamer.errors import BaseFileError, GossamerError, ResourceError, UnsupportedError, UsageError, nearest
+from gossamer.errors import BaseFileError, GossamerError, ResourceError, UsageError, nearest
 from gossamer.models.locate import locate
-from gossamer.models.scrutiny import read_config, require_plain_weights, require_tokenizer
+from gossamer.models.quantizer import METHOD, LoadingConfig, faults_as_found, forget_reading, kept_dense, packed_modules
+from gossamer.models.scrutiny import read_config, require_plain_weights, require_same, require_tokenizer
 from gossamer.models.write import forget_quantisation, without_bars
+from gossamer.quant import format_of, quantize_model
 
 _DTYPES = {
     "float32": torch.float32,
@@ -51,38 +53,56 @@ def load_base(
         dtype: "float32", "bfloat16", "float16" or "auto": the checkpoint's own, but float32 for a GGUF file (its
             weights are dequantised) and on a CPU without 16-bit matrix units, where bfloat16 is tens of times slower.
         device: "auto" (the first CUDA device, else the CPU) or any device torch knows.
-        quant: None; no quantised base yet.
+        quant: None, or what linear weights are stored as: "nf4" (4.127 bits each), "nf4-single" (4.5), "fp4",
+            "fp4-single" or "int8". Embeddings, the head, norms and biases keep their dtype, and `dtype` is what weights
+            are rebuilt in. A folder that is stored quantised loads so without being asked. Memory while loading: what
+            is quantised already and the tensor at hand (a GGUF file is loaded whole first).
 
     Returns model and tokenizer. The model's class is the one its config names, so a classifier loads as a classifier.
 
     Raises `BaseFileError` when it cannot be found, is not plain (remote code, pickled weights) or does not hold exactly
-    the model's weights; `UsageError` for an unknown dtype or device; `UnsupportedError` for `quant` and for bases
-    that are stored quantised; `ResourceError` when the device or its memory is not there.
+    the model's weights; `UsageError` for an unknown dtype, device or quant; `UnsupportedError` for bases that are
+    stored quantised in other ways than bitsandbytes'; `ResourceError` when the device or its memory is not there.
     """
     if quant is not None:
-        raise UnsupportedError("bases cannot be quantised on loading yet", got=f"quant={quant!r}", expected="None")
+        format_of(quant)
     place = _device(device)
     wanted = _dtype(dtype, place)
     path = locate(base)
     load = _load_gguf if path.suffix == ".gguf" else _load_folder
     with _as_base_error(path), without_bars(), _without_load_report():
-        model, tokenizer, info = load(path, wanted)
+        model, tokenizer, info = load(path, wanted, quant)
     _require_exact(info, path)
+    forget_quantisation(model)
     return _moved(model, place).eval(), tokenizer
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+def _load_folder(
+    folder: Path, dtype: torch.dtype | str, quant: str | None
+) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     config = read_config(folder)
     require_plain_weights(folder)
     require_tokenizer(folder)
     kind = _model_class(config)
     # weights of another shape are let through here to be named by `_require_exact`
     options: dict[str, Any] = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    model, info = kind.from_pretrained(folder, dtype=dtype, **options, **_LOCAL)
+    stored = config.get("quantization_config")
+    if stored is not None:
+        require_same(stored, quant, folder)
+        plain = AutoConfig.from_pretrained(folder, **_LOCAL)
+        plain.quantization_config = {"quant_method": METHOD}
+        options["config"] = plain
+    elif quant is not None:
+        options["quantization_config"] = LoadingConfig(quant)
+    with faults_as_found():
+        model, info = kind.from_pretrained(folder, dtype=dtype, **options, **_LOCAL)
+    forget_reading(model)
+    if stored is not None and not packed_modules(model):
+        raise BaseFileError("the config says that weights are quantised, but none is", where=str(folder))
     return model, _tokenizer(folder), info
 
 
-def _load_gguf(file: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+def _load_gguf(file: Path, dtype: torch.dtype | str, quant: str | None) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     options: dict[str, Any] = {"gguf_file": file.name} | _LOCAL
     if hasattr(transformers, "GgufConfig"):
         # without it newer transformers may keep the blocks packed, in layers that cannot be trained, and fetch kernels
@@ -92,7 +112,8 @@ def _load_gguf(file: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, A
         model, info = kind.from_pretrained(
             file.parent, dtype=torch.float32 if dtype == "auto" else dtype, output_loading_info=True, **options
         )
-    forget_quantisation(model)
+    if quant is not None:
+        quantize_model(model, quant, kept_dense(model))
     return model, _tokenizer(file.parent, gguf_file=file.name), info
 
 
@@ -149,7 +170,7 @@ def _moved(model: PreTrainedModel, place: torch.device) -> PreTrainedModel:
 
 
 def _too_large(where: str, error: Exception) -> ResourceError:
-    hint = "load it in bfloat16, or on the CPU"
+    hint = 'load it in bfloat16, with quant="nf4", or on the CPU; `gossamer plan` says what it takes'
     return ResourceError("the model does not fit into memory", where=where, got=str(error).split(". ")[0], hint=hint)
 
 

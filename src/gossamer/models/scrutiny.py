@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gossamer.errors import BaseFileError, UnsupportedError
+from gossamer.errors import BaseFileError, UnsupportedError, UsageError
+from gossamer.quant import FORMATS, Format
 
 _LARGEST_CONFIG = 8 << 20
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -31,10 +32,37 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = _read_plain(folder / "config.json")
     if (folder / "tokenizer_config.json").is_file():
         _read_plain(folder / "tokenizer_config.json")
-    if stored := config.get("quantization_config"):
-        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
-        raise UnsupportedError("bases that are stored quantised are not read yet", where=str(folder), got=str(method))
+    stored = config.get("quantization_config")
+    if stored is not None and stored_quant(stored) is None:
+        raise UnsupportedError(
+            "this base is stored quantised in a way that is not read",
+            where=str(folder),
+            got=str(stored.get("quant_method") if isinstance(stored, dict) else stored),
+            expected=f"bitsandbytes, as one of {', '.join(FORMATS)}",
+        )
     return config
+
+
+def stored_quant(stored: Any) -> str | None:
+    """Which of `FORMATS` a folder's `quantization_config` describes; None for what is none of them."""
+    if not isinstance(stored, dict) or stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return None
+    if stored.get("load_in_8bit") or stored.get("_load_in_8bit"):
+        return "int8"
+    table, double = stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant", False))
+    return next((name for name, form in FORMATS.items() if form == Format(str(table), double)), None)
+
+
+def require_same(stored: Any, quant: str | None, folder: Path) -> None:
+    """Raise `UsageError` when a base that is stored quantised is asked for in another format."""
+    if quant not in (None, stored_quant(stored)):
+        raise UsageError(
+            "the base is stored in another format than the one asked for",
+            where=str(folder),
+            got=f"quant={quant!r}",
+            expected=f"{stored_quant(stored)!r} or None",
+            hint="quantise the original base instead: each rounding adds its error",
+        )
 
 
 def require_plain_weights(folder: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging as noise
 
-from gossamer.attachment import attached
+from gossamer.attachment import attached, base_fingerprint
+from gossamer.attachment.walk import FINGERPRINT
 from gossamer.errors import StateError
 from gossamer.files.atomic import new_folder
+from gossamer.models.quantizer import make_dense, stored_config
 
 
 def write_model_folder(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> Path:
@@ -39,17 +41,28 @@ def save_into(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
             hint="merge(model, keep=False) folds them in for good; capture(model, name).save(folder) keeps them apart",
         )
     forget_quantisation(model)
-    with without_bars():
-        model.save_pretrained(folder)
+    make_dense(model)  # what a merge has folded for good
+    stored = stored_config(model)
+    if stored is not None:
+        model.config.quantization_config = stored
+        setattr(model.config, FINGERPRINT, base_fingerprint(model))
+    try:
+        with without_bars():
+            model.save_pretrained(folder)
+    finally:
+        forget_quantisation(model)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
 def forget_quantisation(model: PreTrainedModel) -> None:
-    """Drop what a GGUF file leaves on a model whose weights are plain again; with it transformers refuses to save."""
-    for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config"), (model, "quantization_method")):
-        if name in vars(owner):
-            delattr(owner, name)
+    """Drop what a quantised file leaves on a model: its modules say what they are, and transformers refuses to save."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(name, None)
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        for name in ("quantization_config", "_is_quantized") if isinstance(part, PreTrainedModel) else ():
+            vars(config).pop(name, None)
 
 
 @contextmanager

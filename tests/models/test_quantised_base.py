@@ -1,0 +1,221 @@
+"""Bases in 4 and 8 bits: quantised while they load, written, read again here and by transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+import gossamer as gs
+from bench.plan import Live
+from gossamer.errors import BaseFileError, NonFiniteError, StateError, UnsupportedError, UsageError
+from gossamer.models import load_base, quantize_base, tiny, tiny_tokenizer, write_model_folder
+from gossamer.models.quantizer import kept_dense, packed_modules
+from gossamer.quant import FORMATS, quantize_model
+from tests.adapters import tokens
+
+every_format = pytest.mark.parametrize("quant", FORMATS)
+
+
+def wide(seed: int = 0, layers: int = 2, **others: Any) -> LlamaForCausalLM:
+    """A toy whose widths bitsandbytes' own kernels take."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=320, num_hidden_layers=layers, **(sizes | others))
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_model_folder(wide(), tiny_tokenizer(), tmp_path / "base")
+
+
+def edit(folder: Path, change: dict[str, Any]) -> None:
+    """Replace, add or (None) remove stored tensors."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file) | change
+    save_file({name: value for name, value in tensors.items() if value is not None}, file, {"format": "pt"})
+
+
+@every_format
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_quantised_while_loading_is_quantised_afterwards(kind: str, quant: str, tmp_path: Path):
+    folder = write_model_folder(tiny(kind), tiny_tokenizer(), tmp_path / "base")
+    dense, _ = load_base(folder)
+    expected = quantize_model(dense, quant, kept_dense(dense))
+    model, _ = load_base(folder, quant=quant)
+    assert packed_modules(model).keys() == packed_modules(expected).keys() != set()
+    assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
+    assert gs.base_fingerprint(model) == gs.base_fingerprint(tiny(kind))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_head_stay_dense(tied: bool, tmp_path: Path):
+    original = wide(tie_word_embeddings=tied)
+    model, _ = load_base(write_model_folder(original, tiny_tokenizer(), tmp_path / "base"), quant="nf4")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert torch.equal(head.weight, original.lm_head.weight)
+    assert (head.weight is embedding.weight) == tied
+    assert len(packed_modules(model)) == 14
+
+
+@every_format
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_folder_reads_back_bit_for_bit(kind: str, quant: str, tmp_path: Path):
+    base = write_model_folder(tiny(kind), tiny_tokenizer(), tmp_path / "base")
+    done = quantize_base(base, tmp_path / "packed", quant=quant)
+    model, _ = load_base(base, quant=quant)
+    again, tokenizer = load_base(tmp_path / "packed")
+    one, other = (
+        {
+            f"{path}.{name}": value
+            for path, module in packed_modules(net).items()
+            for name, value in module.named_buffers()
+        }
+        for net in (model, again)
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    assert gs.base_fingerprint(again) == gs.base_fingerprint(tiny(kind))
+    assert tokenizer is not None
+    assert done["bytes"] == sum(module.packed.nbytes for module in packed_modules(model).values())
+    assert done["bits"] == pytest.approx(8 * done["bytes"] / done["parameters"])
+    write_model_folder(again, tokenizer, tmp_path / "twice")
+    assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (
+        tmp_path / "packed" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("quant", ["nf4", "nf4-single", "fp4", "fp4-single"])
+def test_transformers_reads_our_folder(quant: str, base: Path, tmp_path: Path):
+    quantize_base(base, tmp_path / "packed", quant=quant)
+    ours, _ = load_base(tmp_path / "packed")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    torch.testing.assert_close(theirs(tokens()).logits, ours(tokens()).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("table", ["nf4", "fp4"])
+def test_we_read_what_transformers_and_bitsandbytes_wrote(table: str, double: bool, base: Path, tmp_path: Path):
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=table,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tiny_tokenizer().save_pretrained(tmp_path / "theirs")
+    ours, _ = load_base(tmp_path / "theirs")
+    assert len(packed_modules(ours)) == 14
+    torch.testing.assert_close(ours(tokens()).logits, theirs(tokens()).logits, rtol=0, atol=1e-6)
+    fingerprint = gs.base_fingerprint(ours)
+    assert fingerprint["weights"] == "unknown"  # nobody noted what it was made of
+    gs.attach(wide(), gs.LoRA(r=2))
+
+
+def test_an_adapter_of_a_quantised_base_fits_the_original(base: Path):
+    model, _ = load_base(base, quant="nf4")
+    gs.attach(model, gs.LoRA(r=2))
+    adapter = gs.capture(model)
+    gs.attach(wide(), adapter)
+    with pytest.raises(gs.BaseMismatchError):
+        gs.attach(wide(seed=1), adapter)
+
+
+def test_a_sharded_base(tmp_path: Path):
+    model = wide(layers=4)
+    model.save_pretrained(tmp_path / "base", max_shard_size="200KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    shards = [*(tmp_path / "base").glob("model-*.safetensors")]
+    assert len(shards) > 3
+    with Live() as live:
+        loaded, _ = load_base(tmp_path / "base", quant="nf4")
+    assert len(packed_modules(loaded)) == 28
+    stored = sum(part.nbytes for part in (*loaded.parameters(), *loaded.buffers()))
+    largest = max(shard.stat().st_size for shard in shards)
+    assert live.peak <= (stored + largest) * 1.1
+    dense = sum(parameter.nbytes for parameter in model.parameters())
+    assert live.peak < 0.75 * dense
+
+
+def test_an_existing_folder_is_left_alone(base: Path):
+    with pytest.raises(StateError, match="exists"):
+        quantize_base(base, base)
+
+
+def test_asked_for_another_format_than_the_stored_one(base: Path, tmp_path: Path):
+    quantize_base(base, tmp_path / "packed", quant="int8")
+    load_base(tmp_path / "packed", quant="int8")
+    with pytest.raises(UsageError, match="another format") as caught:
+        load_base(tmp_path / "packed", quant="nf4")
+    assert caught.value.where == str(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"quant_method": "gptq"},
+        {"quant_method": "awq"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},  # known, but the weights are plain
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf3"},
+        {"load_in_4bit": "yes"},
+        "nf4",
+    ],
+)
+def test_other_quantisations_are_refused_by_name(stored: Any, base: Path):
+    known = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(known | {"quantization_config": stored}))
+    with pytest.raises((UnsupportedError, BaseFileError)):
+        load_base(base)
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({f"{Q}.weight.absmax": None}, Q),
+        ({f"{Q}.weight.absmax": torch.zeros(3, dtype=torch.uint8)}, Q),
+        ({f"{Q}.weight": torch.zeros(9, 1, dtype=torch.uint8)}, Q),
+        ({f"{Q}.weight": None}, ""),
+        ({f"{Q}.weight.quant_state.bitsandbytes__nf4": None}, Q),
+        ({f"{Q}.weight.stranger": torch.zeros(2)}, "stranger"),
+        ({"model.norm.weight": None}, "model.norm.weight"),
+    ],
+)
+def test_broken_folders_are_refused(change: dict[str, Any], says: str, base: Path, tmp_path: Path):
+    quantize_base(base, tmp_path / "packed")
+    edit(tmp_path / "packed", change)
+    with pytest.raises(BaseFileError) as caught:
+        load_base(tmp_path / "packed")
+    assert says in str(caught.value)
+
+
+def test_weights_that_cannot_be_quantised(base: Path):
+    edit(base, {f"{Q}.weight": torch.full((64, 64), torch.nan)})
+    with pytest.raises((NonFiniteError, BaseFileError), match="not finite"):
+        load_base(base, quant="nf4")
+    edit(base, {f"{Q}.weight": torch.zeros(64, 32)})
+    with pytest.raises(BaseFileError, match="shape"):
+        load_base(base, quant="nf4")
+
+
+@pytest.mark.slow
+def test_the_real_base_takes_half_a_byte_a_parameter():
+    gs.fetch("smollm2-135m")
+    with Live() as live:
+        model, _ = load_base("smollm2-135m", dtype="float32", quant="nf4")
+    packed = packed_modules(model).values()
+    count = sum(module.in_features * module.out_features for module in packed)
+    assert sum(module.packed.nbytes for module in packed) / count <= 0.53
+    stored = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
+    assert live.peak <= stored * 1.15  # what quantising one weight takes beside what is stored already
