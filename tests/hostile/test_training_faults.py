@@ -164,7 +164,7 @@ def test_out_of_memory_says_what_to_turn(tmp_path: Path, error: Exception, field
         raise error
 
     model.model.layers[1].register_forward_pre_hook(fail)
-    with pytest.raises(ResourceError, match="raise accumulation") as caught:
+    with pytest.raises(ResourceError, match=r"train\.checkpointing: on") as caught:
         toy_train(toy_config(tmp_path, **fields), model=model)
     assert caught.value.exit_code == 4
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.errors import DataError
-from gossamer.training.batches import IGNORED, collate, plan_batches, split_batch
+from gossamer.training.batches import IGNORED, collate, largest_part, plan_batches, split_batch
 from gossamer.training.masks import Example
 
 PINNED = [[0], [1, 3], [4, 2]]
@@ -23,6 +23,15 @@ def test_every_row_comes_exactly_once(lengths: list[int], size: int, seed: int, 
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     assert sum(len(batch) < size for batch in batches) <= 1
     assert all(batches)
+
+
+@given(LENGTHS.filter(bool), st.integers(1, 17), st.integers(1, 500))
+def test_no_part_is_larger_than_the_largest(lengths: list[int], size: int, tokens: int):
+    rows, longest = largest_part(lengths, size, tokens)
+    assert rows * longest <= max(tokens, *lengths)
+    for batch in plan_batches(lengths, size, seed=0, epoch=0):
+        for part in split_batch(batch, lengths, tokens):
+            assert len(part) * max(lengths[index] for index in part) <= rows * longest
 
 
 def test_the_plan_depends_on_nothing_else():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,3 +128,64 @@ def test_parameters_of_another_shape(tmp_path: Path) -> None:
     parameters["a.lora_B"] = nn.Parameter(torch.zeros(4, 3))
     with pytest.raises(CheckpointError, match=r"a\.lora_B"):
         newest(tmp_path)[0].restore(parameters, optimizer, CPU)
+
+
+class EightBit(torch.optim.Optimizer):
+    """Keeps its state as bitsandbytes does: bytes, a table that serves every parameter, a count that is no tensor, and
+    memory of its own kind, which nothing else may take the place of."""
+
+    def __init__(self, parameters: Any, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        self.table = torch.linspace(-1, 1, 256)
+
+    def init_state(self, group: dict[str, Any], parameter: nn.Parameter, *_: int) -> None:
+        state = self.state[parameter]
+        state |= {"step": 0, "qmap": self.table, "absmax": torch.zeros(1)}
+        state["codes"] = torch.full(parameter.shape, 128, dtype=torch.uint8)
+        state["codes"].is_paged = True
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self.init_state(group, parameter)
+                state = self.state[parameter]
+                state["step"] += 1
+                value = 0.5 * state["qmap"][state["codes"].long()] * state["absmax"] + parameter.grad / state["step"]
+                state["absmax"].fill_(value.abs().max().clamp_min(1e-12))
+                state["codes"].copy_((value / state["absmax"] * 127.5 + 127.5).round())
+                parameter.sub_(group["lr"] * value)
+
+
+def eight_bit(seed: int) -> tuple[dict[str, nn.Parameter], EightBit]:
+    torch.manual_seed(seed)
+    parameters = {name: nn.Parameter(torch.randn(4, 3)) for name in ("a.lora_A", "a.lora_B")}
+    return parameters, EightBit([*parameters.values()])
+
+
+def advance(parameters: dict[str, nn.Parameter], optimizer: EightBit) -> None:
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+
+def test_state_of_any_dtype_comes_back_where_its_optimiser_keeps_it(tmp_path: Path) -> None:
+    parameters, optimizer = eight_bit(0)
+    for _ in range(3):
+        advance(parameters, optimizer)
+    save_checkpoint(tmp_path, {"step": 3, "identity": {}}, parameters, optimizer, CPU, keep=1)
+    advance(parameters, optimizer)
+    others, fresh = eight_bit(9)
+    newest(tmp_path)[0].restore(others, fresh, CPU)
+    for name, parameter in others.items():
+        state = fresh.state[parameter]
+        assert state["step"] == 3
+        assert state["codes"].is_paged
+        assert state["qmap"] is fresh.table
+        assert fresh.state[parameter].keys() == optimizer.state[parameters[name]].keys()
+    advance(others, fresh)
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, others[name])
+        mine, theirs = optimizer.state[parameter], fresh.state[others[name]]
+        assert all(torch.equal(mine[key], theirs[key]) for key in ("codes", "absmax", "qmap"))

@@ -8,6 +8,7 @@ import pytest
 
 from gossamer.errors import SpecError
 from gossamer.methods import LoRA
+from gossamer.quant import FORMATS
 from gossamer.training import LoopConfig, RunConfig, TrainConfig
 
 GOOD = """\
@@ -144,6 +145,20 @@ def test_eval_every_needs_eval_data_in_a_file_too(tmp_path: Path) -> None:
     text = GOOD.replace(", eval: reviews/eval.jsonl", "").replace("seed: 0", "eval_every: 3")
     path = write(tmp_path, text)
     assert faults_of(path)[0].startswith(f"{path}:5:1: train: eval_every is set, but data has no eval file")
+
+
+@pytest.mark.parametrize("word", ["on", "off", "auto", "true", "false"])
+def test_a_switch_is_a_word_or_what_yaml_makes_of_it(tmp_path: Path, word: str) -> None:
+    config = RunConfig.read(write(tmp_path, GOOD.replace("seed: 0", f"checkpointing: {word}")))
+    assert config.train.checkpointing == {"true": "on", "false": "off"}.get(word, word)
+    assert RunConfig.read(write(tmp_path, config.to_yaml())) == config
+
+
+def test_every_way_to_hold_the_base_can_be_asked_for() -> None:
+    for quant in (None, *FORMATS):
+        assert RunConfig(base="b", data="d", output="o", quant=quant).quant == quant
+    with pytest.raises(SpecError, match="nf4-single"):
+        RunConfig(base="b", data="d", output="o", quant="nf5")
 
 
 def test_a_path_alone_is_training_data() -> None:

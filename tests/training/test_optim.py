@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -9,8 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from gossamer.errors import UsageError
-from gossamer.training.optim import auto_lr, lr_factor, make_optimizer, set_lr, warmup_steps
+from gossamer.errors import UnsupportedError, UsageError
+from gossamer.training.optim import (
+    EIGHT_BIT,
+    auto_lr,
+    lr_factor,
+    make_optimizer,
+    set_lr,
+    usable_optimizer,
+    warmup_steps,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +70,32 @@ def test_lora_plus_gives_the_outer_factor_a_rate_of_its_own() -> None:
 def test_a_ratio_without_factors_is_an_error() -> None:
     with pytest.raises(UsageError, match="lr_ratio"):
         make_optimizer({"a.bias": nn.Parameter(torch.zeros(2))}, 0.0, ("lora_B",), 16.0)
+
+
+@pytest.mark.parametrize("kind", EIGHT_BIT)
+def test_eight_bits_are_for_cuda_and_elsewhere_it_is_said(kind: str) -> None:
+    used, said = usable_optimizer(kind, torch.device("cpu"))
+    assert used == "adamw"
+    assert kind in said
+    assert "CUDA" in said
+    assert usable_optimizer(kind, torch.device("cuda:1")) == (kind, "")
+    assert usable_optimizer("adamw", torch.device("cpu")) == ("adamw", "")
+
+
+def with_bitsandbytes(monkeypatch: pytest.MonkeyPatch, library: object) -> None:
+    monkeypatch.setitem(sys.modules, "gossamer.quant", SimpleNamespace(bitsandbytes=lambda: library))
+
+
+def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_bitsandbytes(monkeypatch, None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'gossamer\[quant\]'"):
+        make_optimizer({"a.bias": nn.Parameter(torch.zeros(2))}, 0.0, kind="adamw8bit")
+
+
+@pytest.mark.parametrize(("kind", "name"), EIGHT_BIT.items())
+def test_bitsandbytes_gets_the_groups(monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
+    with_bitsandbytes(monkeypatch, SimpleNamespace(optim=SimpleNamespace(**{name: torch.optim.AdamW})))
+    parameters = {name: nn.Parameter(torch.zeros(2, 2)) for name in ("a.lora_A", "a.lora_B")}
+    optimizer = make_optimizer(parameters, 0.1, ("lora_B",), 16.0, kind)
+    set_lr(optimizer, 1e-3)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-3, 0.1), (16e-3, 0.1)]

@@ -74,6 +74,12 @@ def split_batch(batch: list[int], lengths: Sequence[int], tokens: int) -> list[l
     return _chunks(batch, max(1, tokens // longest))
 
 
+def largest_part(lengths: Sequence[int], batch_size: int, tokens: int) -> tuple[int, int]:
+    """Rows and tokens a row of the largest part that `plan_batches` and `split_batch` can make, whatever the seed."""
+    parts = ((min(batch_size, len(lengths), max(1, tokens // length)), length) for length in {*lengths})
+    return max(parts, key=lambda part: (part[0] * part[1], part[1]))
+
+
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> Batch:
     """Pad examples to one batch of tensors.
 

@@ -1,9 +1,10 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
     step-N/  adapter.safetensors    "<path>.<slot>" -> parameter
-             optimizer.safetensors  "<path>.<slot>/<moment>" -> AdamW's state
+             optimizer.safetensors  "<path>.<slot>/<moment>" -> the optimiser's state, each tensor in its own dtype
              rng.safetensors        torch's random state, on the CPU and on the device
-             state.json             step, position in the data, figures so far, and the identity of the run
+             state.json             step, position in the data, figures so far, the identity of the run, and those
+                                    numbers of the optimiser's state that are not tensors
              manifest.json          sha256 of every other file
 
 A checkpoint is written beside its place and renamed into it, so it is there whole or not at all. What the disk did to
@@ -29,6 +30,7 @@ from gossamer.errors import CheckpointError
 from gossamer.files.atomic import TEMPORARY_SUFFIX, new_folder
 
 MANIFEST = "manifest.json"
+NUMBERS = "optimizer_numbers"
 FILES = ("adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
@@ -71,9 +73,15 @@ class Checkpoint:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(self.parameters[name])
-        for key, tensor in self.moments.items():
+        _lay_out(optimizer)
+        for key, value in {**self.moments, **self.state[NUMBERS]}.items():
             name, _, moment = key.rpartition("/")
-            optimizer.state[parameters[name]][moment] = tensor.to(parameters[name].device)
+            state, place = optimizer.state[parameters[name]], parameters[name].device
+            there = state.get(moment)
+            if isinstance(there, Tensor) and (there.shape, there.dtype) == (value.shape, value.dtype):
+                there.copy_(value)
+            else:
+                state[moment] = value.to(place) if isinstance(value, Tensor) else value
         torch.set_rng_state(self.rng["cpu"])
         if device.type == "cuda" and "cuda" in self.rng:
             torch.cuda.set_rng_state(self.rng["cuda"], device)
@@ -97,15 +105,17 @@ def save_checkpoint(
     Raises: DiskError; the checkpoints that were there still are.
     """
     step = state["step"]
-    moments = {
+    kept = {
         f"{name}/{moment}": value
         for name, parameter in parameters.items()
         for moment, value in optimizer.state[parameter].items()
     }
+    moments = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
+    numbers = {key: value for key, value in kept.items() if key not in moments}
     rng = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(device)
-    contents = (*map(_packed, (parameters, moments, rng)), _json(state))
+    contents = (*map(_packed, (parameters, moments, rng)), _json({**state, NUMBERS: numbers}))
     with new_folder(folder / f"step-{step}", replace=True) as fresh:
         for name, content in zip(FILES, contents, strict=True):
             (fresh / name).write_bytes(content)
@@ -161,8 +171,26 @@ def _steps(folder: Path) -> list[int]:
     return sorted((int(found[1]) for found in names if found), reverse=True)
 
 
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimiser whose state has a place of its own, such as memory that can leave the card, make it now."""
+    make = getattr(optimizer, "init_state", None)
+    if make is None:
+        return
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            make(group, parameter, number, index)
+
+
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    """As safetensors, which wants memory of its own for each; a table may serve the state of many parameters."""
+    plain: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        place = here.untyped_storage().data_ptr()
+        plain[name] = here.clone() if place in places else here
+        places.add(place)
+    return save(plain)
 
 
 def _json(value: Any) -> bytes:

@@ -34,7 +34,13 @@ def _positive_or_auto(value: Any) -> Any:
     raise PydanticCustomError("learning_rate", "must be a number above 0, or auto")
 
 
+def _as_switch(value: Any) -> Any:
+    """Many YAML readers take a bare `on` for true."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 File = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_as_text)]
+Switch = Annotated[Literal["off", "on", "auto"], BeforeValidator(_as_switch)]
 LearningRate = Annotated[StrictFloat | Literal["auto"], BeforeValidator(_positive_or_auto)]
 
 
@@ -71,6 +77,12 @@ class LoopConfig(Spec):
     """Batches whose gradients make one step; the loss is the mean over all their supervised tokens."""
     micro_batch_tokens: Count = 8192
     """Tokens that go through the model at once; a larger batch is split into parts that make the same step."""
+    checkpointing: Switch = "auto"
+    """Gradient checkpointing: blocks run again in the backward instead of keeping what is inside them. auto turns it on
+    only when the plan says that a step would not fit into the device's free memory."""
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """adamw keeps its moments in float32; the others, from bitsandbytes and for CUDA alone, in 8 bits, and paged in
+    memory that can leave the card. Without CUDA a run uses adamw, and says so."""
     lr: LearningRate = "auto"
     """Peak learning rate, or auto: `5e-4 * (2000 / hidden size) ** p`."""
     lr_ratio: Annotated[StrictFloat, Field(gt=0)] = 1.0
@@ -144,6 +156,9 @@ class RunConfig(Spec):
     """Catalog name, Hugging Face id, folder or .gguf file."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; adapters are float32 always."""
+    quant: Literal["nf4", "nf4-single", "fp4", "fp4-single", "int8"] | None = None
+    """How the frozen linear weights are held: 4-bit NormalFloat or 4-bit floats, with their scales quantised too or not
+    (single), or 8-bit integers; None as they come."""
     device: Annotated[StrictStr, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """auto, cpu, mps, cuda or cuda:N."""
     method: TargetedMethod = LoRA()

@@ -34,8 +34,9 @@ from gossamer.training.evaluate import keeping_modes, pad_id
 from gossamer.training.interrupt import StopRequest, interruptible
 from gossamer.training.loss import refuse_unless_causal, supervised_nll
 from gossamer.training.material import Material, Steps
-from gossamer.training.optim import auto_lr, lr_factor, make_optimizer, set_lr, warmup_steps
-from gossamer.training.outcome import memory_errors, peak_memory, run_config, sampled, write_outcome
+from gossamer.training.memory import Memory, stored_as, within_memory
+from gossamer.training.optim import auto_lr, lr_factor, make_optimizer, set_lr, usable_optimizer, warmup_steps
+from gossamer.training.outcome import peak_memory, run_config, sampled, write_outcome
 from gossamer.training.progress import Progress, for_terminal
 from gossamer.training.run_folder import RunFolder, open_run
 
@@ -77,8 +78,9 @@ def train(
         StateError: not exactly one trainable, active adapter, or an output folder in use. DataError: rows or labels.
         GradientError: a module that the first step does not reach. NonFiniteError: a loss or gradient that is NaN or
         infinite; the step is not taken. CheckpointError: nothing whole to resume, or another run's. DiskError: writing
-        failed; earlier checkpoints are untouched. ResourceError: out of memory. Interrupted: stopped by a signal after
-        a checkpoint was written.
+        failed; earlier checkpoints are untouched. ResourceError: out of memory. UnsupportedError: checkpointing that
+        the model or method cannot do, or an 8-bit optimiser without bitsandbytes. Interrupted: stopped by a signal
+        after a checkpoint was written.
     """
     show = progress if progress is not None else for_terminal()
     name = adapter_to_train(model)
@@ -90,9 +92,11 @@ def train(
     with open_run(settings.output, resume=resume) as folder:
         material = Material.read(settings, tokenizer, show.say)
         refuse_misfits(model, material.examples)
+        modes, random = keeping_modes(model), torch.random.fork_rng(generators)
+        lengths = [len(example) for example in material.examples]
         try:
-            with keeping_modes(model), interruptible() as stop, torch.random.fork_rng(generators), memory_errors():
-                training = _Training(model, tokenizer, whole, name, material, folder, show, stop)
+            with modes, random, interruptible() as stop, within_memory(model, whole, lengths) as memory:
+                training = _Training(model, tokenizer, whole, name, material, folder, show, stop, memory)
                 return training.run(whole, resume)
         finally:
             show.finish()
@@ -111,14 +115,16 @@ class _Training:
         folder: RunFolder,
         show: Progress,
         stop: StopRequest,
+        memory: Memory,
     ) -> None:
         config = whole.train_config()
         self.model, self.config, self.name, self.pad = model, config, name, pad_id(tokenizer)
-        self.material, self.folder, self.show, self.stop = material, folder, show, stop
+        self.material, self.folder, self.show, self.stop, self.memory = material, folder, show, stop, memory
         self.device = next(model.parameters()).device
         self.parameters, self.sites = trainable_parameters(model, name), sites_of_parameters(model, name)
         outer = whole.method.outer_slots
-        self.optimizer = make_optimizer(self.parameters, config.weight_decay, outer, config.lr_ratio)
+        self.kind, self.kind_rule = usable_optimizer(config.optimizer, self.device)
+        self.optimizer = make_optimizer(self.parameters, config.weight_decay, outer, config.lr_ratio, self.kind)
         self.steps = Steps(material.examples, config)
         self.warmup = warmup_steps(config.warmup, self.steps.total)
         self.lr, self.lr_rule = auto_lr(model.config) if config.lr == "auto" else (config.lr, f"lr {config.lr:g}")
@@ -161,7 +167,8 @@ class _Training:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.optimizer.zero_grad(set_to_none=True)  # whatever was left from before
-        self.show.say(self.lr_rule)
+        for line in filter(None, (self.lr_rule, self.kind_rule, self.memory.rule)):
+            self.show.say(line)
         checkpoint = newest_checkpoint(self.folder.checkpoints, self.show.say) if resume else None
         if checkpoint:
             checkpoint.refuse_other_run(self.identity)
@@ -312,12 +319,15 @@ class _Training:
             "seconds": time.monotonic() - self.started,
             "lr": self.lr,
             "lr_rule": self.lr_rule,
+            "optimizer": self.kind,
+            "checkpointing": self.memory.checkpointing,
+            "checkpointing_rule": self.memory.rule,
         }
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run. What is only shown or kept may change."""
         adapter = capture(self.model, self.name)
-        free = {"output", "data", "log_every", "checkpoint_every", "keep_checkpoints"}
+        free = {"output", "data", "log_every", "checkpoint_every", "keep_checkpoints", "checkpointing"}
         train = {name: value for name, value in self.config.to_dict().items() if name not in free} | {"lr": self.lr}
         return {
             "train": train,
@@ -325,6 +335,7 @@ class _Training:
             "data": self.material.identity,
             "base": dict(adapter.base or {}),
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "quant": stored_as(self.model),
             "device": self.device.type,
         }
 

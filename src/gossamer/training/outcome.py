@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +13,13 @@ from torch import nn
 from gossamer import __version__, linalg
 from gossamer.adapter import Adapter
 from gossamer.attachment import capture
-from gossamer.errors import ResourceError, StateError
+from gossamer.errors import StateError
 from gossamer.files.atomic import sha256_file, write_json
 from gossamer.methods.lora import plain_slots
+from gossamer.quant import QuantizedLinear
 from gossamer.training.config import RunConfig, TrainConfig
 from gossamer.training.material import Material
+from gossamer.training.memory import stored_as
 from gossamer.training.report import write_report
 from gossamer.training.run_folder import RunFolder
 
@@ -61,7 +62,8 @@ def write_outcome(
         "method": adapter.spec.to_dict(),
         "task": config.task,
         "trainable_params": trainable,
-        "total_params": sum(parameter.numel() for parameter in model.parameters()),
+        "total_params": _parameter_count(model),
+        "quant": stored_as(model),
         "eval_before": measured(before),
         "eval_after": measured(after),
         "examples": _examples(material, before, after),
@@ -103,6 +105,7 @@ def run_config(model: nn.Module, name: str, config: TrainConfig | RunConfig) -> 
     return RunConfig(
         base=base,
         dtype=dtype,
+        quant=stored_as(model),
         device=str(parameter.device),
         method=method,
         task=config.task,
@@ -110,6 +113,13 @@ def run_config(model: nn.Module, name: str, config: TrainConfig | RunConfig) -> 
         train=config.loop(),
         output=config.output,
     )
+
+
+def _parameter_count(model: nn.Module) -> int:
+    """Numbers in the model, those that are packed among them."""
+    packed = (module for module in model.modules() if isinstance(module, QuantizedLinear) and module.is_packed)
+    plain = sum(parameter.numel() for parameter in model.parameters())
+    return plain + sum(module.out_features * module.in_features for module in packed)
 
 
 def measured(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -162,19 +172,3 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024), "resident set of the whole process"
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn what torch says when memory runs out, which differs by device, into `ResourceError`."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise
-        raise ResourceError(
-            "out of memory",
-            got=str(error).splitlines()[0] if str(error) else "",
-            hint="lower batch_size and raise accumulation "
-            "by the same factor: the steps stay the same; or lower max_length",
-        ) from error

@@ -66,5 +66,5 @@ def rehearse(config: RunConfig) -> Rehearsal:
 
 
 def _prepared(config: RunConfig) -> tuple[Any, Any, InjectionReport]:
-    model, tokenizer = load_base(config.base, dtype=config.dtype, device=config.device)
+    model, tokenizer = load_base(config.base, dtype=config.dtype, device=config.device, quant=config.quant)
     return model, tokenizer, attach(model, config.method, seed=config.train.seed)

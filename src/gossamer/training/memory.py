@@ -1,0 +1,184 @@
+"""What a run does to fit into memory, and what it says when that was not enough.
+
+Gradient checkpointing keeps the input of each block alone and runs the block a second time in the backward: activations
+shrink from everything inside L blocks to L inputs and the inside of one, for one more forward of the blocks.
+
+Source: Chen et al. 2016, arXiv:1604.06174, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gossamer.errors import ResourceError, UnsupportedError, UsageError
+from gossamer.methods.virtual_tokens import VirtualTokensLayer
+from gossamer.quant import FORMATS, QuantizedLinear
+from gossamer.quant.formats import Format
+from gossamer.training.batches import largest_part
+from gossamer.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MARGIN = 1.1
+"""The plan may be a tenth under what a step really takes."""
+_FLAG, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
+"""What transformers' blocks look at: whether to run again in the backward, and the function that sees to it."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Whether a run uses gradient checkpointing, and the line that says why."""
+
+    checkpointing: bool
+    rule: str
+
+
+@contextmanager
+def within_memory(model: PreTrainedModel, config: RunConfig, lengths: Sequence[int]) -> Iterator[Memory]:
+    """Decide on gradient checkpointing, and keep to it for a block; running out of memory is a `ResourceError`.
+
+    Args:
+        lengths: of the rows that will be trained on, in tokens.
+
+    Raises: UnsupportedError when checkpointing is asked for and cannot be.
+    """
+    part = largest_part(lengths, config.train.batch_size, config.train.micro_batch_tokens)
+    memory = decide(model, config, part)
+    with _memory_errors(_thriftier(model, memory, part)), checkpointing(model, memory.checkpointing):
+        yield memory
+
+
+def decide(model: PreTrainedModel, config: RunConfig, part: tuple[int, int]) -> Memory:
+    """Whether to use gradient checkpointing for parts of (rows, tokens a row). Raises `UnsupportedError`."""
+    asked, obstacle = config.train.checkpointing, _obstacle(model)
+    if asked == "on" and obstacle:
+        raise UnsupportedError(
+            "gradient checkpointing cannot be used here", got=obstacle, hint="train.checkpointing: auto leaves it off"
+        )
+    if asked != "auto":
+        return Memory(asked == "on", f"checkpointing {asked}")
+    if obstacle:
+        return Memory(False, f"checkpointing auto: off, {obstacle}")
+    if any(getattr(module, _FLAG, False) for module in model.modules()):
+        return Memory(True, "checkpointing auto: on, as the model came with it")
+    free = free_bytes(next(model.parameters()).device)
+    if free is None:
+        return Memory(False, "checkpointing auto: off, the free memory of this device is not known")
+    try:
+        needed = planned_bytes(model, config, part)
+    except UsageError as error:  # the plan knows fewer models, methods and patterns than can be trained
+        return Memory(False, f"checkpointing auto: off, without a plan of this run ({error.what})")
+    room = free + sum(one.nbytes for one in chain(model.parameters(), model.buffers()))  # the plan counts the model too
+    on = MARGIN * needed > room
+    step = f"{part[0]:,} x {part[1]:,} tokens without it take {_gib(needed)} of {_gib(room)}"
+    return Memory(on, f"checkpointing auto: {'on' if on else 'off'}, {step}")
+
+
+def planned_bytes(model: PreTrainedModel, config: RunConfig, part: tuple[int, int]) -> int:
+    """What the plan says that a step without checkpointing takes at its peak, model and all.
+
+    Raises: UsageError for a model, a method or modules that the plan does not know.
+    """
+    from gossamer.planning import plan
+
+    rows, tokens = part
+    found = plan(
+        model.config.to_dict(),
+        config.method,
+        quant=stored_as(model),
+        sequence=tokens,
+        batch=rows,
+        dtype=str(model.dtype).removeprefix("torch."),
+        checkpointing=False,
+    )
+    return found.peak
+
+
+def stored_as(model: nn.Module) -> str | None:
+    """The `quant` that a model's weights are held in; None where they are plain numbers."""
+    packed = (module for module in model.modules() if isinstance(module, QuantizedLinear) and module.is_packed)
+    first = next((Format(one.table, one.nested_absmax is not None) for one in packed), None)
+    return next((name for name, form in FORMATS.items() if form == first), None)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a device that a run may still take; None where nobody tells."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    known = Path("/proc/meminfo")
+    if device.type != "cpu" or not known.exists():
+        return None
+    lines = (line.split() for line in known.read_text().splitlines())
+    return next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), None)
+
+
+@contextmanager
+def checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
+    """Turn gradient checkpointing on or off for a block, and give it back as it was.
+
+    Not reentrant, so inputs need not ask for gradients: transformers' own switch would make the embeddings do so, and
+    the backward would go on below the first adapter. Random numbers are drawn once and used both times.
+    """
+    places = [module for module in model.modules() if hasattr(module, _FLAG)]
+    before = [{name: vars(one)[name] for name in (_FLAG, _FUNCTION) if name in vars(one)} for one in places]
+    function = partial(checkpoint, use_reentrant=False)
+    try:
+        for place in places:
+            vars(place).update({_FLAG: on, _FUNCTION: function})
+        yield
+    finally:
+        for place, kept in zip(places, before, strict=True):
+            for name in (_FLAG, _FUNCTION):
+                vars(place).pop(name, None)
+            vars(place).update(kept)
+
+
+def _obstacle(model: nn.Module) -> str:
+    """Why blocks cannot run again in the backward, or nothing."""
+    if any(isinstance(module, VirtualTokensLayer) for module in model.modules()):
+        return "it switches off the key-value cache, where virtual tokens are"
+    if not (
+        getattr(model, "supports_gradient_checkpointing", False)
+        and any(hasattr(module, _FLAG) for module in model.modules())
+    ):
+        return f"{type(model).__name__} does not support it"
+    return ""
+
+
+def _thriftier(model: nn.Module, memory: Memory, part: tuple[int, int]) -> str:
+    """What to change so that a step takes less; what is in force already, or cannot be, is not named."""
+    rows, tokens = part
+    changes = [] if memory.checkpointing or _obstacle(model) else ["train.checkpointing: on"]
+    if rows > 1:
+        changes.append(f"train.micro_batch_tokens: {rows // 2 * tokens}, which makes the same steps in smaller parts")
+    if stored_as(model) is None:
+        changes.append("quant: nf4")
+    return "; or ".join([*changes, f"train.max_length below {tokens}"])
+
+
+@contextmanager
+def _memory_errors(hint: str) -> Iterator[None]:
+    """Turn what torch says when memory runs out, which differs by device, into `ResourceError`."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        said = str(error).splitlines()[0] if str(error) else ""
+        raise ResourceError("out of memory", got=said, hint=hint) from error
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB"
