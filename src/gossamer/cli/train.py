@@ -38,7 +38,7 @@ def show_rehearsal(rehearsal: Rehearsal) -> None:
     click.echo(rehearsal.config.to_yaml())
     click.echo(f"{rehearsal.injection}\n")
     click.echo("\n".join(rehearsal.data))
-    click.echo(f"{rehearsal.steps:,} steps; {rehearsal.lr}\n")
+    click.echo(f"{rehearsal.steps:,} steps; {rehearsal.lr}; {rehearsal.memory}\n")
     colour = wants_colour(sys.stdout)
     click.echo(f"the first row; supervised text is {'green' if colour else 'between [[ and ]]'}:")
     for text, supervised in rehearsal.preview:

@@ -7,11 +7,13 @@ from typing import Any
 
 from gossamer.attachment import InjectionReport, attach
 from gossamer.models import load_base
+from gossamer.training.batches import largest_part
 from gossamer.training.config import RunConfig
 from gossamer.training.loop import Run, train
 from gossamer.training.loss import refuse_unless_causal
 from gossamer.training.masks import preview
 from gossamer.training.material import Material, Steps
+from gossamer.training.memory import decide
 from gossamer.training.optim import auto_lr
 from gossamer.training.progress import Progress, for_terminal
 
@@ -32,6 +34,7 @@ class Rehearsal:
         injection: the modules that would carry the adapter.
         data: one line each on the files and on what became of their rows.
         steps: optimiser steps; lr: the peak learning rate, and why.
+        memory: whether activations would be checkpointed, and what a step is planned to take.
         preview: the first row as (text, supervised) pieces.
     """
 
@@ -40,6 +43,7 @@ class Rehearsal:
     data: tuple[str, ...]
     steps: int
     lr: str
+    memory: str
     preview: tuple[tuple[str, bool], ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,6 +54,7 @@ class Rehearsal:
             "data": list(self.data),
             "steps": self.steps,
             "lr": self.lr,
+            "memory": self.memory,
             "preview": [{"text": text, "supervised": supervised} for text, supervised in self.preview],
         }
 
@@ -62,7 +67,9 @@ def rehearse(config: RunConfig) -> Rehearsal:
     material = Material.read(settings, tokenizer, said.append)
     lr = auto_lr(model.config)[1] if settings.lr == "auto" else f"lr {settings.lr:g}"
     pieces = preview(material.examples[0], tokenizer)
-    return Rehearsal(config, report, tuple(said), Steps(material.examples, settings).total, lr, tuple(pieces))
+    part = largest_part([*map(len, material.examples)], settings.batch_size, settings.micro_batch_tokens)
+    memory, steps = decide(model, config, part).rule, Steps(material.examples, settings).total
+    return Rehearsal(config, report, tuple(said), steps, lr, memory, tuple(pieces))
 
 
 def _prepared(config: RunConfig) -> tuple[Any, Any, InjectionReport]:
