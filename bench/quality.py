@@ -23,7 +23,7 @@ from gossamer.quant import FORMATS, packed_bytes
 
 BASE, STEPS, BATCH, TRAIN_ROWS, EVAL_ROWS, LR = "smollm2-135m", 60, 4, 400, 60, 1e-3
 SEEDS = (0, 1, 2)
-STORAGES = ("dense", "nf4-single", "nf4", "fp4", "int8")
+STORAGES = ("dense", "nf4", "nf4-single", "fp4", "int8")
 KEPT = RESULTS / "quality.jsonl"
 
 
@@ -33,7 +33,7 @@ def measure() -> list[Row]:
     done = _known()
     with tempfile.TemporaryDirectory() as folder:
         files = _rows(Path(folder))
-        waiting = [(seed, storage) for seed in SEEDS for storage in STORAGES if (seed, storage) not in done]
+        waiting = [(seed, storage) for storage in STORAGES for seed in SEEDS if (seed, storage) not in done]
         for number, (seed, storage) in enumerate(waiting):
             start = time.monotonic()
             done[seed, storage] = _run(storage, seed, files, Path(folder) / f"{storage}-{seed}")
