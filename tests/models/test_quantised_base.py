@@ -159,51 +159,88 @@ def test_asked_for_another_format_than_the_stored_one(base: Path, tmp_path: Path
     assert caught.value.where == str(tmp_path / "packed")
 
 
+def claim(folder: Path, stored: Any) -> None:
+    """Let the config say that the weights are stored so."""
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(known | {"quantization_config": stored}))
+
+
 @pytest.mark.parametrize(
-    "stored",
+    ("stored", "got"),
     [
-        {"quant_method": "gptq"},
-        {"quant_method": "awq"},
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},  # known, but the weights are plain
-        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf3"},
-        {"load_in_4bit": "yes"},
-        "nf4",
+        ({"quant_method": "gptq"}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}, "bitsandbytes"),
+        ("nf4", "nf4"),
     ],
 )
-def test_other_quantisations_are_refused_by_name(stored: Any, base: Path):
-    known = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(known | {"quantization_config": stored}))
-    with pytest.raises((UnsupportedError, BaseFileError)):
+def test_other_quantisations_are_refused_by_name(stored: Any, got: str, base: Path):
+    claim(base, stored)
+    with pytest.raises(UnsupportedError) as caught:
         load_base(base)
+    assert (caught.value.where, caught.value.got) == (str(base), got)
+
+
+@pytest.mark.parametrize("stored", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_4bit": "yes"}])
+def test_plain_weights_under_a_config_that_says_quantised(stored: Any, base: Path):
+    claim(base, stored)
+    with pytest.raises(BaseFileError, match="none is") as caught:
+        load_base(base)
+    assert caught.value.where == str(base)
 
 
 Q = "model.layers.1.self_attn.q_proj"
 
 
+def without_offset() -> torch.Tensor:
+    """A quantisation state like the toy's own, but for the offset of its scales."""
+    state = {"quant_type": "nf4", "blocksize": 64, "shape": [64, 64], "nested_blocksize": 256}
+    return torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("part", "value", "says"),
     [
-        ({f"{Q}.weight.absmax": None}, Q),
-        ({f"{Q}.weight.absmax": torch.zeros(3, dtype=torch.uint8)}, Q),
-        ({f"{Q}.weight": torch.zeros(9, 1, dtype=torch.uint8)}, Q),
-        ({f"{Q}.weight": None}, ""),
-        ({f"{Q}.weight.quant_state.bitsandbytes__nf4": None}, Q),
-        ({f"{Q}.weight.stranger": torch.zeros(2)}, "stranger"),
-        ({"model.norm.weight": None}, "model.norm.weight"),
+        ("weight", None, "without its codes"),
+        ("weight", torch.zeros(9, 1, dtype=torch.uint8), "do not fit"),
+        ("weight.absmax", None, "not read"),
+        ("weight.absmax", torch.zeros(3, dtype=torch.uint8), "do not fit"),
+        ("weight.nested_absmax", None, "do not fit"),
+        ("weight.nested_absmax", torch.full((1,), torch.nan), "not finite"),
+        ("weight.quant_state.bitsandbytes__nf4", None, "without its quantisation state"),
+        ("weight.quant_state.bitsandbytes__nf4", without_offset(), "without their offset"),
+        ("weight.quant_map", torch.linspace(-1, 1, 16), "table of codes"),
     ],
 )
-def test_broken_folders_are_refused(change: dict[str, Any], says: str, base: Path, tmp_path: Path):
+def test_a_broken_part_is_refused_with_its_module(part: str, value: Any, says: str, base: Path, tmp_path: Path):
+    quantize_base(base, tmp_path / "packed")
+    edit(tmp_path / "packed", {f"{Q}.{part}": value})
+    with pytest.raises(BaseFileError, match=says) as caught:
+        load_base(tmp_path / "packed")
+    assert caught.value.where in (Q, f"{Q}.{part}")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({f"{Q}.weight.stranger": torch.zeros(2)}, "not in the model"),
+        ({"model.norm.weight": None}, "not in the file"),
+        ({"model.norm.weight": torch.ones(3)}, "another shape"),
+    ],
+)
+def test_weights_must_fit_exactly(change: dict[str, Any], kind: str, base: Path, tmp_path: Path):
     quantize_base(base, tmp_path / "packed")
     edit(tmp_path / "packed", change)
-    with pytest.raises(BaseFileError) as caught:
+    with pytest.raises(BaseFileError, match=kind) as caught:
         load_base(tmp_path / "packed")
-    assert says in str(caught.value)
+    assert (caught.value.where, caught.value.got) == (str(tmp_path / "packed"), *change)
 
 
 def test_weights_that_cannot_be_quantised(base: Path):
     edit(base, {f"{Q}.weight": torch.full((64, 64), torch.nan)})
-    with pytest.raises((NonFiniteError, BaseFileError), match="not finite"):
+    with pytest.raises(NonFiniteError, match="not finite") as caught:
         load_base(base, quant="nf4")
+    assert caught.value.where == f"{Q}.weight"
     edit(base, {f"{Q}.weight": torch.zeros(64, 32)})
     with pytest.raises(BaseFileError, match="shape"):
         load_base(base, quant="nf4")

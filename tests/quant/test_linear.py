@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import gossamer as gs
+from bench.plan import Live
 from gossamer.errors import NonFiniteError, UsageError
 from gossamer.quant import FORMATS, QuantizedLinear, linear, quantize_model, quantized
 
@@ -92,8 +94,40 @@ def test_training_a_bias_rebuilds_no_weight_of_its_own(spec: gs.LoRA, monkeypatc
     with counted(monkeypatch) as calls:
         gs.attach(net, spec)
         assert calls == []
-        net(torch.randn(5, 48)).sum().backward()
-        assert len(calls) <= 4
+        out = net(torch.randn(5, 48)).sum()
+        assert len(calls) == 2
+        out.backward()
+        assert len(calls) == 3  # the second module's, for the gradient of what reaches it
+
+
+@every_format
+def test_one_rebuilt_weight_lives_at_a_time(quant: str):
+    net = quantize_model(nn.Sequential(*(nn.Linear(256, 256) for _ in range(4))), quant).requires_grad_(False)
+    x, whole = torch.randn(2, 256, requires_grad=True), 256 * 256 * 4
+    net(x).sum().backward()  # tables are made once
+    assert x.grad is not None
+    with Live([*net.buffers(), *net.parameters(), x, x.grad]) as live:
+        before = live.now
+        out = net(x).sum()
+        assert whole <= live.peak - before < 1.1 * whole
+        assert live.now - before < 0.1 * whole
+        live.peak = before = live.now
+        out.backward()
+        assert whole <= live.peak - before < 1.1 * whole
+
+
+def test_what_can_be_trained_is_the_bias():
+    module = quantized(plain(), "nf4")
+    assert [name for name, _ in module.named_parameters()] == ["bias"]
+    module.requires_grad_(False)
+    x = torch.randn(5, 48)
+    assert not module(x).requires_grad
+    module(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+    assert module.bias is not None
+    assert module.bias.grad is None
+    bare = quantized(plain(bias=False), "nf4")
+    assert not [*bare.parameters()]
 
 
 def test_moving_to_another_dtype_leaves_the_scales():
@@ -132,11 +166,20 @@ def broken() -> dict[str, tuple[str, dict[str, Tensor | None]]]:
     def told(**fields: object) -> Tensor:
         import json
 
-        known = {"quant_type": "nf4", "blocksize": 64, "shape": [32, 48], "nested_blocksize": 256}
+        known: dict[str, object] = {"quant_type": "nf4", "blocksize": 64, "shape": [32, 48], "nested_blocksize": 256}
+        known["nested_offset"] = 0.05
         return torch.tensor([*json.dumps(known | fields).encode()], dtype=torch.uint8)
 
     return {
         "no state": ("without its quantisation state", {state: None}),
+        "no codes": ("without its codes", {"weight": None}),
+        "no offset": ("without their offset", {state: told(nested_offset=None)}),
+        "an offset in words": ("without their offset", {state: told(nested_offset="0.1")}),
+        "an endless offset": ("not finite", {state: told(nested_offset=float("inf"))}),
+        "scales of scales that are NaN": ("not finite", {"weight.nested_absmax": torch.full((1,), torch.nan)}),
+        "too many scales of scales": ("do not fit", {"weight.nested_absmax": torch.zeros(2)}),
+        "scales of another kind": ("do not fit", {"weight.absmax": torch.zeros(24)}),
+        "deep JSON": ("not JSON", {state: torch.tensor([*b"[" * 100_000], dtype=torch.uint8)}),
         "no scales": ("not read", {"weight.absmax": None}),
         "short codes": ("do not fit", {"weight": torch.zeros(7, 1, dtype=torch.uint8)}),
         "short scales": ("do not fit", {"weight.absmax": torch.zeros(3, dtype=torch.uint8)}),
@@ -148,14 +191,42 @@ def broken() -> dict[str, tuple[str, dict[str, Tensor | None]]]:
     }
 
 
+def refused(quant: str, says: str, parts: dict[str, Tensor | None]) -> None:
+    """A net whose second module's state has these parts changed is not loaded, and the error names that module."""
+    net = quantize_model(nn.Sequential(nn.ReLU(), plain()), quant)
+    module = net[1]
+    before, changed = module.weight, {f"1.{name}": value for name, value in parts.items()}
+    state = {name: value for name, value in (net.state_dict() | changed).items() if value is not None}
+    with pytest.raises(RuntimeError, match=says) as caught:
+        net.load_state_dict(state)
+    assert re.search(r"where: +1(\.weight\.\w+)?$|\b1\.bias\b", str(caught.value), re.MULTILINE)
+    assert torch.equal(module.weight, before)
+
+
 @pytest.mark.parametrize(("says", "parts"), broken().values(), ids=broken())
 def test_broken_parts_are_named(says: str, parts: dict[str, Tensor | None]):
-    module = quantized(plain(), "nf4")
-    before = module.weight
-    state = {name: value for name, value in (module.state_dict() | parts).items() if value is not None}
-    with pytest.raises(RuntimeError, match=says):
-        module.load_state_dict(state)
-    assert torch.equal(module.weight, before)
+    refused("nf4", says, parts)
+
+
+@pytest.mark.parametrize(
+    ("says", "parts"),
+    [
+        ("without its codes", {"weight": None}),
+        ("without its quantisation state", {"SCB": None}),
+        ("do not fit", {"weight": torch.zeros(48, 32, dtype=torch.int8)}),  # as many, turned round
+        ("do not fit", {"SCB": torch.ones(48)}),
+        ("not finite", {"SCB": torch.full((32,), torch.nan)}),
+        ("size mismatch", {"bias": torch.ones(1)}),  # it would be spread over all rows
+    ],
+)
+def test_broken_parts_of_int8_are_named(says: str, parts: dict[str, Tensor | None]):
+    refused("int8", says, parts)
+
+
+def test_a_bias_that_the_module_lacks_is_refused():
+    module = quantized(plain(bias=False), "nf4")
+    with pytest.raises(RuntimeError, match="bias"):
+        module.load_state_dict(quantized(plain(), "nf4").state_dict())
 
 
 def test_a_weight_that_is_not_finite_is_refused():

@@ -19,16 +19,15 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 @functools.cache
 def bitsandbytes() -> Any:
     """The module, or None where it is not installed. It is kept from downloading kernels while it is imported."""
-    blocked = "kernels" not in sys.modules
-    if blocked:
-        sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType]
+    before = {name: sys.modules[name] for name in ("kernels",) if name in sys.modules}  # transformers may have it
+    sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType]
     try:
         return importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError):
         return None
     finally:
-        if blocked:
-            del sys.modules["kernels"]
+        del sys.modules["kernels"]
+        sys.modules.update(before)
 
 
 def quantize(weight: Tensor, form: Format) -> Packed:

@@ -32,11 +32,13 @@ def serialized(packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
 def deserialized(tensors: Mapping[str, Tensor], where: str, shape: tuple[int, int]) -> Packed:
     """The packed weight among a module's tensors.
 
-    Raises: BaseFileError for parts that are missing, of another size than the module's, or in a layout that is not
-        bitsandbytes' with blocks of 64 (and of 256 for the scales).
+    Raises: BaseFileError for parts that are missing, of another size than the module's, scales that are not finite, or
+        a layout that is not bitsandbytes' with blocks of 64 (and of 256 for the scales).
     """
+    if "weight" not in tensors:
+        raise BaseFileError("a quantised weight without its codes", where=where, got=str(sorted(tensors)))
     if "SCB" in tensors:
-        packed = Packed("int8", shape, tensors["weight"], tensors["SCB"].float())
+        packed = Packed("int8", shape, tensors["weight"], tensors["SCB"].float().reshape(-1))
         _check(packed, where)
         return packed
     name = next((one for one in ("nf4", "fp4") if f"weight.{_state(one)}" in tensors), None)
@@ -53,8 +55,10 @@ def deserialized(tensors: Mapping[str, Tensor], where: str, shape: tuple[int, in
         raise BaseFileError(
             "a layout of quantised weights that is not read", where=where, got=str(got), expected=str(expected)
         )
-    codes, absmax = tensors["weight"].view(torch.uint8).reshape(-1, 1), tensors["weight.absmax"]
-    offset = None if nested is None else torch.tensor(float(state.get("nested_offset", 0.0)), device=codes.device)
+    codes, absmax = tensors["weight"].view(torch.uint8).reshape(-1, 1), tensors["weight.absmax"].reshape(-1)
+    offset = None
+    if nested is not None:
+        nested, offset = nested.reshape(-1), torch.tensor(_offset(state, where), device=codes.device)
     packed = Packed(name, shape, codes, absmax, nested, offset)
     _check(packed, where)
     return packed
@@ -69,28 +73,41 @@ def _check_tables(tensors: Mapping[str, Tensor], name: str, where: str) -> None:
             raise BaseFileError(f"a table of codes that is not the one of {name}", where=f"{where}.weight.{part}")
 
 
+def _offset(state: Mapping[str, Any], where: str) -> float:
+    """What was taken from the scales before they were quantised: any other number gives other weights."""
+    offset = state.get("nested_offset")
+    if not isinstance(offset, float):
+        got = repr(offset)[:80]
+        raise BaseFileError("quantised scales without their offset", where=where, got=got, expected="a float")
+    return offset
+
+
 def _check(packed: Packed, where: str) -> None:
-    """Raise `BaseFileError` unless every part has the size and type that the shape asks for."""
+    """Raise `BaseFileError` unless every part has the size and type that the shape asks for, and scales are finite."""
     outer, inner = packed.shape
     blocks = -(-outer * inner // BLOCK)
     if packed.table == "int8":
-        expected = {"codes": (outer * inner, torch.int8), "absmax": (outer, torch.float32)}
+        expected = {"codes": ((outer, inner), torch.int8), "absmax": ((outer,), torch.float32)}
     else:
-        scales = (blocks, torch.float32 if packed.nested_absmax is None else torch.uint8)
-        expected = {"codes": (-(-outer * inner // 2), torch.uint8), "absmax": scales}
+        scales = ((blocks,), torch.float32 if packed.nested_absmax is None else torch.uint8)
+        expected = {"codes": ((-(-outer * inner // 2), 1), torch.uint8), "absmax": scales}
     if packed.nested_absmax is not None:
-        expected["nested_absmax"] = (-(-blocks // NESTED_BLOCK), torch.float32)
-    got = {name: (getattr(packed, name).numel(), getattr(packed, name).dtype) for name in expected}
+        expected["nested_absmax"] = ((-(-blocks // NESTED_BLOCK),), torch.float32)
+    got = {name: (tuple(getattr(packed, name).shape), getattr(packed, name).dtype) for name in expected}
     if got != expected:
         raise BaseFileError(
             "parts of a quantised weight that do not fit it", where=where, got=str(got), expected=str(expected)
         )
+    for name in ("absmax", "nested_absmax", "offset"):
+        part = getattr(packed, name)
+        if part is not None and not part.isfinite().all():
+            raise BaseFileError("scales of a quantised weight that are not finite", where=where, got=name)
 
 
 def _read_state(words: Tensor, where: str) -> dict[str, Any]:
     try:
         state = json.loads(bytes(words.cpu().to(torch.uint8).tolist()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BaseFileError("a quantisation state that is not JSON", where=where, got=str(error)) from None
     if not isinstance(state, dict):
         raise BaseFileError("a quantisation state that is no mapping", where=where, got=type(state).__name__)

@@ -143,12 +143,16 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
         missing, errors = others[2], others[4]
         mine = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        if self.bias is not None and "bias" in mine:
-            self.bias.data.copy_(mine.pop("bias"))
-        elif self.bias is not None:
+        bias = mine.pop("bias", None)
+        if self.bias is not None and bias is None:
             missing.append(f"{prefix}bias")
+        elif bias is not None and (self.bias is None or bias.shape != self.bias.shape):
+            own = None if self.bias is None else tuple(self.bias.shape)
+            errors.append(f"size mismatch for {prefix}bias: {tuple(bias.shape)} in the file, {own} in the model.")
+        elif bias is not None and self.bias is not None:
+            self.bias.data.copy_(bias)
         try:
-            packed = deserialized(mine, prefix, (self.out_features, self.in_features))
+            packed = deserialized(mine, prefix.removesuffix("."), (self.out_features, self.in_features))
         except BaseFileError as error:
             errors.append(str(error))
             return

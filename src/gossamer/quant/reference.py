@@ -81,13 +81,13 @@ def _dynamic(flat: Tensor) -> tuple[Tensor, Tensor]:
     code = dynamic_table(flat.device)
     rows = torch.nn.functional.pad(flat, (0, -len(flat) % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     absmax = rows.abs().amax(dim=1)
-    scaled = rows * (1.0 / absmax.clamp(min=_SMALLEST)).unsqueeze(1)
+    scaled = (rows * (1.0 / absmax).unsqueeze(1)).nan_to_num(-1.0)  # 0 / 0 is the first code, as in bitsandbytes
     steps = ((scaled.clamp(-1, 1) + 1.0) * 32767.5 + 0.5).int()
     place = steps / 32767.5 - 1.0
     upper = torch.bucketize(place, code).clamp(1, 255)  # code[upper - 1] < place <= code[upper]
     nearer = (code[upper] - place).abs() < (place - code[upper - 1]).abs()
     codes = torch.where(nearer, upper, upper - 1).to(torch.uint8)
-    return codes.masked_fill(absmax.unsqueeze(1) == 0, 0).reshape(-1)[: len(flat)], absmax
+    return codes.reshape(-1)[: len(flat)], absmax
 
 
 def _scaled(numbers: Tensor, absmax: Tensor, block: int) -> Tensor:
