@@ -28,8 +28,9 @@ import gossamer as gs
 from bench.common import Row, report
 from gossamer.models import tiny
 from gossamer.planning import Plan, plan
-from gossamer.training.batches import IGNORED, Batch
+from gossamer.training.batches import Batch, collate
 from gossamer.training.loss import supervised_nll
+from gossamer.training.masks import Example
 from gossamer.training.optim import make_optimizer
 
 WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4}
@@ -167,12 +168,13 @@ def grid() -> list[Case]:
 def batch_of(vocabulary: int, case: Case) -> Batch:
     """Random tokens; the last share of each row has labels; a padded batch has one row that is a token shorter."""
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (case.batch, case.sequence), generator=draw)
-    mask, labels = torch.ones_like(ids), ids.clone()
-    labels[:, : case.sequence - max(1, round((case.sequence - 1) * case.supervised))] = IGNORED
+    ids = torch.randint(0, vocabulary, (case.batch, case.sequence), generator=draw).tolist()
+    first = case.sequence - max(1, round((case.sequence - 1) * case.supervised))
+    learned = [place >= first for place in range(case.sequence)]
+    examples = [Example(row, learned, "") for row in ids]
     if case.padded:
-        mask[0, -1], labels[0, -1] = 0, IGNORED
-    return Batch(ids, mask, labels, int(mask.sum()), int((labels != IGNORED).sum()))
+        examples[0] = Example(ids[0][:-1], learned[:-1], "")
+    return collate(examples, 0)
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
@@ -200,7 +202,7 @@ def measured(case: Case) -> tuple[int, int, dict[str, Any]]:
     batch = batch_of(model.config.vocab_size, case)
     step(model, optimizer, batch)
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    known = [*model.parameters(), *model.buffers(), *states, batch.input_ids, batch.attention_mask, batch.labels]
+    known = [*model.parameters(), *model.buffers(), *states, batch.input_ids, batch.attention_mask]
     gc.collect()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident set so far

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.errors import DataError
-from gossamer.training.batches import IGNORED, collate, largest_part, plan_batches, split_batch
+from gossamer.training.batches import collate, largest_part, plan_batches, split_batch
 from gossamer.training.masks import Example
 
 PINNED = [[0], [1, 3], [4, 2]]
@@ -84,20 +84,22 @@ def test_collate_labels_by_position_not_by_pad_id():
     batch = collate(examples, pad_id=9)
     assert batch.input_ids.tolist() == [[1, 9, 5, 9], [2, 9, 9, 9]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 5, 9], [IGNORED, 9, IGNORED, IGNORED]]
+    assert batch.at.tolist() == [1, 2, 4]  # the token before each, in rows of four
+    assert batch.targets.tolist() == [5, 9, 9]
+    assert batch.counts == (2, 1)
     assert (batch.tokens, batch.supervised) == (6, 3)
-    assert {batch.input_ids.dtype, batch.attention_mask.dtype, batch.labels.dtype} == {torch.int64}
+    assert {batch.input_ids.dtype, batch.attention_mask.dtype, batch.targets.dtype, batch.at.dtype} == {torch.int64}
 
 
 def test_the_first_token_of_a_text_is_not_counted():
     batch = collate([Example([4, 5, 6], [True, True, True], "f:1")], pad_id=0)
-    assert batch.labels.tolist() == [[IGNORED, 5, 6]]
-    assert batch.supervised == 2
+    assert batch.at.tolist() == [0, 1]
+    assert batch.targets.tolist() == [5, 6]
 
 
 def test_a_batch_moves_to_a_device():
     batch = collate([Example([4, 5], [False, True], "f:1")], pad_id=0).to("meta")
-    assert batch.labels.device.type == batch.input_ids.device.type == "meta"
+    assert batch.targets.device.type == batch.input_ids.device.type == "meta"
     assert batch.supervised == 1
 
 

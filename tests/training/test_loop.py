@@ -203,8 +203,7 @@ def test_fifty_steps_equal_a_plain_peft_loop(tmp_path: Path) -> None:
     for step in range(50):
         batch = collate([examples[index] for index in steps[step][0]], 256)
         logits = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        targets = batch.labels[:, 1:].reshape(-1)
-        loss = nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 320).double(), targets, ignore_index=-100)
+        loss = nn.functional.cross_entropy(logits.reshape(-1, 320)[batch.at].double(), batch.targets)
         loss.backward()
         nn.utils.clip_grad_norm_(named.values(), 1.0)
         for group in optimizer.param_groups:

@@ -28,21 +28,21 @@ def batch_of(rows: int = 3, seed: int = 0) -> Batch:
 
 
 def reference_nll(model: nn.Module, batch: Batch) -> torch.Tensor:
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].double()
-    targets = batch.labels[:, 1:]
-    kept = targets != -100
-    return nn.functional.cross_entropy(logits[kept], targets[kept], reduction="none")
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.double()
+    return nn.functional.cross_entropy(logits.flatten(0, 1)[batch.at], batch.targets, reduction="none")
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("architecture", CAUSAL)
-def test_equals_plain_cross_entropy_without_the_full_logits(architecture: str) -> None:
-    model, batch = tiny(architecture), batch_of()
+def test_equals_plain_cross_entropy_without_the_full_logits(architecture: str, frozen: bool) -> None:
+    """A frozen head meets one position itself, to show that nothing follows it; a trained one all that have labels."""
+    model, batch = tiny(architecture).requires_grad_(not frozen), batch_of()
     head, seen = output_embeddings(model), []
     assert head is not None
     with head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape))):
         nll = supervised_nll(model, batch)
     torch.testing.assert_close(nll.double(), reference_nll(model, batch), rtol=1e-5, atol=1e-5)
-    assert seen == [(1, batch.supervised, 320)]
+    assert seen == [(1, 1 if frozen else batch.supervised, 320)]
     assert not head._forward_pre_hooks
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gossamer.methods import Shape
@@ -147,6 +148,15 @@ class Frozen:
         stored = place[last]
         return stored if stored is not None else getattr(self.module, name)
 
+    def is_plain(self) -> bool:
+        """Whether calling it is exactly `x W^T + b` with its own frozen weight."""
+        module = self.module
+        plain = type(module) in (nn.Linear, QuantizedLinear) or self.shape.kind == "conv1d"
+        if self.outer is not None or not plain:
+            return False
+        frozen = not any(own is not None and own.requires_grad for own in module._parameters.values())
+        return frozen and not torch.is_autocast_enabled(self.shape.device.type)
+
     def version(self) -> tuple[int, int]:
         """Where the stored weight is, and how often it was written to."""
         stored: Any = self.module._parameters["weight"]
@@ -235,6 +245,10 @@ class Stacked:
     def value(self, name: str) -> Tensor:
         """One of the frozen module's own parameters."""
         return self.base.value(name)
+
+    def is_plain(self) -> bool:
+        """No: a layer stands in between."""
+        return False
 
     def version(self) -> tuple[int, int]:
         """Of the frozen module's weight."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import AdapterFileError
+from gossamer.kernels.linears import Term
 
 LINEAR_KINDS = ("linear", "conv1d")
 """Kinds whose map is one matrix product."""
@@ -83,6 +84,10 @@ class Base(Protocol):
         """The bias alone: a weight may have to be rebuilt to be looked at."""
         ...
 
+    def is_plain(self) -> bool:
+        """Whether calling it is exactly `x W^T + b` with its own frozen weight, and nothing stands in between."""
+        ...
+
     def version(self) -> tuple[int, int]:
         """What changes when the stored weight does."""
         ...
@@ -148,6 +153,10 @@ class Layer(nn.Module):
         """The same of a layer without parts; hundreds of layers are asked, and torch's way takes its time."""
         kept = {name: buffer for name, buffer in self._buffers.items() if name not in self._non_persistent_buffers_set}
         return {name: slot for name, slot in sorted({**self._parameters, **kept}.items()) if slot is not None}
+
+    def plain_term(self) -> Term | None:
+        """The layer as a low-rank term beside a plain linear map, where that is all it is: what can be fused."""
+        return None
 
     def common(self) -> dict[str, Tensor]:
         """Tensors that all layers of the adapter share, saved once, under the path ""."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedError
 from gossamer.kernels import reference
+from gossamer.kernels.linears import Term, linears
 from gossamer.methods.base import Base, Layer, Shape, bias_shift, hold, wide
 from gossamer.methods.factored import factor_names
 from gossamer.methods.replacement import ParameterLayer
@@ -78,11 +79,19 @@ class LoRALayer(FactorLayer):
     """`h = W x + scaling * B A x`."""
 
     def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        term = self.plain_term()
+        if term is not None and base.is_plain():
+            return linears(x, [base], [[term]])[0]
         out = base(x, *args, **kwargs)
         out = out + self.term(base, x)
         if "bias" in self._parameters:
             out = out + _along_channels(bias_shift(self.bias, base), base.shape).to(out.dtype)
         return out
+
+    def plain_term(self) -> Term | None:
+        if self._buffers or "bias" in self._parameters or (self.dropout and self.training):
+            return None
+        return Term(*self.factors, self.scaling)
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         folded = {"weight": wide(current["weight"]) + self.change()}

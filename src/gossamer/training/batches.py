@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from gossamer.errors import DataError
+from gossamer.kernels.packed import NO_MASK, Packing, Segment
 from gossamer.training.masks import Example
 
-IGNORED = -100
-"""The label of a token that is not learned; PyTorch's cross entropy passes over it."""
+SHARED = 16
+"""Tokens that rows must have in common at their beginning for these to be computed once."""
 
 _WINDOW = 50  # batches: wide enough to find rows of equal length, narrow enough to mix an epoch well
 
@@ -23,27 +24,49 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples of one step, padded on the right to the longest: B rows of T tokens."""
+    """Examples that go through the model at once: B rows padded on the right to T tokens, or all in one packed row."""
 
     input_ids: Tensor
-    """(B, T) int64."""
+    """(B, T) int64; (1, N) when packed."""
     attention_mask: Tensor
-    """(B, T) int64: 1 for tokens, 0 for padding."""
-    labels: Tensor
-    """(B, T) int64: the token where it is learned, else `IGNORED`. Not shifted: label t goes with tokens before t."""
+    """(B, T) int64: 1 for tokens, 0 for padding; `NO_MASK` when packed."""
+    position_ids: Tensor | None
+    """(1, N) int64: where each token is in its own sequence. None unless packed."""
+    packing: Packing | None
+    """Where the sequences are. None unless packed."""
+    at: Tensor
+    """(M,) int64: the flat place whose hidden state predicts each supervised token, example by example."""
+    targets: Tensor
+    """(M,) int64: the supervised tokens."""
+    counts: tuple[int, ...]
+    """Supervised tokens of each example."""
     tokens: int
-    """Real tokens, padding excluded."""
-    supervised: int
-    """Labels that are learned: the number of terms in the batch's loss."""
+    """Real tokens of all examples: padding is not counted, and what they share is counted for each."""
+
+    @property
+    def supervised(self) -> int:
+        """Terms of the loss."""
+        return len(self.targets)
+
+    def inputs(self) -> dict[str, Any]:
+        """What a transformers model is called with."""
+        given = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
+        return given if self.packing is None else given | {"position_ids": self.position_ids, "packing": self.packing}
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
-        return replace(self, **moved)
+        held = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | Packing)}
+        return replace(self, **{name: value.to(device) for name, value in held.items()})
 
 
 def plan_batches(
-    examples: Sequence[Example] | Sequence[int], batch_size: int, *, seed: int, epoch: int, shuffle: bool = True
+    examples: Sequence[Example] | Sequence[int],
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    tokens: int | None = None,
 ) -> list[list[int]]:
     """The batches of one epoch as indices into `examples`; every index comes exactly once.
 
@@ -54,19 +77,26 @@ def plan_batches(
     Args:
         examples: examples, or just their lengths in tokens.
         batch_size: rows of a batch.
+        tokens: fill each batch with rows up to so many tokens instead; a longer row stands alone.
         seed, epoch: together they choose the order.
         shuffle: off keeps windows and batches in the order of the file.
     """
     lengths = [one if isinstance(one, int) else len(one) for one in examples]
     draw = random.Random(f"{seed}/{epoch}")
     order = _shuffled(range(len(lengths)), draw) if shuffle else list(range(len(lengths)))
-    windows = _chunks(order, _WINDOW * batch_size)
-    batches = [batch for window in windows for batch in _chunks(sorted(window, key=lengths.__getitem__), batch_size)]
+    rows = batch_size if tokens is None else max(1, tokens * len(lengths) // max(1, sum(lengths)))
+    windows = [sorted(window, key=lengths.__getitem__) for window in _chunks(order, _WINDOW * rows)]
+    cut = (
+        (lambda window: _chunks(window, batch_size))
+        if tokens is None
+        else (lambda window: _filled(window, lengths, tokens))
+    )
+    batches = [batch for window in windows for batch in cut(window)]
     return _shuffled(batches, draw) if shuffle else batches
 
 
 def split_batch(batch: list[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Parts of a batch that hold at most `tokens` tokens each, padding included; a longer row stands alone.
+    """Parts of a batch that hold at most `tokens` tokens each, as if padded; a longer row stands alone.
 
     The gradients of the parts add up to that of the batch, so this bounds memory and changes nothing else.
     """
@@ -80,33 +110,102 @@ def largest_part(lengths: Sequence[int], batch_size: int, tokens: int) -> tuple[
     return max(parts, key=lambda part: (part[0] * part[1], part[1]))
 
 
-def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """Pad examples to one batch of tensors.
+def collate(
+    examples: Sequence[Example],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    *,
+    packed: bool = False,
+    shared: bool = True,
+) -> Batch:
+    """Put examples into tensors: padded side by side, or packed one after another.
 
-    Labels are set by position, so a pad token that is also the EOS loses nothing. The first token of a row gets no
-    label, as nothing stands before it. Raises `DataError` for a batch that teaches nothing: its loss would be 0 / 0.
+    What is learned is found by position, so a pad token that is also the EOS loses nothing. The first token of a row is
+    never learned, as nothing stands before it. Raises `DataError` for a batch that teaches nothing: its loss would be
+    0 / 0.
+
+    Args:
+        packed: for a model that `gossamer.models.packed` knows.
+        shared: compute tokens that all packed rows begin with once; the same maths unless something is dropped out.
     """
-    width = max(map(len, examples), default=0)
-    ids = [[*one.ids, *[pad_id] * (width - len(one))] for one in examples]
-    real = [[*[1] * len(one), *[0] * (width - len(one))] for one in examples]
-    labels = [_labels(one, width) for one in examples]
-    supervised = sum(label != IGNORED for row in labels for label in row)
-    if not supervised:
+    learned = [[place for place in range(1, len(one)) if one.supervised[place]] for one in examples]
+    if not any(learned):
         raise DataError("nothing in this batch is supervised", where=", ".join(one.where for one in examples))
-    input_ids, attention_mask, targets = (torch.tensor(rows, dtype=torch.int64) for rows in (ids, real, labels))
-    return Batch(input_ids, attention_mask, targets, sum(map(len, examples)), supervised).to(device)
+    rows = _packed(examples, shared) if packed else _padded(examples, pad_id)
+    at = [rows.place(row, place - 1) for row, places in enumerate(learned) for place in places]
+    targets = [one.ids[place] for one, places in zip(examples, learned, strict=True) for place in places]
+    positions = None if rows.positions is None else torch.tensor([rows.positions])
+    return Batch(
+        torch.tensor(rows.ids),
+        NO_MASK if rows.packing else torch.tensor(rows.mask),
+        positions,
+        rows.packing,
+        torch.tensor(at),
+        torch.tensor(targets),
+        tuple(map(len, learned)),
+        sum(map(len, examples)),
+    ).to(device)
 
 
-def _labels(example: Example, width: int) -> list[int]:
-    learned = [False, *example.supervised[1:], *[False] * (width - len(example))]
-    ids = [*example.ids, *[IGNORED] * (width - len(example))]
-    return [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)]
+class _Rows(NamedTuple):
+    """Token ids and what goes with them; `place(row, token)` is where a row's token is, counted through all."""
+
+    ids: list[list[int]]
+    place: Callable[[int, int], int]
+    mask: list[list[int]] | None = None
+    positions: list[int] | None = None
+    packing: Packing | None = None
+
+
+def _padded(examples: Sequence[Example], pad_id: int) -> _Rows:
+    width = max(map(len, examples))
+    ids = [[*one.ids, *[pad_id] * (width - len(one))] for one in examples]
+    mask = [[*[1] * len(one), *[0] * (width - len(one))] for one in examples]
+    return _Rows(ids, lambda row, token: row * width + token, mask)
+
+
+def _packed(examples: Sequence[Example], shared: bool) -> _Rows:
+    """One row: what all examples begin with, if that is long enough, then the rest of each."""
+    prefix = _common([one.ids for one in examples]) if shared and len(examples) > 1 else 0
+    prefix = prefix if prefix >= SHARED else 0
+    ids = [*examples[0].ids[:prefix]]
+    positions = [*range(prefix)]
+    segments = [Segment(0, prefix)] if prefix else []
+    for one in examples:
+        segments.append(Segment(len(ids), len(ids) + len(one) - prefix, prefix))
+        ids += one.ids[prefix:]
+        positions += range(prefix, len(one))
+    own = segments[1:] if prefix else segments
+
+    def place(row: int, token: int) -> int:
+        return token if token < prefix else own[row].start + token - prefix
+
+    return _Rows([ids], place, positions=positions, packing=Packing.of(segments))
+
+
+def _common(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens that all rows begin with; at least one of each row is left to itself."""
+    shortest, first = min(map(len, rows)) - 1, rows[0]
+    return next((place for place in range(shortest) if any(row[place] != first[place] for row in rows)), shortest)
 
 
 def _shuffled(items: Sequence[Item], draw: random.Random) -> list[Item]:
     """A random order by sorting on `random()`, the one draw whose sequence Python keeps from version to version."""
     keys = [draw.random() for _ in items]
     return [items[index] for index in sorted(range(len(items)), key=keys.__getitem__)]
+
+
+def _filled(items: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Items in their order, as many together as hold at most `tokens` tokens."""
+    batches: list[list[int]] = []
+    room = 0
+    for item in items:
+        if lengths[item] > room:
+            batches.append([])
+            room = tokens
+        batches[-1].append(item)
+        room -= lengths[item]
+    return batches
 
 
 def _chunks(items: list[Item], size: int) -> list[list[Item]]:

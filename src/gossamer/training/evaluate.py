@@ -24,9 +24,9 @@ from gossamer.errors import DataError, NonFiniteError, UsageError, nearest
 from gossamer.models.catalog import data_file
 from gossamer.training import formats
 from gossamer.training.audit import refuse_misfits
-from gossamer.training.batches import IGNORED, Batch, collate, plan_batches
+from gossamer.training.batches import Batch, collate, plan_batches
 from gossamer.training.formats import Row, Rows, read_rows
-from gossamer.training.loss import supervised_logits, token_nll
+from gossamer.training.loss import supervised_logits, supervised_nll
 from gossamer.training.masks import Example, Overlong, encode, label_ids
 
 if TYPE_CHECKING:
@@ -241,10 +241,9 @@ def _scores(
     """ln p of the supervised tokens of each example, summed in float64."""
     scores = [0.0] * len(examples)
     with _in_eval_mode(model):
-        for indices, batch, logits in _forwards(model, examples, tokenizer, batch_size, tick):
-            nll = token_nll(logits, batch.labels[batch.labels != IGNORED]).double()
-            counts = (batch.labels != IGNORED).sum(dim=1).tolist()
-            for index, part in zip(indices, nll.split(counts), strict=True):
+        for indices, batch in _batches(model, examples, tokenizer, batch_size, tick):
+            nll = _finite(supervised_nll(model, batch).double(), examples, indices)
+            for index, part in zip(indices, nll.split(batch.counts), strict=True):
                 scores[index] = -part.sum().item()
     return scores
 
@@ -256,31 +255,35 @@ def _next_token_scores(
     scores = torch.zeros(len(questions), len(questions[0].answers), dtype=torch.float64)
     examples = [question.example(question.right) for question in questions]
     with _in_eval_mode(model):
-        for indices, _, logits in _forwards(model, examples, tokenizer, batch_size, tick):
+        for indices, batch in _batches(model, examples, tokenizer, batch_size, tick):
+            logits = _finite(supervised_logits(model, batch), examples, indices)
             for index, row in zip(indices, logits.double().log_softmax(dim=-1), strict=True):
                 scores[index] = row[[answer[0] for answer in questions[index].answers]].cpu()
     return scores
 
 
-def _forwards(
+def _batches(
     model: nn.Module,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     tick: Tick | None,
-) -> Iterator[tuple[list[int], Batch, Tensor]]:
-    """Batches of examples with their indices and the logits that predict their supervised tokens."""
+) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of examples, with their indices."""
     device = next(model.parameters()).device
     refuse_misfits(model, examples)
     for indices in plan_batches(examples, batch_size, seed=0, epoch=0, shuffle=False):
-        batch = collate([examples[index] for index in indices], pad_id(tokenizer), device)
-        logits = supervised_logits(model, batch)
-        if not torch.isfinite(logits).all():
-            places = ", ".join(examples[index].where for index in indices)
-            raise NonFiniteError("the model's output is not finite", where=places)
-        yield indices, batch, logits
+        yield indices, collate([examples[index] for index in indices], pad_id(tokenizer), device)
         if tick:
             tick()
+
+
+def _finite(numbers: Tensor, examples: Sequence[Example], indices: list[int]) -> Tensor:
+    """The numbers, if that is what they all are."""
+    if not torch.isfinite(numbers).all():
+        places = ", ".join(examples[index].where for index in indices)
+        raise NonFiniteError("the model's output is not finite", where=places)
+    return numbers
 
 
 @contextmanager

@@ -1,69 +1,63 @@
-"""The loss: only the positions that have a label meet the head.
+"""The loss: only the positions that have a label meet the head, and its gradient is formed on the way forward.
 
-    loss = mean over supervised tokens of  logsumexp(z) - z[target]        z = head(hidden) of shape (V,)
+    loss = mean over supervised tokens of  logsumexp(z) - z[target]        z = W h of shape (V,), h the hidden state
+    d nll / d h = softmax(z) W - W[target]
 
 A row of T tokens has T - 1 predictions, of which training needs the supervised ones alone. The head's input is narrowed
-from (B, T, D) to those N positions by a hook, inside the model's own forward, so whatever the model does to its logits
-afterwards (scaling, soft-capping) still happens, and (B, T, V) never exists.
+from (B, T, D) to those M positions by a hook, inside the model's own forward. Where the logits are the head's plain
+output, the head itself runs for one position only, and the loss takes the others from there: a chunk of logits exists
+at a time, and of each only `d nll / d h` is kept, so that neither (B, T, V) nor (M, V) ever exists. Where the model
+does something to its logits (soft-capping), or the head is trained, the M logits are computed by the model.
+
+Source: Wijmans et al. 2024, arXiv:2411.09009, section 3 (the idea: never write the logits).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedError
-from gossamer.training.batches import IGNORED, Batch
+from gossamer.training.batches import Batch
 
 CHUNK = 2**24
-"""Logits that are turned to float32 at once: 64 MiB."""
+"""Logits that exist at once: 64 MiB."""
+_CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
+"""Models seen to do more to their hidden states than to send them through the head."""
 
 
 def supervised_nll(model: nn.Module, batch: Batch) -> Tensor:
-    """Negative log-likelihood of every supervised token, float32 (N,), in nats, rows one after the other.
+    """Negative log-likelihood of every supervised token, float32 (M,), in nats, example by example.
 
     Raises: UnsupportedError for a model whose output is not one row of logits over the vocabulary for each token.
     """
-    return token_nll(supervised_logits(model, batch), batch.labels[batch.labels != IGNORED])
+    refuse_unless_causal(model)
+    head = output_embeddings(model)
+    if isinstance(head, nn.Linear) and model not in _CHANGES_LOGITS and _is_plain(head):
+        with _narrowed(head, batch, first_only=True) as seen:
+            logits = model(**batch.inputs()).logits
+        plain = seen.get("logits")
+        if plain is not None and logits.shape == plain.shape and torch.equal(logits, plain):
+            return head_nll(seen["hidden"], head.weight, head.bias, batch.targets)
+        _CHANGES_LOGITS.add(model)
+    return token_nll(supervised_logits(model, batch), batch.targets)
 
 
 def supervised_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits that predict the supervised tokens, (N, V) in the model's dtype, rows one after the other."""
-    before = nn.functional.pad(batch.labels[:, 1:] != IGNORED, (0, 1))  # token t is predicted at t - 1
-    return logits_at(model, batch.input_ids, batch.attention_mask, before)
+    """The logits that predict the supervised tokens, (M, V) in the model's dtype, example by example.
 
-
-def logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> Tensor:
-    """The logits at the wanted positions alone, (N, V) in the model's dtype, rows one after the other.
-
-    Args:
-        wanted: (B, T) bool.
-
-    Cost: one forward without the head, and the head at N positions. A model that does not call its output embeddings
+    Cost: one forward without the head, and the head at M positions. A model that does not call its output embeddings
     on (B, T, D) computes all logits, of which the wanted ones are taken.
     """
     refuse_unless_causal(model)
-    picked = wanted.reshape(-1).nonzero().squeeze(1)
-    narrowed = False
-
-    def narrow(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        nonlocal narrowed
-        hidden = inputs[0] if inputs else None
-        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != wanted.shape:
-            return None
-        narrowed = True
-        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, picked).unsqueeze(0), *inputs[1:])
-
-    head = output_embeddings(model)
-    hook = head.register_forward_pre_hook(narrow) if head is not None else None
-    try:
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    finally:
-        if hook is not None:
-            hook.remove()
-    expected = (1, len(picked)) if narrowed else tuple(wanted.shape)
+    with _narrowed(output_embeddings(model), batch) as seen:
+        logits = model(**batch.inputs()).logits
+    expected = (1, batch.supervised) if seen else tuple(batch.input_ids.shape)
     if tuple(logits.shape[:-1]) != expected:
         raise UnsupportedError(
             "the model's output is not one row of logits for each token",
@@ -71,7 +65,44 @@ def logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, wante
             got=f"logits of shape {tuple(logits.shape)}",
             expected="(batch, tokens, vocabulary)",
         )
-    return logits[0] if narrowed else logits.reshape(-1, logits.shape[-1]).index_select(0, picked)
+    return logits[0] if seen else logits.reshape(-1, logits.shape[-1]).index_select(0, batch.at)
+
+
+@contextmanager
+def _narrowed(head: nn.Module | None, batch: Batch, first_only: bool = False) -> Iterator[dict[str, Tensor]]:
+    """While open, the head meets the batch's supervised positions alone.
+
+    Args:
+        first_only: let the head itself meet the first of them only.
+
+    Yields:
+        A mapping that is given "hidden" (M, D), what came to the head, and "logits", what the head made of it.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def narrow(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = inputs[0] if inputs else None
+        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != batch.input_ids.shape:
+            return None
+        picked = seen["hidden"] = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.at)
+        return ((picked[:1] if first_only else picked).unsqueeze(0), *inputs[1:])
+
+    def keep(_: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> None:
+        if "hidden" in seen:  # a method may run the model on tokens of its own before
+            seen["logits"] = logits
+
+    hooks = [] if head is None else [head.register_forward_pre_hook(narrow), head.register_forward_hook(keep)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_plain(head: nn.Linear) -> bool:
+    """Whether the head is one product whose weight gets no gradient and at which no adapter stands."""
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
+    return not trained and type(head) is nn.Linear and "forward" not in vars(head)
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -93,8 +124,48 @@ def refuse_unless_causal(model: nn.Module) -> None:
         )
 
 
+def head_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """`logsumexp(z) - z[target]`, z = W h + b, of each row of `hidden`, without ever holding all z.
+
+    Args:
+        hidden: (M, D). weight: (V, D), frozen. bias: (V,) or None. targets: (M,) int64.
+
+    Returns:
+        (M,) in float32 or the hidden states' wider dtype. Within 1e-6 of float64 (relative) for a vocabulary of 49,152.
+
+    Keeps (M, D). Cost: 4 M V D FLOPs with a gradient, all of it forwards, half of it without.
+    """
+    return _HeadNLL.apply(hidden, weight, bias, targets)  # pyright: ignore[reportReturnType]
+
+
+class _HeadNLL(torch.autograd.Function):
+    """The gradient of row i is the outer one times a vector that depends on row i alone, which is formed at once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows in _chunks(len(hidden), len(weight)):
+            z = nn.functional.linear(hidden[rows], weight, bias).to(wide)
+            target = z.gather(1, targets[rows].unsqueeze(1))
+            largest = z.amax(1, keepdim=True)
+            total = z.sub_(largest).exp_().sum(1, keepdim=True)
+            nll[rows] = (total.log() + largest - target).squeeze(1)
+            if slope is not None:
+                slope[rows] = (z.to(weight.dtype) @ weight).div_(total) - weight[targets[rows]]
+        if slope is not None:
+            ctx.save_for_backward(slope)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * outer[0].unsqueeze(1).to(slope.dtype), None, None, None
+
+
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """`logsumexp(logits) - logits[target]` of each row of (N, V), shape (N,), in float32 or the logits' wider dtype.
+    """`logsumexp(logits) - logits[target]` of each row of (M, V), shape (M,), in float32 or the logits' wider dtype.
 
     Saves the logits as they are and one number a row; float32 copies exist for a chunk of rows at a time. Within 1e-6
     of float64 (relative) for a vocabulary of 49,152.
@@ -109,7 +180,7 @@ class _TokenNLL(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         lse = torch.empty(len(logits), dtype=wide, device=logits.device)
-        for rows in _chunks(logits):
+        for rows in _chunks(*logits.shape):
             lse[rows] = logits[rows].to(wide).logsumexp(dim=-1)
         ctx.save_for_backward(logits, targets, lse)
         return lse - logits.gather(1, targets.unsqueeze(1)).squeeze(1).to(wide)
@@ -118,13 +189,13 @@ class _TokenNLL(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
         logits, targets, lse = ctx.saved_tensors
         inner = torch.empty_like(logits)
-        for rows in _chunks(logits):
+        for rows in _chunks(*logits.shape):
             slope = (logits[rows].to(lse.dtype) - lse[rows].unsqueeze(1)).exp_()
             slope.scatter_add_(1, targets[rows].unsqueeze(1), torch.full_like(slope[:, :1], -1.0))
             inner[rows] = slope.mul_(outer[0][rows].unsqueeze(1)).to(logits.dtype)
         return inner, None
 
 
-def _chunks(logits: Tensor) -> list[slice]:
-    size = max(1, CHUNK // logits.shape[1])
-    return [slice(start, start + size) for start in range(0, len(logits), size)]
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK // vocabulary)
+    return [slice(start, start + size) for start in range(0, rows, size)]
