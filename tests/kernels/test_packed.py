@@ -16,8 +16,11 @@ DOUBLE = torch.float64
 def by_hand(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float, window: int | None) -> Tensor:
     """The definition, with a mask written out."""
     outs, times = [], query.shape[1] // key.shape[1]
-    for start, stop, prefix in packing.segments:
-        keys, values = (torch.cat([one[:prefix], one[start:stop]]).repeat_interleave(times, 1) for one in (key, value))
+    for start, stop, prefix, origin in packing.segments:
+        keys, values = (
+            torch.cat([one[origin : origin + prefix], one[start:stop]]).repeat_interleave(times, 1)
+            for one in (key, value)
+        )
         place = torch.arange(stop - start).unsqueeze(1) + prefix
         seen = torch.arange(stop - start + prefix) <= place
         if window is not None:
@@ -73,6 +76,19 @@ def test_every_token_stands_once_and_little_is_padded(lengths: list[int], prefix
     assert packing.longest == max(lengths) + prefix
     whole = sum(lengths) + prefix * (len(lengths) + bool(prefix))
     assert laid.numel() <= WASTE * whole
+
+
+def test_two_packings_one_after_the_other_keep_their_own_prefixes() -> None:
+    torch.manual_seed(0)
+    one, other = (Packing.of(segments_of(lengths, 3)) for lengths in ([4, 6], [5, 2, 2]))
+    both = Packing.joined([one, other])
+    query, key, value = (torch.randn(13 + 12, 2, 4, dtype=DOUBLE) for _ in range(3))
+    parts = [
+        attention(query[rows], key[rows], value[rows], packing)
+        for rows, packing in ((slice(0, 13), one), (slice(13, None), other))
+    ]
+    torch.testing.assert_close(attention(query, key, value, both), torch.cat(parts))
+    torch.testing.assert_close(by_hand(query, key, value, both, 0.5, None), torch.cat(parts))
 
 
 def test_what_another_sequence_holds_changes_not_a_bit() -> None:

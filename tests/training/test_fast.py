@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gossamer as gs
+from gossamer.attachment import using_spans
+from gossamer.errors import StateError
 from gossamer.methods import METHODS
 from gossamer.models import tiny
 from gossamer.training import batches
-from gossamer.training.batches import collate, plan_batches
+from gossamer.training.batches import collate, joined, plan_batches
 from gossamer.training.fast import drops_out, fast_path
 from gossamer.training.loss import supervised_nll
 from gossamer.training.masks import Example
@@ -160,3 +162,43 @@ def test_batches_filled_by_tokens() -> None:
     assert all(sum(lengths[index] for index in batch) <= 100 or len(batch) == 1 for batch in planned)
     assert max(map(len, planned)) > 2
     assert planned == plan_batches(lengths, 7, seed=0, epoch=0, tokens=100)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_row_that_several_adapters_share_equals_each_alone(family: str, fused: bool) -> None:
+    """Blocks and the plain way; each adapter's rows share their own beginning, and no gradient strays."""
+    model: Any = tiny(family)
+    specs = {"one": gs.LoRA(r=3), "two": gs.LoRA(r=5, target_modules=r".*(q_proj|c_attn)"), "three": gs.IA3()}
+    rows = {"one": examples([5, 9], 18, 1), "two": examples([4, 11, 6], 20, 2), "three": examples([7], 0, 3)}
+    for number, (name, spec) in enumerate(specs.items()):
+        gs.attach(model, spec, name=name, seed=number)
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for parameter in gs.trainable_parameters(model, name).values():
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model.train()
+    alone = {}
+    for name in specs:
+        with gs.using(model, name):
+            alone[name] = outcome(model, gs.trainable_parameters(model, name), rows[name])
+    with fast_path(model, fused=fused) as fast:
+        parts = {name: collate(rows[name], 0, **fast.options()) for name in specs}
+        batch, spans, start = joined([*parts.values()]), [], 0
+        for name, part in parts.items():
+            spans.append((name, start, start := start + part.input_ids.shape[1]))
+        with using_spans(model, spans):
+            nll = supervised_nll(model, batch)
+            each = nll.split([part.supervised for part in parts.values()])
+            total = torch.stack([one.mean() for one in each]).sum()
+            total.backward()
+    for (name, expected), one in zip(alone.items(), each, strict=True):
+        got = [parameter.grad for parameter in gs.trainable_parameters(model, name).values()]
+        close([one.detach(), *got], [expected[0].detach(), *expected[1:]])
+
+
+def test_spans_leave_no_gap_and_name_what_is_there() -> None:
+    model, _ = adapted("llama", gs.LoRA(r=3))
+    for spans in ([], [("default", 1, 4)], [("default", 0, 4), (None, 5, 6)], [("default", 0, 0)], [("nobody", 0, 4)]):
+        with pytest.raises(StateError), using_spans(model, spans):
+            pass

@@ -13,6 +13,7 @@ from gossamer.attachment.verbs import (
     trainable_parameters,
     use,
     using,
+    using_spans,
 )
 from gossamer.attachment.walk import base_fingerprint
 
@@ -33,4 +34,5 @@ __all__ = [
     "unmerge",
     "use",
     "using",
+    "using_spans",
 ]

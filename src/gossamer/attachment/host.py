@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.attachment import walk
 from gossamer.attachment.match import Selection
-from gossamer.attachment.site import Active, Site
+from gossamer.attachment.site import Active, Site, Spans
 from gossamer.errors import StateError, nearest
 from gossamer.methods import Layer, Shape, TargetedMethod
 
@@ -37,7 +37,7 @@ class Host:
         self.fingerprint = walk.base_fingerprint(model)
         self.adapters: dict[str, Attached] = {}
         self.sites: dict[str, Site] = {}
-        self.active: Active | list[Active] = ()
+        self.active: Active | list[Active] | Spans = ()
         self.stash: dict[str, dict[str, Tensor | None]] | None = (
             None  # path -> parameter -> what it was before the merge
         )
@@ -69,8 +69,8 @@ class Host:
                 raise StateError("two adapters replace the same parameters", where=path, got=", ".join(names))
 
     @contextmanager
-    def running(self, active: Active) -> Iterator[None]:
-        """While open, these adapters run, for every row."""
+    def running(self, active: Active | Spans) -> Iterator[None]:
+        """While open, these adapters run, for every row, or each in its span."""
         before, self.active = self.active, active
         try:
             yield
@@ -116,6 +116,7 @@ class Host:
         def without(entry: Active) -> Active:
             return tuple(name for name in entry if name not in names)
 
+        assert not isinstance(self.active, Spans), "adapters come and go between batches, not in one"
         self.active = (
             [without(entry) for entry in self.active] if isinstance(self.active, list) else without(self.active)
         )

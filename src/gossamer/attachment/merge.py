@@ -63,9 +63,10 @@ def _copied(stored: Tensor | None) -> Tensor | None:
 
 
 def _chosen(host: Host, names: tuple[str, ...]) -> Active:
-    if not names and isinstance(host.active, list):
+    running = host.active
+    if not names and not isinstance(running, tuple):
         raise StateError("rows use different adapters, so there is no one merge", hint="name the adapters to merge")
-    chosen = names or tuple(host.active)
+    chosen = names or running
     host.check_together(chosen)  # pyright: ignore[reportArgumentType]
     if not chosen:
         raise StateError("no adapter is active, so there is nothing to merge", hint="name the adapters to merge")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,21 @@ if TYPE_CHECKING:
 
 Active = tuple[str, ...]
 """Names whose layers run, in order."""
+
+
+class Span(NamedTuple):
+    """The tokens `start..stop` of a packed row, and the names whose layers run for them."""
+
+    names: Active
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Who runs where in a packed row; the spans cover its tokens, one after the other."""
+
+    spans: tuple[Span, ...]
 
 
 class Site:
@@ -86,6 +102,8 @@ class Site:
             args, kwargs = (*kwargs.values(),), {}
         if isinstance(active, list):
             return self._run_rows(active, args, kwargs)
+        if isinstance(active, Spans):
+            return self._run_spans(active.spans, args, kwargs)
         return self._stacked(active)(*args, **kwargs)
 
     def _stacked(self, active: Active) -> Callable[..., Any]:
@@ -139,6 +157,25 @@ class Site:
                 got=f"{rows} entries, input of shape {tuple(tensors[0].shape)}",
             )
         return share
+
+    def _run_spans(self, spans: Sequence[Span], args: tuple, kwargs: dict) -> Any:
+        """The plain way for a packed row: one call for each span, put together again."""
+        if not any(name in self.layers for span in spans for name in span.names):
+            return self.frozen(*args, **kwargs)
+        first, whole = args[0], spans[-1].stop
+        along = 0 if first.shape[0] == whole else 1
+        if self.shape.kind in ("model", "attention") or first.shape[along] != whole:
+            raise StateError(
+                "spans of a packed row need a module that works token by token",
+                where=self.path,
+                got=f"{whole} tokens, input of shape {tuple(first.shape)}",
+            )
+        outs = []
+        for names, start, stop in spans:
+            cut = [one.narrow(along, start, stop - start) for one in args]
+            with self.host.running(names):
+                outs.append(self._stacked(names)(*cut, **kwargs))
+        return torch.cat(outs, along)
 
     # Merging ---------------------------------------------------------------------------------------------------
 

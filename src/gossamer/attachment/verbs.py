@@ -16,7 +16,7 @@ from gossamer.attachment.layers import Layers, new_layers, stored_layers
 from gossamer.attachment.match import select
 from gossamer.attachment.merge import unmerge
 from gossamer.attachment.report import InjectionReport, SiteRow
-from gossamer.attachment.site import Active
+from gossamer.attachment.site import Active, Span, Spans
 from gossamer.errors import BaseMismatchError, StateError, UsageError
 from gossamer.methods import Shape, TargetedMethod
 
@@ -119,9 +119,10 @@ def attached(model: nn.Module) -> tuple[str, ...]:
 
 
 def active(model: nn.Module) -> tuple[str, ...] | list[tuple[str, ...]]:
-    """The names whose layers run, in stacking order; a list with one tuple a row when rows differ."""
+    """The names whose layers run, in stacking order; a list with one tuple a row, or a span, when they differ."""
     host = find_host(model)
-    return host.active if host else ()
+    now = host.active if host else ()
+    return [span.names for span in now.spans] if isinstance(now, Spans) else now
 
 
 def use(model: nn.Module, *names: str | None | Rows) -> None:
@@ -161,6 +162,25 @@ def using(model: nn.Module, *names: str | None | Rows) -> Iterator[None]:
         yield
     finally:
         host.active = before
+
+
+@contextmanager
+def using_spans(model: nn.Module, spans: Sequence[tuple[str | None, int, int]]) -> Iterator[None]:
+    """For a packed row: which adapter runs for which of its tokens, for the length of a `with` block.
+
+    Args:
+        spans: (name or None, start, stop), one after the other, from the row's first token to its last.
+
+    Raises: StateError for a name that is not attached, spans that leave a gap, or while merged.
+    """
+    host = require_host(model)
+    host.refuse_while_merged("change the active adapters")
+    found = tuple(Span(_checked(host, (name,)), start, stop) for name, start, stop in spans)
+    ends = (0, *(span.stop for span in found))
+    if not found or any(span.start != end or span.stop <= end for span, end in zip(found, ends, strict=False)):
+        raise StateError("spans follow one another without a gap", got=str([tuple(span) for span in spans]))
+    with host.running(Spans(found)):
+        yield
 
 
 def trainable_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:

@@ -25,11 +25,12 @@ NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
 class Segment(NamedTuple):
-    """One sequence in a row: its tokens `start..stop`, which continue the row's first `prefix` tokens."""
+    """One sequence in a row: its tokens `start..stop`, which continue the `prefix` tokens from `origin` on."""
 
     start: int
     stop: int
     prefix: int = 0
+    origin: int = 0
 
     @property
     def length(self) -> int:
@@ -66,13 +67,24 @@ class Packing:
         for members in waiting:
             longest = members[-1].length
             index = torch.zeros(len(members), longest, dtype=torch.int64)
-            for row, (start, stop, prefix) in zip(index, members, strict=True):
-                row[:prefix] = torch.arange(prefix)
+            for row, (start, stop, prefix, origin) in zip(index, members, strict=True):
+                row[:prefix] = torch.arange(origin, origin + prefix)
                 row[prefix : prefix + stop - start] = torch.arange(start, stop)
                 back[start:stop] = torch.arange(offset + prefix, offset + prefix + stop - start)
                 offset += longest
             buckets.append(index)
         return cls(tuple(segments), tuple(buckets), back, max(one.length for one in segments))
+
+    @classmethod
+    def joined(cls, packings: Sequence[Packing]) -> Packing:
+        """Packed rows put one after another, as one row."""
+        segments: list[Segment] = []
+        for packing in packings:
+            first = max((segment.stop for segment in segments), default=0)
+            segments += [
+                Segment(first + one.start, first + one.stop, one.prefix, first + one.origin) for one in packing.segments
+            ]
+        return cls.of(segments)
 
     def to(self, device: torch.device | str) -> Packing:
         """The same on another device."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gossamer.attachment.frozen import Frozen, shape_of
 from gossamer.attachment.host import Host, require_host
-from gossamer.attachment.site import Site
+from gossamer.attachment.site import Active, Site, Spans
 from gossamer.kernels.linears import ACTIVATIONS, Norm, Term, gated_mlp, linears, normed_linears
 from gossamer.kernels.packed import rotated
 
@@ -119,15 +119,25 @@ class Block:
     def terms(self) -> list[list[Term]] | None:
         """The active terms beside each of the seven maps; None where something else is active in this layer."""
         active = self.host.active
-        if isinstance(active, list) or any(site.standing(active) for site in self.others):
+        if isinstance(active, list):
+            return None
+        spans: list[tuple[Active, tuple[int, int | None]]] = [(active, (0, None))] if isinstance(active, tuple) else []
+        if isinstance(active, Spans):
+            spans = [(span.names, (span.start, span.stop)) for span in active.spans]
+        if any(site.standing(names) for site in self.others for names, _ in spans):
             return None
         found: list[list[Term]] = []
         for site, base in zip(self.sites, self.maps, strict=True):
-            layers = site.standing(active) if site else []
-            here = [layer.plain_term() for layer in layers]
-            if None in here or not base.is_plain():
+            here: list[Term] = []
+            for names, rows in spans if site else ():
+                for layer in site.standing(names):  # pyright: ignore[reportOptionalMemberAccess]
+                    term = layer.plain_term()
+                    if term is None:
+                        return None
+                    here.append(term._replace(rows=rows))
+            if not base.is_plain():
                 return None
-            found.append([term for term in here if term is not None])
+            found.append(here)
         return found
 
     def _attended(

@@ -147,6 +147,30 @@ def collate(
     ).to(device)
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Packed batches as one packed batch; what the rows of one of them share, the others do not."""
+    if len(batches) == 1:
+        return batches[0]
+    packings, positions, at, first = [], [], [], 0
+    for batch in batches:
+        assert batch.packing is not None, "only packed rows can be put one after another"
+        assert batch.position_ids is not None
+        packings.append(batch.packing)
+        positions.append(batch.position_ids)
+        at.append(batch.at + first)
+        first += batch.input_ids.shape[1]
+    return Batch(
+        torch.cat([batch.input_ids for batch in batches], 1),
+        batches[0].attention_mask,
+        torch.cat(positions, 1),
+        Packing.joined(packings).to(batches[0].input_ids.device),
+        torch.cat(at),
+        torch.cat([batch.targets for batch in batches]),
+        tuple(count for batch in batches for count in batch.counts),
+        sum(batch.tokens for batch in batches),
+    )
+
+
 class _Rows(NamedTuple):
     """Token ids and what goes with them; `place(row, token)` is where a row's token is, counted through all."""
 
