@@ -21,6 +21,7 @@ _HOME = {
     "Houlsby": "methods",
     "IA3": "methods",
     "InjectionReport": "attachment",
+    "Job": "training",
     "Lin": "methods",
     "LoRA": "methods",
     "ModelShape": "planning",
@@ -52,6 +53,7 @@ _HOME = {
     "quantize_base": "models",
     "quantize_model": "quant",
     "train": "training",
+    "train_many": "training",
     "trainable_parameters": "attachment",
     "unmerge": "attachment",
     "use": "attachment",
@@ -101,10 +103,12 @@ if TYPE_CHECKING:
     from gossamer.planning import plan as plan
     from gossamer.quant import quantize_model as quantize_model
     from gossamer.serving import generate as generate
+    from gossamer.training import Job as Job
     from gossamer.training import RunConfig as RunConfig
     from gossamer.training import TrainConfig as TrainConfig
     from gossamer.training import evaluate as evaluate
     from gossamer.training import train as train
+    from gossamer.training import train_many as train_many
 
 
 def __getattr__(name: str) -> object:

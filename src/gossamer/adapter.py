@@ -70,6 +70,10 @@ class Adapter:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     foreign: Mapping[str, Any] = field(default_factory=dict)
 
+    def __reduce__(self) -> Any:  # read-only mappings do not travel between processes
+        plain = {path: dict(slots) for path, slots in self.tensors.items()}
+        return type(self), (self.spec, plain, self.base and dict(self.base), dict(self.provenance), dict(self.foreign))
+
     def __post_init__(self) -> None:
         ordered = {path: MappingProxyType(dict(sorted(self.tensors[path].items()))) for path in sorted(self.tensors)}
         object.__setattr__(self, "tensors", MappingProxyType(ordered))

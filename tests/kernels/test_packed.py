@@ -93,15 +93,20 @@ def test_two_packings_one_after_the_other_keep_their_own_prefixes() -> None:
 
 def test_what_another_sequence_holds_changes_not_a_bit() -> None:
     torch.manual_seed(0)
-    packing = Packing.of(segments_of([5, 9, 4], 3))
-    query, key, value = (torch.randn(21, 2, 4) for _ in range(3))
-    before = attention(query, key, value, packing)
-    for one in (query, key, value):
-        one[8:17] = torch.nan  # the second sequence
-    after = attention(query, key, value, packing)
-    kept = [*range(8), *range(17, 21)]
-    assert torch.equal(before[kept], after[kept])
-    assert after[8:17].isnan().all()
+    packing = Packing.of(segments_of([5, 6, 5, 6], 0))  # side by side, padded
+    assert len(packing.buckets) == 1
+    for spoilt in (range(5), range(5, 11)):
+        inputs = [torch.randn(22, 2, 4, requires_grad=True) for _ in range(3)]
+        spoiled = [one.detach().clone().requires_grad_() for one in inputs]
+        for one in spoiled:
+            one.data[[*spoilt]] = torch.nan
+        kept = [token for token in range(22) if token not in spoilt]
+        before, after = attention(*inputs, packing), attention(*spoiled, packing)
+        assert torch.equal(before[kept], after[kept])
+        assert after[[*spoilt]].isnan().all()
+        slopes = (torch.autograd.grad(out.sum(), of) for out, of in ((before, inputs), (after, spoiled)))
+        for one, other in zip(*slopes, strict=True):
+            assert torch.equal(one[kept], other[kept])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, DOUBLE])

@@ -123,7 +123,8 @@ def test_what_rows_share_is_computed_once_unless_something_is_dropped_out() -> N
     assert collate(rows, 0, packed=True, shared=False).input_ids.shape == (1, 75)
     assert once.tokens == 75
     model, _ = adapted("llama", gs.LoRA(r=3, dropout=0.1))
-    assert drops_out(model)
+    assert drops_out(model, ["default"])
+    assert not drops_out(model, ["another"])
     with fast_path(model) as fast:
         assert fast.packed
         assert not fast.shared
@@ -186,7 +187,7 @@ def test_a_row_that_several_adapters_share_equals_each_alone(family: str, fused:
         parts = {name: collate(rows[name], 0, **fast.options()) for name in specs}
         batch, spans, start = joined([*parts.values()]), [], 0
         for name, part in parts.items():
-            spans.append((name, start, start := start + part.input_ids.shape[1]))
+            spans.append(((name,), start, start := start + part.input_ids.shape[1]))
         with using_spans(model, spans):
             nll = supervised_nll(model, batch)
             each = nll.split([part.supervised for part in parts.values()])
@@ -199,6 +200,12 @@ def test_a_row_that_several_adapters_share_equals_each_alone(family: str, fused:
 
 def test_spans_leave_no_gap_and_name_what_is_there() -> None:
     model, _ = adapted("llama", gs.LoRA(r=3))
-    for spans in ([], [("default", 1, 4)], [("default", 0, 4), (None, 5, 6)], [("default", 0, 0)], [("nobody", 0, 4)]):
+    for spans in (
+        [],
+        [(["default"], 1, 4)],
+        [(["default"], 0, 4), ([], 5, 6)],
+        [(["default"], 0, 0)],
+        [(["nobody"], 0, 4)],
+    ):
         with pytest.raises(StateError), using_spans(model, spans):
             pass

@@ -219,7 +219,7 @@ def test_memory_of_a_cpu() -> None:
 def test_out_of_memory_names_what_is_not_in_force_yet(thrifty: bool, rows: int, hint: str) -> None:
     model = quantize_model(tiny("llama"), "nf4") if thrifty else tiny("llama")
     config = settings(train=LoopConfig(checkpointing="on" if thrifty else "off"))
-    with pytest.raises(ResourceError) as caught, memory.within_memory(model, config, [100] * rows):
+    with pytest.raises(ResourceError) as caught, memory.decide(model, config, (rows, 100)).errors():
         raise torch.OutOfMemoryError("CUDA out of memory\nand more")
     assert (caught.value.got, caught.value.hint) == ("CUDA out of memory", hint)
 
@@ -231,5 +231,5 @@ def test_how_weights_are_held(quant: str | None) -> None:
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="else"), memory.within_memory(toy_model(), settings(), [9]):
+    with pytest.raises(RuntimeError, match="else"), memory.Memory(False, "").errors():
         raise RuntimeError("something else")

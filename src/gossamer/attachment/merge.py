@@ -34,10 +34,15 @@ def merge(model: nn.Module, *names: str, keep: bool = True) -> None:
     Raises:
         SharedWeightError: a weight that also serves a module the adapter does not stand at (tied embeddings).
         NonFiniteError: a merged weight would hold NaN or infinity. StateError: already merged, or unknown names.
+        UnsupportedError: a method without an equivalent weight, or weights that are sharded.
         Nothing is changed in any of these cases.
     """
     host = require_host(model)
     host.refuse_while_merged("merge")
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        raise UnsupportedError(
+            "the weights are spread over several processes", hint="save the adapter, and merge it into a whole base"
+        )
     chosen = _chosen(host, names)
     changes = _changes(host, chosen)
     originals = {

@@ -165,17 +165,17 @@ def using(model: nn.Module, *names: str | None | Rows) -> Iterator[None]:
 
 
 @contextmanager
-def using_spans(model: nn.Module, spans: Sequence[tuple[str | None, int, int]]) -> Iterator[None]:
-    """For a packed row: which adapter runs for which of its tokens, for the length of a `with` block.
+def using_spans(model: nn.Module, spans: Sequence[tuple[Sequence[str], int, int]]) -> Iterator[None]:
+    """For a packed row: which adapters run for which of its tokens, for the length of a `with` block.
 
     Args:
-        spans: (name or None, start, stop), one after the other, from the row's first token to its last.
+        spans: (names, start, stop), one after the other, from the row's first token to its last.
 
     Raises: StateError for a name that is not attached, spans that leave a gap, or while merged.
     """
     host = require_host(model)
     host.refuse_while_merged("change the active adapters")
-    found = tuple(Span(_checked(host, (name,)), start, stop) for name, start, stop in spans)
+    found = tuple(Span(_checked(host, names), start, stop) for names, start, stop in spans)
     ends = (0, *(span.stop for span in found))
     if not found or any(span.start != end or span.stop <= end for span, end in zip(found, ends, strict=False)):
         raise StateError("spans follow one another without a gap", got=str([tuple(span) for span in spans]))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gossamer.cli.shared import columns, emit, json_option, wants_colour
+from gossamer.cli.shared import columns, emit, json_option, wants_colour, warn
 
 if TYPE_CHECKING:
     from gossamer.training.runs import Rehearsal
@@ -16,21 +16,68 @@ if TYPE_CHECKING:
 @click.command("train", context_settings={"ignore_unknown_options": True})
 @click.argument("config", metavar="CONFIG.yaml")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--KEY VALUE]...")
+@click.option("--sweep", metavar="SWEEP.yaml", help="Try each combination of its lists: `method.r: [4, 8]` a line.")
+@click.option("--fleet", metavar="DIR", help="Train one adapter for each data set in this folder.")
+@click.option("--no-packing", is_flag=True, help="Pad the rows of a batch instead of packing them: the same maths.")
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint in the output folder.")
 @click.option("--dry-run", is_flag=True, help="Show what would happen; train and write nothing.")
 @json_option
-def command(config: str, overrides: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool) -> None:
-    """Train an adapter as a config file says. Every key is also a flag: --train.lr 2e-4 --method.r 16."""
+@click.pass_context
+def command(
+    context: click.Context,
+    config: str,
+    overrides: tuple[str, ...],
+    sweep: str | None,
+    fleet: str | None,
+    no_packing: bool,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train an adapter as a config file says. Every key is also a flag: --train.lr 2e-4 --method.r 16.
+
+    With --sweep or --fleet, train many on one base, each in its own folder under the config's output.
+    """
+    from gossamer.errors import UsageError
     from gossamer.training import RunConfig, runs
+    from gossamer.training import sweep as several
     from gossamer.training.progress import Silent, for_terminal
 
+    overrides = (*overrides, "--train.packing", "false") if no_packing else overrides
+    progress = Silent() if as_json else for_terminal()
+    if sweep and fleet:
+        raise UsageError("a sweep and a fleet are two things", got="--sweep and --fleet", hint="leave one of them out")
+    if sweep or fleet:
+        plan = (
+            several.read_sweep(config, sweep, overrides) if sweep else several.read_fleet(config, str(fleet), overrides)
+        )
+        if dry_run:
+            result: dict[str, Any] = {"kind": plan.kind, "runs": several.rehearse_plan(plan, progress)}
+        else:
+            result = several.run_plan(plan, resume=resume, progress=progress)
+        emit(result) if as_json else show_several(plan.output, result)
+        context.exit(several.exit_code(result))
     settings = RunConfig.read(config, overrides)
     if dry_run:
         rehearsal = runs.rehearse(settings)
         emit(rehearsal.to_dict()) if as_json else show_rehearsal(rehearsal)
         return
-    done = runs.run(settings, resume=resume, progress=Silent() if as_json else for_terminal())
+    done = runs.run(settings, resume=resume, progress=progress)
     emit(done.report) if as_json else show_report(str(done.output), done.report)
+
+
+def show_several(output: str, result: dict[str, Any]) -> None:
+    """One line a run, what failed, and where the page is; of a rehearsal, what would be trained."""
+    from gossamer.training.sweep_report import as_rows
+
+    click.echo(columns(as_rows(result)))
+    for run in result["runs"]:
+        if "error" in run:
+            warn(f"{run['name']} failed: {run['error']['code']}: {run['error']['what']}")
+    if result.get("best"):
+        click.echo(f"best by {result['metric']}: {result['best']}")
+    if "seconds" in result:
+        click.echo(f"{result['seconds']:.0f} s\n{output}/{result['kind']}.html")
 
 
 def show_rehearsal(rehearsal: Rehearsal) -> None:

@@ -44,7 +44,7 @@ class Packing:
 
     Attributes:
         segments: cover the row's N tokens once each.
-        buckets: (sequences, tokens) indices into the row, one tensor a call; what pads a sequence repeats a token.
+        buckets: (sequences, tokens) indices into the row, one tensor a call; a sequence is padded with its last token.
         back: (N,), where each token's result is in the results of all buckets, one after the other.
         longest: tokens of the longest sequence, prefix included.
     """
@@ -66,10 +66,11 @@ class Packing:
         buckets, offset = [], 0
         for members in waiting:
             longest = members[-1].length
-            index = torch.zeros(len(members), longest, dtype=torch.int64)
+            index = torch.empty(len(members), longest, dtype=torch.int64)
             for row, (start, stop, prefix, origin) in zip(index, members, strict=True):
                 row[:prefix] = torch.arange(origin, origin + prefix)
                 row[prefix : prefix + stop - start] = torch.arange(start, stop)
+                row[prefix + stop - start :] = stop - 1  # of its own: not even a NaN gets from one to another
                 back[start:stop] = torch.arange(offset + prefix, offset + prefix + stop - start)
                 offset += longest
             buckets.append(index)

@@ -37,7 +37,7 @@ def obstacle(model: nn.Module) -> str:
     if config._attn_implementation not in ("sdpa", NAME):
         return f"its attention is {config._attn_implementation}, and packing needs sdpa"
     rates = {name: getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop")}
-    if any(rates.values()) and model.training:
+    if any(rates.values()):
         return "it drops out attention"
     if any(isinstance(module, VirtualTokensLayer) for module in model.modules()):
         return "virtual tokens stand before each row"

@@ -1,12 +1,26 @@
 """Training: from a data file to an adapter.
 
 containers -> formats -> masks -> batches turn a file into batches whose loss masks are proven;
-loop repeats the one step, checkpoint makes it resumable, evaluate measures it, report draws it.
+loop repeats the one step for one trainee or many, checkpoint makes it resumable, evaluate measures it, report draws it.
 """
 
 from gossamer.training.config import DataFiles, LoopConfig, RunConfig, TrainConfig
 from gossamer.training.evaluate import evaluate
-from gossamer.training.loop import Run, train
+from gossamer.training.loop import train
+from gossamer.training.many import Job, Runs, train_many
 from gossamer.training.run_folder import adapter_of
+from gossamer.training.trainee import Run
 
-__all__ = ["DataFiles", "LoopConfig", "Run", "RunConfig", "TrainConfig", "adapter_of", "evaluate", "train"]
+__all__ = [
+    "DataFiles",
+    "Job",
+    "LoopConfig",
+    "Run",
+    "RunConfig",
+    "Runs",
+    "TrainConfig",
+    "adapter_of",
+    "evaluate",
+    "train",
+    "train_many",
+]

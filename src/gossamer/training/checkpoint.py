@@ -82,9 +82,20 @@ class Checkpoint:
                 there.copy_(value)
             else:
                 state[moment] = value.to(place) if isinstance(value, Tensor) else value
-        torch.set_rng_state(self.rng["cpu"])
-        if device.type == "cuda" and "cuda" in self.rng:
-            torch.cuda.set_rng_state(self.rng["cuda"], device)
+        set_random_state(self.rng, device)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Where torch's random numbers are, on the CPU and on a CUDA device."""
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on with the random numbers that come after `state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def save_checkpoint(
@@ -112,10 +123,7 @@ def save_checkpoint(
     }
     moments = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
     numbers = {key: value for key, value in kept.items() if key not in moments}
-    rng = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(device)
-    contents = (*map(_packed, (parameters, moments, rng)), _json({**state, NUMBERS: numbers}))
+    contents = (*map(_packed, (parameters, moments, random_state(device))), _json({**state, NUMBERS: numbers}))
     with new_folder(folder / f"step-{step}", replace=True) as fresh:
         for name, content in zip(FILES, contents, strict=True):
             (fresh / name).write_bytes(content)

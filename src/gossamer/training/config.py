@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -75,11 +77,18 @@ class LoopConfig(Spec):
     """Rows that go through the model at once."""
     accumulation: Count = 1
     """Batches whose gradients make one step; the loss is the mean over all their supervised tokens."""
+    batch_tokens: Count | None = None
+    """Fill each batch with rows up to so many tokens, whatever their number; None counts rows."""
+    packing: StrictBool = True
+    """Put the rows of a batch one after another instead of padding them, where the model is known to keep them apart;
+    the maths is the same. What all rows of a batch begin with is computed once."""
     micro_batch_tokens: Count = 8192
     """Tokens that go through the model at once; a larger batch is split into parts that make the same step."""
     checkpointing: Switch = "auto"
     """Gradient checkpointing: blocks run again in the backward instead of keeping what is inside them. auto turns it on
     only when the plan says that a step would not fit into the device's free memory."""
+    shard: Literal["none", "machine", "all"] = "none"
+    """Of several processes: keep the base whole in each, or spread its weights over those of a machine, or over all."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     """adamw keeps its moments in float32; the others, from bitsandbytes and for CUDA alone, in 8 bits, and paged in
     memory that can leave the card. Without CUDA a run uses adamw, and says so."""
@@ -197,7 +206,7 @@ class RunConfig(Spec):
         return config
 
     @classmethod
-    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         """Read a YAML file and the flags that override it.
 
         Args:
@@ -206,17 +215,7 @@ class RunConfig(Spec):
 
         Raises `SpecError` with all faults at once, each with `file:line:column` or its flag.
         """
-        fields, lines = read_yaml(path)
-        flags, faults = _parse_flags(overrides)
-        for keys, value in flags.items():
-            faults += _place(fields, keys, value)
-        try:
-            config = cls.from_dict(fields, where=str(path), lines=_Places(lines, [*flags]))
-        except SpecError as error:
-            raise SpecError(f"{path} is not valid", faults=[*faults, *error.faults]) from None
-        if faults:
-            raise SpecError("flags that cannot be used", faults=faults)
-        return config
+        return Draft.read(path, overrides).config()
 
     def to_yaml(self) -> str:
         """YAML text of every setting, defaults included; `read` gives the same value back."""
@@ -239,20 +238,58 @@ def _method(fields: Any, lines: Lines | None) -> tuple[TargetedMethod, list[str]
         return LoRA(), [*error.faults]
 
 
-class _Places(Lines):
-    """A file's positions, where a key that came from a flag stands at the flag."""
+@dataclass(frozen=True)
+class Draft:
+    """A config file with what overrides it, not validated yet: variants are made of it."""
 
-    def __init__(self, lines: Lines, flags: Sequence[tuple[str, ...]]) -> None:
+    path: str
+    fields: Mapping[str, Any]
+    lines: Lines
+    """Where each key stands: in the file, at a flag, or wherever else it was put from."""
+    faults: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Draft:
+        """Read a YAML file and flags; see `RunConfig.read`. Raises `SpecError` for what is not YAML."""
+        fields, lines = read_yaml(path)
+        flags, faults = _parse_flags(overrides)
+        draft = cls(str(path), fields, lines, tuple(faults))
+        for keys, value in flags.items():
+            draft = draft.put(keys, value, f"--{'.'.join(keys)}")
+        return draft
+
+    def put(self, keys: tuple[str, ...], value: Any, place: str) -> Draft:
+        """The draft with one key's value changed; faults about it will name `place`."""
+        fields, faults = deepcopy({**self.fields}), self.faults
+        inner: Any = fields
+        for depth, key in enumerate(keys[:-1], start=1):
+            inner = inner.setdefault(key, {})
+            if not isinstance(inner, dict):
+                fault = f"{place}: {'.'.join(keys[:depth])} is {inner!r} in the file, not a mapping"
+                return replace(self, faults=(*faults, fault))
+        inner[keys[-1]] = value
+        return replace(self, fields=fields, lines=_Places(self.lines, keys, place))
+
+    def config(self) -> RunConfig:
+        """The config. Raises `SpecError` with all faults at once, those of the flags among them."""
+        try:
+            config = RunConfig.from_dict(self.fields, where=self.path, lines=self.lines)
+        except SpecError as error:
+            raise SpecError(f"{self.path} is not valid", faults=[*self.faults, *error.faults]) from None
+        if self.faults:
+            raise SpecError("flags that cannot be used", faults=self.faults)
+        return config
+
+
+class _Places(Lines):
+    """Positions, where one key and what is below it stand somewhere else."""
+
+    def __init__(self, lines: Lines, keys: tuple[str, ...], place: str) -> None:
         super().__init__(lines.file, lines.positions)
-        self.flags = set(flags)
+        self.lines, self.keys, self.place = lines, keys, place
 
     def at(self, path: tuple[str | int, ...]) -> str:
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.flags:
-                return f"--{'.'.join(map(str, path[:length]))}"
-            if path[:length] in self.positions:
-                break
-        return super().at(path)
+        return self.place if path[: len(self.keys)] == self.keys else self.lines.at(path)
 
 
 def _parse_flags(arguments: Sequence[str]) -> tuple[dict[tuple[str, ...], Any], list[str]]:
@@ -275,13 +312,3 @@ def _parse_flags(arguments: Sequence[str]) -> tuple[dict[tuple[str, ...], Any], 
         except YAMLError:
             faults.append(f"{flag}: {text!r} is not a YAML value")
     return flags, faults
-
-
-def _place(fields: dict[str, Any], keys: tuple[str, ...], value: Any) -> list[str]:
-    """Put an override where it belongs."""
-    for depth, key in enumerate(keys[:-1], start=1):
-        fields = fields.setdefault(key, {})
-        if not isinstance(fields, dict):
-            return [f"--{'.'.join(keys)}: {'.'.join(keys[:depth])} is {fields!r} in the file, not a mapping"]
-    fields[keys[-1]] = value
-    return []

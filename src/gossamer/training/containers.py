@@ -26,7 +26,8 @@ from gossamer.errors import DataError, UnsupportedError, nearest
 LONGEST_LINE = 16 * 2**20
 """Bytes. A longer line is no training row but a mistake, such as a file that lost its line breaks."""
 
-_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""How the names of data files end, and what is in them."""
 _JSON_COLUMNS = ("messages", "conversations")  # CSV cells hold text only; lists of turns are written into them as JSON
 _WIDE_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32-LE begins as UTF-16-LE does
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -98,7 +99,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _container_of(path: str | Path, data: bytes) -> str:
-    by_suffix = _SUFFIXES.get(Path(path).suffix.lower())
+    by_suffix = SUFFIXES.get(Path(path).suffix.lower())
     if by_suffix and by_suffix != "json":  # many .json files out there hold JSON Lines, so those are looked into
         return by_suffix
     start = data[:4096].removeprefix(codecs.BOM_UTF8).lstrip()
@@ -106,7 +107,7 @@ def _container_of(path: str | Path, data: bytes) -> str:
     if found := by_content or by_suffix:
         return found
     raise DataError("cannot tell what kind of file this is", where=str(path), got=repr(start[:20]),
-                    expected="a name that ends in " + ", ".join(_SUFFIXES))  # fmt: skip
+                    expected="a name that ends in " + ", ".join(SUFFIXES))  # fmt: skip
 
 
 def _lines(data: bytes, faults: Faults) -> Iterator[tuple[int, str]]:

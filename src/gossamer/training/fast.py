@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from gossamer.attachment import active
+from gossamer.attachment.walk import CONTAINER
 from gossamer.models.blocks import blocks
 from gossamer.models.packed import obstacle, packed_attention
 
@@ -32,9 +34,9 @@ class Fast:
     fused: int
     rule: str
 
-    def options(self) -> dict[str, bool]:
-        """What `collate` is told."""
-        return {"packed": self.packed, "shared": self.shared}
+    def options(self, *, shared: bool | None = None) -> dict[str, bool]:
+        """What `collate` is told; `shared` for rows of an adapter of its own among several."""
+        return {"packed": self.packed, "shared": self.shared if shared is None else self.packed and shared}
 
 
 @contextmanager
@@ -46,7 +48,8 @@ def fast_path(model: PreTrainedModel, *, packing: bool = True, fused: bool = Tru
         fused: False leaves the model's own layers in place; adapters beside linear modules are fused all the same.
     """
     why = obstacle(model) if packing else "switched off"
-    dropped = drops_out(model)
+    running = active(model)
+    dropped = drops_out(model, [name for one in running for name in ([one] if isinstance(one, str) else one)])
     with ExitStack() as stack:
         if not why:
             stack.enter_context(packed_attention(model))
@@ -56,8 +59,11 @@ def fast_path(model: PreTrainedModel, *, packing: bool = True, fused: bool = Tru
         yield Fast(not why, not why and not dropped, count, f"{said}; {count} layers with a fused backward")
 
 
-def drops_out(model: nn.Module) -> bool:
-    """Whether training draws random numbers inside the model: what rows share would then share those too."""
+def drops_out(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether training draws random numbers inside the model or the named adapters.
+
+    What rows share would then share those too, and rows of several adapters would draw from one sequence.
+    """
 
     def rate(module: nn.Module) -> float:
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -65,4 +71,9 @@ def drops_out(model: nn.Module) -> bool:
         own = getattr(module, "dropout", 0.0)
         return own if isinstance(own, float) else 0.0
 
-    return any(rate(module) > 0 for module in model.modules())
+    return any(rate(module) > 0 and _runs(path.split("."), names) for path, module in model.named_modules())
+
+
+def _runs(path: list[str], names: Sequence[str]) -> bool:
+    """Whether a module is the model's own or one of the named adapters'."""
+    return CONTAINER not in path or any(name in names for name in path[path.index(CONTAINER) + 1 :][:1])

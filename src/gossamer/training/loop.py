@@ -1,4 +1,4 @@
-"""The training loop.
+"""The training loop: one adapter, or many that share a frozen base.
 
     for each step:
         loss = sum over its batches of nll(supervised tokens) / number of supervised tokens in all of them
@@ -15,42 +15,35 @@ Source: Hu et al. 2021, arXiv:2106.09685, section 4.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gossamer.adapter import Adapter
-from gossamer.attachment import capture, sites_of_parameters, trainable_parameters
-from gossamer.errors import Interrupted, NonFiniteError
-from gossamer.files.atomic import write_text
-from gossamer.training.audit import adapter_to_train, audit_gradients, refuse_misfits
-from gossamer.training.batches import collate
-from gossamer.training.checkpoint import newest_checkpoint, save_checkpoint
+from gossamer.attachment import active, using_spans
+from gossamer.errors import GossamerError, Interrupted
+from gossamer.training.audit import adapter_to_train, refuse_misfits
+from gossamer.training.batches import collate, joined
 from gossamer.training.config import RunConfig, TrainConfig
+from gossamer.training.distributed import World
 from gossamer.training.evaluate import keeping_modes, pad_id
-from gossamer.training.interrupt import StopRequest, interruptible
+from gossamer.training.fast import fast_path
+from gossamer.training.interrupt import interruptible
 from gossamer.training.loss import refuse_unless_causal, supervised_nll
-from gossamer.training.material import Material, Steps
-from gossamer.training.memory import Memory, stored_as, within_memory
-from gossamer.training.optim import auto_lr, lr_factor, make_optimizer, set_lr, usable_optimizer, warmup_steps
-from gossamer.training.outcome import peak_memory, run_config, sampled, write_outcome
-from gossamer.training.progress import Progress, for_terminal
-from gossamer.training.run_folder import RunFolder, open_run
+from gossamer.training.material import Material
+from gossamer.training.memory import agreed, checkpointing
+from gossamer.training.outcome import run_config
+from gossamer.training.progress import Progress
+from gossamer.training.run_folder import open_run
+from gossamer.training.trainee import Batches, Parts, Run, Trainee
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its folder, what report.json says, and the adapter."""
-
-    output: Path
-    report: dict[str, Any]
-    adapter: Adapter
+Piece = tuple[Trainee, list[int]]
+"""Examples of one adapter that go through the model together."""
 
 
 def train(
@@ -60,6 +53,7 @@ def train(
     *,
     resume: bool = False,
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> Run:
     """Train the one trainable adapter of a model, and write a run folder.
 
@@ -70,6 +64,7 @@ def train(
         resume: go on from the newest whole checkpoint in the output folder. On a CPU the adapter then ends bit for bit
             as without the interruption.
         progress: what is told how far the run is; by default a bar or lines on the error stream.
+        world: the processes of the run; by default those that torchrun started, or this one alone.
 
     Returns:
         The run. The model keeps the trained adapter attached and active.
@@ -82,263 +77,243 @@ def train(
         the model or method cannot do, or an 8-bit optimiser without bitsandbytes. Interrupted: stopped by a signal
         after a checkpoint was written.
     """
-    show = progress if progress is not None else for_terminal()
+    world = world or World.here(next(model.parameters()).device.type)
+    show = world.shown(progress)
     name = adapter_to_train(model)
+    running = active(model)
+    assert isinstance(running, tuple)
     whole = run_config(model, name, config)
     settings = whole.train_config()
     refuse_unless_causal(model)
-    device = next(model.parameters()).device
-    generators = [device] if device.type == "cuda" else []
-    with open_run(settings.output, resume=resume) as folder:
+    with world.opened(lambda: open_run(settings.output, resume=resume)) as folder:
         material = Material.read(settings, tokenizer, show.say)
         refuse_misfits(model, material.examples)
-        modes, random = keeping_modes(model), torch.random.fork_rng(generators)
-        lengths = [len(example) for example in material.examples]
-        try:
-            with modes, random, interruptible() as stop, within_memory(model, whole, lengths) as memory:
-                training = _Training(model, tokenizer, whole, name, material, folder, show, stop, memory)
-                return training.run(whole, resume)
-        finally:
-            show.finish()
+        trainee = Trainee(model, name, running, whole, material, folder, show, resume, world=world)
+        loop = Loop(model, tokenizer, [trainee], show, world=world)
+        loop.run()
+        return loop.finished[name]
 
 
-class _Training:
-    """One run: where it is, and the few verbs that the algorithm is written in."""
+class Loop:
+    """Trains every trainee to its end; they take turns, step by step.
+
+    Args:
+        together: an error of one trainee ends that one alone, and is kept in `failed`.
+        at_once: tokens of several adapters that go through the model together; by default as many as the largest batch
+            of any of them has, so that memory is that of one.
+
+    Attributes:
+        finished: name -> run. failed: name -> what went wrong.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        whole: RunConfig,
-        name: str,
-        material: Material,
-        folder: RunFolder,
+        trainees: Sequence[Trainee],
         show: Progress,
-        stop: StopRequest,
-        memory: Memory,
+        *,
+        together: bool = False,
+        at_once: int | None = None,
+        world: World | None = None,
     ) -> None:
-        config = whole.train_config()
-        self.model, self.config, self.name, self.pad = model, config, name, pad_id(tokenizer)
-        self.material, self.folder, self.show, self.stop, self.memory = material, folder, show, stop, memory
+        self.model, self.pad, self.trainees, self.show = model, pad_id(tokenizer), trainees, show
+        self.together, self.at_once = together, at_once
         self.device = next(model.parameters()).device
-        self.parameters, self.sites = trainable_parameters(model, name), sites_of_parameters(model, name)
-        outer = whole.method.outer_slots
-        self.kind, self.kind_rule = usable_optimizer(config.optimizer, self.device)
-        self.optimizer = make_optimizer(self.parameters, config.weight_decay, outer, config.lr_ratio, self.kind)
-        self.steps = Steps(material.examples, config)
-        self.warmup = warmup_steps(config.warmup, self.steps.total)
-        self.lr, self.lr_rule = auto_lr(model.config) if config.lr == "auto" else (config.lr, f"lr {config.lr:g}")
-        self.identity = self._identity()
-        self.step = self.tokens = 0
-        self.training_seconds = 0.0
-        self.before: dict[str, Any] | None = None
-        self.saved_step = -1
-        self.logged_at = (0, 0.0)  # tokens and seconds, for the rate since the last line
+        self.world = world or World()
+        self.memory = agreed([one for many in self.world.gathered([one.memory for one in trainees]) for one in many])
+        self.finished: dict[str, Run] = {}
+        self.failed: dict[str, GossamerError] = {}
 
-    def run(self, config: RunConfig, resume: bool) -> Run:
-        """The algorithm, from the first evaluation to the report."""
-        self.started = time.monotonic()
-        self._begin(config, resume)
-        first = self.step
-        self.model.train()
-        self.show.start(self.steps.total - first, "training")
-        for step in range(first, self.steps.total):
-            start = time.monotonic()
-            loss, norm = self._accumulate(self.steps[step])
-            if step == first:
-                audit_gradients(self.parameters, self.sites)
-            lr = self.lr * lr_factor(step, self.steps.total, self.warmup, self.config.schedule)
-            set_lr(self.optimizer, lr)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step = step + 1
-            self.training_seconds += time.monotonic() - start
-            self._after_step(loss, norm, lr)
-        self.show.finish()
-        after = self._evaluate("after training")
-        adapter = capture(self.model, self.name)
-        outcome = write_outcome(
-            self.folder, config, self.model, adapter, self.material, self.before, after, self._figures()
-        )
-        return Run(self.folder.path, outcome.report, outcome.adapter)
+    @property
+    def live(self) -> list[Trainee]:
+        """Those that have neither finished nor failed."""
+        return [one for one in self.trainees if one.name not in self.finished and one.name not in self.failed]
 
-    def _begin(self, config: RunConfig, resume: bool) -> None:
-        """Start at step 0, or where the newest whole checkpoint stands."""
+    def run(self) -> None:
+        """The algorithm, from the first evaluations to the reports.
+
+        Raises: what `train` raises; Interrupted once all that have begun are saved.
+        """
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.optimizer.zero_grad(set_to_none=True)  # whatever was left from before
-        for line in filter(None, (self.lr_rule, self.kind_rule, self.memory.rule)):
-            self.show.say(line)
-        checkpoint = newest_checkpoint(self.folder.checkpoints, self.show.say) if resume else None
-        if checkpoint:
-            checkpoint.refuse_other_run(self.identity)
-        write_text(self.folder.config, config.to_yaml())
-        if checkpoint:
-            checkpoint.restore(self.parameters, self.optimizer, self.device)
-            self.step = self.saved_step = checkpoint.state["step"]
-            self.tokens, self.before = checkpoint.state["tokens"], checkpoint.state["eval_before"]
-            self.training_seconds = checkpoint.state["training_seconds"]
-            self.started -= checkpoint.state["seconds"]
-            self.show.say(f"resuming after step {self.step:,} of {self.steps.total:,}")
-        else:
-            self.before = sampled(self._evaluate("before training"))
-            torch.manual_seed(self.config.seed)
-            self._save()
-        self.folder.forget_after(self.step)
-        self.logged_at = (self.tokens, self.training_seconds)
+        with (
+            keeping_modes(self.model),
+            interruptible() as self.stop,
+            checkpointing(self.model, self.memory.checkpointing),
+            fast_path(self.model, packing=all(one.config.packing for one in self.trainees)) as self.fast,
+        ):
+            self.show.say(self.fast.rule)
+            try:
+                self._run()
+            except Interrupted:
+                raise self._saved() from None
+            finally:
+                self.show.finish()
 
-    def _accumulate(self, batches: list[list[int]]) -> tuple[float, float]:
-        """Gradients of the mean loss over all supervised tokens of these batches, clipped; the loss and their norm."""
-        examples = self.material.examples
-        supervised = sum(sum(examples[index].supervised[1:]) for batch in batches for index in batch)
-        losses: list[Tensor] = []
-        for indices in batches:
-            batch = collate([examples[index] for index in indices], self.pad, self.device)
-            loss = supervised_nll(self.model, batch).sum() / supervised
-            if not loss.requires_grad:  # no adapter had a part in it, or all runs under no_grad
-                audit_gradients(self.parameters, self.sites)
-            loss.backward()
-            losses.append(loss.detach())
-            self.tokens += batch.tokens
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        *parts, total = torch.stack([*losses, norm.to(self.device)]).tolist()
-        if not all(map(_finite, [*parts, total])):
-            self._refuse(batches, parts)
-        if self.config.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
-        return sum(parts), total
+    def _run(self) -> None:
+        for trainee in self.trainees:
+            trainee.memory, trainee.pause = self.memory, self._pause
+            with self._turn(trainee):
+                trainee.begin()
+        self.model.train()
+        self._show_bar()
+        while live := self.live:
+            if work := [(one, one.batches()) for one in live if one.left]:
+                for trainee, parts in self._gradients(work):
+                    with self._turn(trainee):
+                        self._step(trainee, parts)
+            for trainee in [one for one in self.live if not one.left]:
+                self.show.finish()
+                with self._turn(trainee):
+                    self.finished[trainee.name] = trainee.finish()
+                self._show_bar()
 
-    def _refuse(self, batches: list[list[int]], losses: list[float]) -> None:
-        """Say what was not finite and where it came from; the step is not taken."""
-        bad = [batch for batch, loss in zip(batches, losses, strict=True) if not _finite(loss)]
-        what = "loss" if bad else "gradient"
-        modules = [
-            name for name, p in self.parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())
-        ]
-        self.folder.log({"step": self.step + 1, "loss": None, "fault": f"non-finite {what}"})
-        self.optimizer.zero_grad(set_to_none=True)
-        rows = [self.material.examples[index].where for batch in bad or batches for index in batch]
-        raise NonFiniteError(
-            f"the {what} of step {self.step + 1} is not finite; the step was not taken",
-            where=", ".join(rows),
-            got="" if bad else f"non-finite gradients at {', '.join(modules[:3])}",
-            hint="look at these rows; lower lr, or use a base in float32 or bfloat16",
-        )
+    def _gradients(self, work: Sequence[tuple[Trainee, Batches]]) -> Iterator[tuple[Trainee, Parts]]:
+        """Leave d loss / d parameters of each adapter in its parameters, and give the parts of its loss.
 
-    def _after_step(self, loss: float, norm: float, lr: float) -> None:
-        """Log, evaluate, save and stop, each when it is due."""
-        tokens, seconds = self.tokens - self.logged_at[0], self.training_seconds - self.logged_at[1]
-        record = {
-            "step": self.step,
-            "epoch": round(self.step / self.steps.per_epoch, 4),
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens": self.tokens,
-            "tokens_per_second": tokens / max(seconds, 1e-9),
-            "seconds": self.training_seconds,
-            "memory_bytes": peak_memory(self.device)[0],
-        }
-        self.show.step(**record)
-        last = self.step == self.steps.total
-        if self.step % self.config.log_every == 0 or last:
-            self.folder.log(record)
-            self.logged_at = (self.tokens, self.training_seconds)
-        if self.step % self.config.checkpoint_every == 0 or last:
-            self._save()
-        if self.config.eval_every and self.step % self.config.eval_every == 0 and not last:
-            self._evaluate_between()
-        self._stop_if_asked()
-
-    def _evaluate_between(self) -> None:
-        self.show.finish()
-        result = self._evaluate(f"after step {self.step:,}") or {}
-        figures = {name: value for name, value in result.items() if isinstance(value, float)}
-        self.folder.log({"step": self.step} | {f"eval_{name}": value for name, value in figures.items()})
-        self.show.start(self.steps.total - self.step, "training")
-
-    def _evaluate(self, when: str) -> dict[str, Any] | None:
-        """Measure the held-out rows, if there are any; may stop between two of their batches."""
-        evaluation = self.material.evaluation
-        if evaluation is None:
-            return None
-        self.show.start(evaluation.batches, f"evaluating {when}")
-
-        def tick() -> None:
-            self.show.step()
-            self._stop_if_asked()
-
-        result = evaluation(self.model, tick)
-        self.show.finish()
-        figures = ", ".join(
-            f"{name} {result[name]:.4g}" for name in ("accuracy", "loss", "perplexity") if name in result
-        )
-        self.show.say(f"{when}: {figures} over {result['rows']:,} rows")
-        return result
-
-    def _stop_if_asked(self) -> None:
-        if not self.stop:
+        The loss is the mean over all supervised tokens of an adapter's own batches. Its step follows at once, so that
+        the gradients of few adapters exist at a time.
+        """
+        if self.world.size > 1:
+            yield from self._shared_gradients(work)
             return
-        begun = self.saved_step >= 0
-        if begun and self.saved_step != self.step:
-            self._save()
-        place = f"after step {self.step:,} of {self.steps.total:,}" if begun else "before the first step"
-        raise Interrupted(
+        pieces = [(trainee, indices) for trainee, batches in work for indices in batches]
+        last = {trainee: number for number, (trainee, _) in enumerate(pieces)}
+        supervised = {trainee: trainee.supervised(batches) for trainee, batches in work}
+        parts: dict[Trainee, list[tuple[list[int], Tensor]]] = {trainee: [] for trainee, _ in work}
+        done = 0
+        for group in self._groups(pieces):
+            for (trainee, indices), loss in zip(group, self._losses(group, supervised), strict=True):
+                parts[trainee].append((indices, loss))
+            done += len(group)
+            for trainee in dict.fromkeys(trainee for trainee, _ in group):
+                if last[trainee] < done and trainee.name not in self.failed:
+                    yield trainee, parts[trainee]
+
+    def _shared_gradients(self, work: Sequence[tuple[Trainee, Batches]]) -> Iterator[tuple[Trainee, Parts]]:
+        """The same on several processes: each goes through its share of the rows, one adapter after the other."""
+        for trainee, batches in work:
+            examples, lengths = trainee.material.examples, trainee.steps.lengths
+            supervised = trainee.supervised(batches)
+            step = self.world.exchange(trainee.parameters.values(), batches, lengths)
+            with self._turn(trainee), trainee.learning(), step:
+                self.world.reseed(trainee.config.seed, trainee.step)
+                for indices in step.mine:
+                    rows = [examples[index] for index in indices]
+                    batch = collate(rows, self.pad, self.device, **self.fast.options(shared=not trainee.draws))
+                    loss = supervised_nll(self.model, batch).sum() / supervised
+                    if not loss.requires_grad:
+                        trainee.audit()
+                    step.learn(loss)
+            if trainee.name not in self.failed:
+                trainee.tokens += sum(lengths[index] for batch in batches for index in batch)
+                yield trainee, step.parts
+
+    def _groups(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+        """Pieces that go through the model at once: no more tokens than the largest of them has, or `at_once`.
+
+        An adapter that draws random numbers is alone, as these come from its own sequence.
+        """
+        sizes = [sum(trainee.steps.lengths[index] for index in indices) for trainee, indices in pieces]
+        most = self.at_once or max(sizes)
+        group: list[Piece] = []
+        room = 0
+        for piece, size in zip(pieces, sizes, strict=True):
+            if group and (size > room or not self.fast.packed or piece[0].draws or group[0][0].draws):
+                yield group
+                group = []
+            if piece[0].name not in self.failed:
+                room = (room if group else most) - size
+                group.append(piece)
+        if group:
+            yield group
+
+    def _losses(self, group: Sequence[Piece], supervised: Mapping[Trainee, int]) -> list[Tensor]:
+        """Run the rows of a group forwards and backwards; the part of the loss of each of its pieces."""
+        if len(group) == 1:
+            (trainee, _), found = group[0], []
+            with self._turn(trainee), trainee.learning():
+                found = self._through_model(group, supervised)
+            return found or [torch.zeros(())]  # failed, and looked at no more
+        start = time.monotonic()
+        with self.memory.errors():
+            found = self._through_model(group, supervised)
+        for trainee, indices in group:
+            share = sum(trainee.steps.lengths[index] for index in indices) / sum(
+                other.steps.lengths[index] for other, others in group for index in others
+            )
+            trainee.training_seconds += share * (time.monotonic() - start)
+        return found
+
+    def _through_model(self, group: Sequence[Piece], supervised: Mapping[Trainee, int]) -> list[Tensor]:
+        batches, spans, first = [], [], 0
+        for trainee, indices in group:
+            examples = [trainee.material.examples[index] for index in indices]
+            batches.append(collate(examples, self.pad, self.device, **self.fast.options(shared=not trainee.draws)))
+            spans.append((trainee.active, first, first := first + batches[-1].input_ids.shape[1]))
+            trainee.tokens += batches[-1].tokens
+        with using_spans(self.model, spans) if len(group) > 1 else nullcontext():
+            each = supervised_nll(self.model, joined(batches)).split([batch.supervised for batch in batches])
+            losses = [nll.sum() / supervised[trainee] for nll, (trainee, _) in zip(each, group, strict=True)]
+            total = torch.stack(losses).sum()
+            if not total.requires_grad:  # no adapter had a part in it, or all runs under no_grad
+                group[0][0].audit()
+            total.backward()
+        return [loss.detach() for loss in losses]
+
+    def _step(self, trainee: Trainee, parts: Parts) -> None:
+        """Take the step that the gradients say; then log, save, evaluate and stop, each when it is due."""
+        with trainee.learning():
+            taken = trainee.take_step(parts)
+        record = trainee.record(taken)
+        self.show.step(**record)
+        trainee.keep(record)
+        if trainee.evaluation_due:
+            self.show.finish()
+            trainee.evaluate_between()
+            self._show_bar()
+        self._pause()
+
+    @contextmanager
+    def _turn(self, trainee: Trainee) -> Iterator[None]:
+        """Its adapter runs, with its own random numbers; among others, what goes wrong meanwhile is its own affair."""
+        try:
+            with self.memory.errors(), trainee.current():
+                yield
+        except Interrupted:
+            raise
+        except GossamerError as error:
+            if not self.together or self.world.sharded:  # the others are inside the model
+                raise
+            error.__traceback__ = error.__cause__ = None  # its frames hold the step's tensors
+            self.failed[trainee.name] = error
+            trainee.optimizer.zero_grad(set_to_none=True)
+            trainee.show.say(str(error))
+
+    def _show_bar(self) -> None:
+        if self.live:
+            self.show.start(sum(one.left for one in self.live), "training")
+
+    def _pause(self) -> None:
+        """Stop here if somebody asked for it; what is to be saved is saved in `_saved`, on the way out."""
+        if by := self.world.stop(self.stop):
+            raise Interrupted(f"stopped by {by}")
+
+    def _saved(self) -> Interrupted:
+        """Save all that have begun, and say where they stand."""
+        live = self.live
+        for trainee in [one for one in live if one.saved_step >= 0]:
+            with self._turn(trainee):
+                trainee.save()
+        if self.together:
+            place = f"with {len(self.finished)} of {len(self.trainees)} adapters trained"
+        else:
+            (one,) = live
+            begun = one.saved_step >= 0
+            place = f"after step {one.step:,} of {one.steps.total:,}" if begun else "before the first step"
+        return Interrupted(
             f"stopped by {self.stop.signal} {place}",
-            where=str(self.folder.path),
+            where=", ".join(str(one.folder.path) for one in live[:3]),
             hint="resume=True (--resume) goes on from here",
         )
-
-    def _save(self) -> None:
-        epoch, position = divmod(self.step, self.steps.per_epoch)
-        state = self._figures() | {
-            "epoch": epoch,
-            "position": position,
-            "eval_before": self.before,
-            "identity": self.identity,
-            "torch": torch.__version__,
-        }
-        save_checkpoint(
-            self.folder.checkpoints,
-            state,
-            self.parameters,
-            self.optimizer,
-            self.device,
-            keep=self.config.keep_checkpoints,
-        )
-        self.saved_step = self.step
-
-    def _figures(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "steps": self.steps.total,
-            "epochs": self.step / self.steps.per_epoch,
-            "tokens": self.tokens,
-            "training_seconds": self.training_seconds,
-            "seconds": time.monotonic() - self.started,
-            "lr": self.lr,
-            "lr_rule": self.lr_rule,
-            "optimizer": self.kind,
-            "checkpointing": self.memory.checkpointing,
-            "checkpointing_rule": self.memory.rule,
-        }
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to be the same run. What is only shown or kept may change."""
-        adapter = capture(self.model, self.name)
-        free = {"output", "data", "log_every", "checkpoint_every", "keep_checkpoints", "checkpointing"}
-        train = {name: value for name, value in self.config.to_dict().items() if name not in free} | {"lr": self.lr}
-        return {
-            "train": train,
-            "method": adapter.spec.to_dict(),
-            "data": self.material.identity,
-            "base": dict(adapter.base or {}),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "quant": stored_as(self.model),
-            "device": self.device.type,
-        }
-
-
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")  # false for NaN too

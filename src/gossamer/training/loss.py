@@ -42,7 +42,7 @@ def supervised_nll(model: nn.Module, batch: Batch) -> Tensor:
         with _narrowed(head, batch, first_only=True) as seen:
             logits = model(**batch.inputs()).logits
         plain = seen.get("logits")
-        if plain is not None and logits.shape == plain.shape and torch.equal(logits, plain):
+        if plain is not None and logits.shape == plain.shape and torch.allclose(logits, plain, 0, 0, equal_nan=True):
             return head_nll(seen["hidden"], head.weight, head.bias, batch.targets)
         _CHANGES_LOGITS.add(model)
     return token_nll(supervised_logits(model, batch), batch.targets)
@@ -89,7 +89,7 @@ def _narrowed(head: nn.Module | None, batch: Batch, first_only: bool = False) ->
 
     def keep(_: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> None:
         if "hidden" in seen:  # a method may run the model on tokens of its own before
-            seen["logits"] = logits
+            seen["logits"] = logits.detach().clone()  # of one position; what follows may write into it
 
     hooks = [] if head is None else [head.register_forward_pre_hook(narrow), head.register_forward_hook(keep)]
     try:

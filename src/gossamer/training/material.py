@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +12,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from gossamer.training import formats
-from gossamer.training.batches import plan_batches, split_batch
+from gossamer.training.batches import largest_part, plan_batches, split_batch
 from gossamer.training.config import TrainConfig
 from gossamer.training.evaluate import Evaluation, make_evaluation, read_data
 from gossamer.training.formats import Row
@@ -65,21 +66,50 @@ class Steps:
 
     def __init__(self, examples: Encoding, config: TrainConfig) -> None:
         self.config, self.lengths = config, [len(example) for example in examples]
-        self.per_epoch = ceil(ceil(len(examples) / config.batch_size) / config.accumulation)
-        epochs = config.epochs or (None if config.max_steps else 1)
-        limits = [config.max_steps, epochs and epochs * self.per_epoch]
-        self.total: int = min(limit for limit in limits if limit)
         self._epoch = lru_cache(maxsize=1)(self._plan)
+        self._ends: list[int] = []  # of the epochs looked at so far; batches filled by tokens differ in their number
+        epochs = config.epochs or (None if config.max_steps else 1)
+        limits = [config.max_steps, epochs and self._end(epochs - 1)]
+        self.total: int = min(limit for limit in limits if limit)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The epoch that a step is in, and which of its steps it is."""
+        while not self._ends or self._ends[-1] <= step:
+            self._end(len(self._ends))
+        epoch = bisect_right(self._ends, step)
+        return epoch, step - (self._ends[epoch - 1] if epoch else 0)
+
+    def epochs(self, step: int) -> float:
+        """Passes over the data after so many steps."""
+        epoch, position = self.place(step)
+        return epoch + position / (self._end(epoch) - (step - position))
+
+    def largest(self) -> tuple[int, int]:
+        """Rows and tokens a row of the largest part that any step can have."""
+        filled, most = self.config.batch_tokens, self.config.micro_batch_tokens
+        if filled is not None:
+            return largest_part(self.lengths, len(self.lengths), min(filled, most))
+        return largest_part(self.lengths, self.config.batch_size, most)
+
+    def _end(self, epoch: int) -> int:
+        """Steps until the end of an epoch."""
+        while len(self._ends) <= epoch:
+            batches = ceil(len(self.lengths) / self.config.batch_size)
+            if self.config.batch_tokens is not None:
+                batches = len(self._epoch(len(self._ends)))
+            self._ends.append((self._ends or [0])[-1] + ceil(batches / self.config.accumulation))
+        return self._ends[epoch]
 
     def __getitem__(self, step: int) -> list[list[int]]:
-        epoch, position = divmod(step, self.per_epoch)
+        epoch, position = self.place(step)
         first = position * self.config.accumulation
         batches = self._epoch(epoch)[first : first + self.config.accumulation]
         most = self.config.micro_batch_tokens
         return [part for batch in batches for part in split_batch(batch, self.lengths, most)]
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        return plan_batches(self.lengths, self.config.batch_size, seed=self.config.seed, epoch=epoch)
+        tokens = self.config.batch_tokens
+        return plan_batches(self.lengths, self.config.batch_size, seed=self.config.seed, epoch=epoch, tokens=tokens)
 
 
 def _digest(examples: Iterable[Example]) -> str:

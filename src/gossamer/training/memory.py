@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,6 @@ from gossamer.errors import ResourceError, UnsupportedError, UsageError
 from gossamer.methods.virtual_tokens import VirtualTokensLayer
 from gossamer.quant import FORMATS, QuantizedLinear
 from gossamer.quant.formats import Format
-from gossamer.training.batches import largest_part
 from gossamer.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -38,51 +37,58 @@ _FLAG, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 
 @dataclass(frozen=True)
 class Memory:
-    """Whether a run uses gradient checkpointing, and the line that says why."""
+    """Whether a run uses gradient checkpointing, the line that says why, and what would make it take less."""
 
     checkpointing: bool
     rule: str
+    hint: str = field(default="", compare=False)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn what torch says when memory runs out, which differs by device, into `ResourceError`."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+                raise
+            said = str(error).splitlines()[0] if str(error) else ""
+            raise ResourceError("out of memory", got=said, hint=self.hint) from error
 
 
-@contextmanager
-def within_memory(model: PreTrainedModel, config: RunConfig, lengths: Sequence[int]) -> Iterator[Memory]:
-    """Decide on gradient checkpointing, and keep to it for a block; running out of memory is a `ResourceError`.
-
-    Args:
-        lengths: of the rows that will be trained on, in tokens.
-
-    Raises: UnsupportedError when checkpointing is asked for and cannot be.
-    """
-    part = largest_part(lengths, config.train.batch_size, config.train.micro_batch_tokens)
-    memory = decide(model, config, part)
-    with _memory_errors(_thriftier(model, memory, part)), checkpointing(model, memory.checkpointing):
-        yield memory
+def agreed(memories: Sequence[Memory]) -> Memory:
+    """What runs on one model do together: checkpointing, which changes no result, as soon as one of them needs it."""
+    return next((one for one in memories if one.checkpointing), memories[0])
 
 
 def decide(model: PreTrainedModel, config: RunConfig, part: tuple[int, int]) -> Memory:
     """Whether to use gradient checkpointing for parts of (rows, tokens a row). Raises `UnsupportedError`."""
+    on, rule = _decided(model, config, part)
+    return Memory(on, rule, _thriftier(model, on, part))
+
+
+def _decided(model: PreTrainedModel, config: RunConfig, part: tuple[int, int]) -> tuple[bool, str]:
     asked, obstacle = config.train.checkpointing, _obstacle(model)
     if asked == "on" and obstacle:
         raise UnsupportedError(
             "gradient checkpointing cannot be used here", got=obstacle, hint="train.checkpointing: auto leaves it off"
         )
     if asked != "auto":
-        return Memory(asked == "on", f"checkpointing {asked}")
+        return asked == "on", f"checkpointing {asked}"
     if obstacle:
-        return Memory(False, f"checkpointing auto: off, {obstacle}")
+        return False, f"checkpointing auto: off, {obstacle}"
     if any(getattr(module, _FLAG, False) for module in model.modules()):
-        return Memory(True, "checkpointing auto: on, as the model came with it")
+        return True, "checkpointing auto: on, as the model came with it"
     free = free_bytes(next(model.parameters()).device)
     if free is None:
-        return Memory(False, "checkpointing auto: off, the free memory of this device is not known")
+        return False, "checkpointing auto: off, the free memory of this device is not known"
     try:
         needed = planned_bytes(model, config, part)
     except UsageError as error:  # the plan knows fewer models, methods and patterns than can be trained
-        return Memory(False, f"checkpointing auto: off, without a plan of this run ({error.what})")
+        return False, f"checkpointing auto: off, without a plan of this run ({error.what})"
     room = free + sum(one.nbytes for one in chain(model.parameters(), model.buffers()))  # the plan counts the model too
     on = MARGIN * needed > room
     step = f"{part[0]:,} x {part[1]:,} tokens without it take {_gib(needed)} of {_gib(room)}"
-    return Memory(on, f"checkpointing auto: {'on' if on else 'off'}, {step}")
+    return on, f"checkpointing auto: {'on' if on else 'off'}, {step}"
 
 
 def planned_bytes(model: PreTrainedModel, config: RunConfig, part: tuple[int, int]) -> int:
@@ -157,27 +163,15 @@ def _obstacle(model: nn.Module) -> str:
     return ""
 
 
-def _thriftier(model: nn.Module, memory: Memory, part: tuple[int, int]) -> str:
+def _thriftier(model: nn.Module, checkpointed: bool, part: tuple[int, int]) -> str:
     """What to change so that a step takes less; what is in force already, or cannot be, is not named."""
     rows, tokens = part
-    changes = [] if memory.checkpointing or _obstacle(model) else ["train.checkpointing: on"]
+    changes = [] if checkpointed or _obstacle(model) else ["train.checkpointing: on"]
     if rows > 1:
         changes.append(f"train.micro_batch_tokens: {rows // 2 * tokens}, which makes the same steps in smaller parts")
     if stored_as(model) is None:
         changes.append("quant: nf4")
     return "; or ".join([*changes, f"train.max_length below {tokens}"])
-
-
-@contextmanager
-def _memory_errors(hint: str) -> Iterator[None]:
-    """Turn what torch says when memory runs out, which differs by device, into `ResourceError`."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise
-        said = str(error).splitlines()[0] if str(error) else ""
-        raise ResourceError("out of memory", got=said, hint=hint) from error
 
 
 def _gib(count: int) -> str:

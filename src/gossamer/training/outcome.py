@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from torch import nn
 
 from gossamer import __version__, linalg
 from gossamer.adapter import Adapter
-from gossamer.attachment import capture
-from gossamer.errors import StateError
+from gossamer.attachment import active, attached, capture
+from gossamer.attachment.walk import CONTAINER
+from gossamer.errors import ArtefactError, StateError
 from gossamer.files.atomic import sha256_file, write_json
 from gossamer.methods.lora import plain_slots
 from gossamer.quant import QuantizedLinear
@@ -85,6 +88,18 @@ def write_outcome(
     return Outcome(report, adapter)
 
 
+def read_outcome(folder: RunFolder, adapter: Adapter) -> Outcome | None:
+    """What a finished run of this very adapter left, if all of it is there; the page is what is written last."""
+    if not (folder.path / "report.html").exists():
+        return None
+    try:
+        report, kept = json.loads(folder.report.read_text(encoding="utf-8")), Adapter.load(folder.adapter)
+    except (OSError, ValueError, ArtefactError):
+        return None
+    same = kept == adapter and isinstance(report, dict) and report.get("adapter_digest") == adapter.digest
+    return Outcome(report, kept) if same else None
+
+
 def run_config(model: nn.Module, name: str, config: TrainConfig | RunConfig) -> RunConfig:
     """The whole config of a run of one adapter, wherever it was started from.
 
@@ -116,9 +131,14 @@ def run_config(model: nn.Module, name: str, config: TrainConfig | RunConfig) -> 
 
 
 def _parameter_count(model: nn.Module) -> int:
-    """Numbers in the model, those that are packed among them."""
+    """Numbers in the model and in the adapters that run, those that are packed among them."""
     packed = (module for module in model.modules() if isinstance(module, QuantizedLinear) and module.is_packed)
-    plain = sum(parameter.numel() for parameter in model.parameters())
+    resting = {f"{CONTAINER}.{name}" for name in {*attached(model)} - {*active(model)}}
+    plain = sum(
+        parameter.numel()
+        for path, parameter in model.named_parameters()
+        if resting.isdisjoint(map(".".join, pairwise(path.split("."))))
+    )
     return plain + sum(module.out_features * module.in_features for module in packed)
 
 

@@ -50,18 +50,22 @@ def write_report(folder: Path, *, spectra: Mapping[str, Sequence[float]] | None 
         _config(config.read_text(encoding="utf-8") if config.exists() else ""),
     ]
     name = folder.resolve().name
+    path = folder / "report.html"
+    write_text(path, page(name, _header(name, report), *sections, _identity(report)))
+    return path
+
+
+def page(title: str, *parts: str) -> str:
+    """A whole page of HTML parts in the library's style; empty parts are left out."""
     style = resources.files("gossamer.training").joinpath("report.css").read_text(encoding="utf-8")
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)} · Gossamer</title>\n'
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)} · Gossamer</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<style>{style}</style></head>\n<body><main>\n{_header(name, report)}\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n{_identity(report)}\n</main></body></html>\n"
+        f"<style>{style}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main></body></html>\n"
     )
-    path = folder / "report.html"
-    write_text(path, page)
-    return path
 
 
 def _read_report(path: Path) -> dict[str, Any]:
@@ -84,24 +88,28 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _section(title: str, *body: str, note: str = "") -> str:
+def section(title: str, *body: str, note: str = "") -> str:
+    """A part of a page under its own heading."""
     remark = f'<p class="note">{escape(note)}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{remark}{''.join(body)}</section>"
 
 
 def _header(name: str, report: Mapping[str, Any]) -> str:
-    """The run's name, one sentence on what was done, and the strip of key figures."""
+    """What was done, in one sentence."""
     method: dict[str, Any] = report.get("method") or {}
     detail = ", ".join(
         f"{field} {drawing.number(method[field])}" for field in ("r", "alpha") if method.get(field) is not None
     )
     did = f"{report.get('base', 'a base model')} with {method.get('name', 'an adapter')}" + (detail and f" ({detail})")
-    figures = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in _key_figures(report)
-    )
+    return header("run report", name, did, _key_figures(report))
+
+
+def header(kind: str, name: str, did: str, figures: Sequence[tuple[str, str]]) -> str:
+    """A page's name, one sentence on what was done, and the strip of key figures."""
+    strip = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in figures)
     return (
-        f'<header><p class="eyebrow">Gossamer · run report</p><h1>{escape(name)}</h1>'
-        f'<p class="deck">{escape(did)}</p><dl class="figures">{figures}</dl></header>'
+        f'<header><p class="eyebrow">Gossamer · {escape(kind)}</p><h1>{escape(name)}</h1>'
+        f'<p class="deck">{escape(did)}</p><dl class="figures">{strip}</dl></header>'
     )
 
 
@@ -119,7 +127,7 @@ def _key_figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if report.get("adapter_bytes"):
         figures.append(("adapter", _bytes(report["adapter_bytes"])))
     if report.get("seconds"):
-        figures.append(("time", _duration(report["seconds"])))
+        figures.append(("time", duration(report["seconds"])))
     if report.get("peak_memory_bytes"):
         figures.append(("peak memory", _bytes(report["peak_memory_bytes"])))
     return figures
@@ -143,7 +151,7 @@ def _before_after(report: Mapping[str, Any]) -> str:
     name = baseline.pop("name", "the baseline")
     baselines = [[f"{metric} of {name}", "", _metric(metric, value), ""] for metric, value in baseline.items()]
     body = drawing.table(("metric", "before", "after", "change"), [*rows, *baselines])
-    return _section("Before and after", body, note="Measured on the held-out rows, which training never saw.")
+    return section("Before and after", body, note="Measured on the held-out rows, which training never saw.")
 
 
 def _metric(name: str, value: Any) -> str:
@@ -177,7 +185,7 @@ def _loss(metrics: Sequence[Mapping[str, Any]]) -> str:
     )
     chart = drawing.line_chart(series, "Loss", "optimiser step", "nats per token", faint={"each step"})
     shown = _thinned([(step, loss, mean) for (step, loss), (_, mean) in zip(trained, smooth, strict=True)], 60)
-    return _section("How it learned", drawing.figure(chart, drawing.table(("step", "loss", "running mean"), shown)))
+    return section("How it learned", drawing.figure(chart, drawing.table(("step", "loss", "running mean"), shown)))
 
 
 def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -206,7 +214,7 @@ def _confusions(report: Mapping[str, Any]) -> str:
             pictures.append(drawing.figure(picture, drawing.table(["true ↓ predicted →", *labels], rows)))
     note = "Rows are the true answers, columns the predicted ones; shade is the share of the row."
     return (
-        _section("Which is taken for which", f'<div class="pair">{"".join(pictures)}</div>', note=note)
+        section("Which is taken for which", f'<div class="pair">{"".join(pictures)}</div>', note=note)
         if pictures
         else ""
     )
@@ -227,7 +235,7 @@ def _spectra(spectra: Mapping[str, Sequence[float]]) -> str:
     note = (
         "One thin line a layer, their median strong. A flat line uses its whole rank; a steep one would do with less."
     )
-    return _section("What was learned, by kind of module", drawing.figure(picture, numbers), note=note)
+    return section("What was learned, by kind of module", drawing.figure(picture, numbers), note=note)
 
 
 def _effective_rank(values: Sequence[float]) -> float:
@@ -240,7 +248,7 @@ def _effective_rank(values: Sequence[float]) -> float:
 def _examples(examples: Sequence[Mapping[str, Any]]) -> str:
     fields = ("prompt", "expected", "before", "after")
     rows = [[str(example.get(field, "")).strip() for field in fields] for example in examples[:_MOST_EXAMPLES]]
-    return _section("In its own words", f'<div class="prose">{drawing.table(fields, rows)}</div>') if rows else ""
+    return section("In its own words", f'<div class="prose">{drawing.table(fields, rows)}</div>') if rows else ""
 
 
 def _latency(latency: Mapping[str, Any]) -> str:
@@ -253,12 +261,12 @@ def _latency(latency: Mapping[str, Any]) -> str:
     numbers = drawing.table(
         ["", *columns], [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
     )
-    return _section("Latency", drawing.figure(drawing.bar_chart(drawn, columns[0].replace("_", " ")), numbers))
+    return section("Latency", drawing.figure(drawing.bar_chart(drawn, columns[0].replace("_", " ")), numbers))
 
 
 def _config(text: str) -> str:
     note = "Resolved: running it again repeats the run."
-    return _section("Configuration", f"<pre>{escape(text.strip())}</pre>", note=note) if text else ""
+    return section("Configuration", f"<pre>{escape(text.strip())}</pre>", note=note) if text else ""
 
 
 def _identity(report: Mapping[str, Any]) -> str:
@@ -282,7 +290,7 @@ def _bytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """As a person says it: hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gossamer.attachment import InjectionReport, attach
 from gossamer.models import load_base
-from gossamer.training.batches import largest_part
 from gossamer.training.config import RunConfig
-from gossamer.training.loop import Run, train
+from gossamer.training.distributed import World
+from gossamer.training.loop import train
 from gossamer.training.loss import refuse_unless_causal
 from gossamer.training.masks import preview
 from gossamer.training.material import Material, Steps
 from gossamer.training.memory import decide
 from gossamer.training.optim import auto_lr
-from gossamer.training.progress import Progress, for_terminal
+from gossamer.training.progress import Progress
+from gossamer.training.sharding import shard
+from gossamer.training.trainee import Run
 
 
 def run(config: RunConfig, *, resume: bool = False, progress: Progress | None = None) -> Run:
     """Load the base that a config names, attach its method, and `train`. Raises what these three raise."""
-    show = progress if progress is not None else for_terminal()
-    model, tokenizer, report = _prepared(config)
+    world = World.here(config.device)
+    show = world.shown(progress)
+    model, tokenizer, report = _prepared(config, world)
     show.say(str(report))
-    return train(model, tokenizer, config, resume=resume, progress=show)
+    if world.size > 1 and config.train.shard != "none":
+        show.say(str(shard(model, world, across=config.train.shard)))
+    go_on = resume or (world.restarts > 0 and world.first(lambda: Path(config.train_config().output).exists()))
+    run = train(model, tokenizer, config, resume=go_on, progress=show, world=world)
+    world.close()
+    return run
 
 
 @dataclass(frozen=True)
@@ -61,17 +70,20 @@ class Rehearsal:
 
 def rehearse(config: RunConfig) -> Rehearsal:
     """Everything that `run` does before its first step, but for evaluating and writing. Raises what `run` raises."""
-    model, tokenizer, report = _prepared(config)
+    model, tokenizer, report = _prepared(config, World())
     settings, said = config.train_config(), []
     refuse_unless_causal(model)
     material = Material.read(settings, tokenizer, said.append)
     lr = auto_lr(model.config)[1] if settings.lr == "auto" else f"lr {settings.lr:g}"
     pieces = preview(material.examples[0], tokenizer)
-    part = largest_part([*map(len, material.examples)], settings.batch_size, settings.micro_batch_tokens)
-    memory, steps = decide(model, config, part).rule, Steps(material.examples, settings).total
-    return Rehearsal(config, report, tuple(said), steps, lr, memory, tuple(pieces))
+    steps = Steps(material.examples, settings)
+    memory = decide(model, config, steps.largest()).rule
+    return Rehearsal(config, report, tuple(said), steps.total, lr, memory, tuple(pieces))
 
 
-def _prepared(config: RunConfig) -> tuple[Any, Any, InjectionReport]:
-    model, tokenizer = load_base(config.base, dtype=config.dtype, device=config.device, quant=config.quant)
+def _prepared(config: RunConfig, world: World) -> tuple[Any, Any, InjectionReport]:
+    device = config.device if world.size == 1 else str(world.device)
+    if world.size > 1 and config.train.shard != "none":
+        device = "cpu"  # pages of the file, which all processes of a machine share, until they are sharded
+    model, tokenizer = load_base(config.base, dtype=config.dtype, device=device, quant=config.quant)
     return model, tokenizer, attach(model, config.method, seed=config.train.seed)

@@ -1,0 +1,336 @@
+"""One adapter in training: its parameters and optimiser, its rows, its random numbers, its folder.
+
+    g    = g * min(1, clip / |g|)
+    A, B = AdamW(A, B, g, lr(step))
+
+Nothing here knows of other adapters on the same model, so an adapter that is trained among many ends as one that was
+trained alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.adapter import Adapter
+from gossamer.attachment import capture, sites_of_parameters, trainable_parameters, using
+from gossamer.errors import NonFiniteError
+from gossamer.files.atomic import write_text
+from gossamer.training.audit import audit_gradients
+from gossamer.training.checkpoint import (
+    newest_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from gossamer.training.config import RunConfig
+from gossamer.training.distributed import World
+from gossamer.training.fast import drops_out
+from gossamer.training.material import Material, Steps
+from gossamer.training.memory import decide, stored_as
+from gossamer.training.optim import auto_lr, lr_factor, make_optimizer, set_lr, usable_optimizer, warmup_steps
+from gossamer.training.outcome import peak_memory, read_outcome, sampled, write_outcome
+from gossamer.training.progress import Progress
+from gossamer.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Batches = list[list[int]]
+"""What one step learns from: batches of indices of examples."""
+Parts = Sequence[tuple[list[int], Tensor]]
+"""Indices of examples that went through the model at once, and their part of the step's loss."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, what report.json says, and the adapter."""
+
+    output: Path
+    report: dict[str, Any]
+    adapter: Adapter
+
+
+@dataclass(eq=False)
+class Trainee:
+    """Where the training of one adapter is, and the few verbs that it is written in.
+
+    All of them but the first two ask to be called while `current` is open.
+
+    Attributes:
+        active: the names that run when this adapter is trained: its own, and those that it learns on top of.
+        resume: go on from the newest whole checkpoint.
+        measured: evaluations before training, shared by adapters that begin alike.
+        pause: called between two batches of an evaluation; it may raise.
+    """
+
+    model: PreTrainedModel
+    name: str
+    active: tuple[str, ...]
+    whole: RunConfig
+    material: Material
+    folder: RunFolder
+    show: Progress
+    resume: bool = False
+    measured: dict[tuple[int, str], dict[str, Any] | None] = field(default_factory=dict)
+    pause: Callable[[], None] = lambda: None
+    world: World = field(default_factory=World)
+
+    def __post_init__(self) -> None:
+        config = self.config = self.whole.train_config()
+        self.device = next(self.model.parameters()).device
+        self.parameters = trainable_parameters(self.model, self.name)
+        self.sites = sites_of_parameters(self.model, self.name)
+        self.steps = Steps(self.material.examples, config)
+        self.memory = decide(self.model, self.whole, self.steps.largest())
+        self.draws = drops_out(self.model, self.active)
+        outer = self.whole.method.outer_slots
+        self.kind, self.kind_rule = usable_optimizer(config.optimizer, self.device)
+        self.optimizer = make_optimizer(self.parameters, config.weight_decay, outer, config.lr_ratio, self.kind)
+        self.warmup = warmup_steps(config.warmup, self.steps.total)
+        self.lr, self.lr_rule = auto_lr(self.model.config) if config.lr == "auto" else (config.lr, f"lr {config.lr:g}")
+        self.random = random_state(self.device)
+        self.step = self.first = self.tokens = 0
+        self.training_seconds = self.seconds_before = 0.0
+        self.before: dict[str, Any] | None = None
+        self.saved_step = -1
+        self.logged_at = (0, 0.0)  # tokens and seconds, for the rate since the last line
+
+    @property
+    def left(self) -> int:
+        """Steps still to take."""
+        return self.steps.total - self.step
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """While open, its adapter runs, random numbers come from its own sequence, and time counts as its own."""
+        outside, self.since = random_state(self.device), time.monotonic()
+        set_random_state(self.random, self.device)
+        try:
+            with using(self.model, *self.active):
+                yield
+        finally:
+            self.random = random_state(self.device)
+            set_random_state(outside, self.device)
+            self.seconds_before += time.monotonic() - self.since
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """While open, time counts as time spent on steps."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.training_seconds += time.monotonic() - start
+
+    def begin(self) -> None:
+        """Start at step 0, or where the newest whole checkpoint stands. Raises `CheckpointError` for another run's."""
+        self.optimizer.zero_grad(set_to_none=True)  # whatever was left from before
+        for line in filter(None, (self.lr_rule, self.kind_rule, self.memory.rule)):
+            self.show.say(line)
+        start = capture(self.model, self.name)
+        self.identity = self._identity(start)
+        self.world.require_same("run", self.identity)
+        self.world.copy_from_first(self.parameters.values())
+        checkpoint = (
+            self.world.first(lambda: newest_checkpoint(self.folder.checkpoints, self.show.say)) if self.resume else None
+        )
+        if checkpoint:
+            checkpoint.refuse_other_run(self.identity)
+        self.world.first(lambda: write_text(self.folder.config, self.whole.to_yaml()))
+        if checkpoint:
+            checkpoint.restore(self.parameters, self.optimizer, self.device)
+            self.step = self.first = self.saved_step = checkpoint.state["step"]
+            self.tokens, self.before = checkpoint.state["tokens"], checkpoint.state["eval_before"]
+            self.training_seconds = checkpoint.state["training_seconds"]
+            self.seconds_before += checkpoint.state["seconds"]
+            if said := self.world.resumed(checkpoint.state.get("processes", 1)):
+                self.show.say(said)
+            self.show.say(f"resuming after step {self.step:,} of {self.steps.total:,}")
+        else:
+            key = (id(self.material), start.digest)
+            if key not in self.measured:
+                self.measured[key] = self._evaluate("before training")
+            self.before = sampled(self.measured[key])
+            torch.manual_seed(self.config.seed)
+            self.save()
+        self.world.first(lambda: self.folder.forget_after(self.step))
+        self.logged_at = (self.tokens, self.training_seconds)
+
+    def batches(self) -> Batches:
+        """What the next step learns from."""
+        return self.steps[self.step]
+
+    def supervised(self, batches: Batches) -> int:
+        """Tokens with a label in these batches; each of them has an equal share in the loss."""
+        return sum(sum(self.material.examples[index].supervised[1:]) for batch in batches for index in batch)
+
+    def take_step(self, parts: Parts) -> dict[str, float]:
+        """Clip the gradients that are there, and step. Returns the loss, the learning rate, and the gradients' norm.
+
+        Raises: NonFiniteError, with the rows, and the step is not taken. GradientError, on the first step, for a
+        parameter that it does not reach.
+        """
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        *losses, size = torch.stack([*(loss for _, loss in parts), norm.to(self.device)]).tolist()
+        if not all(map(_finite, [*losses, size])):
+            self._refuse(parts, losses)
+        if self.config.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
+        if self.step == self.first:
+            self.audit()
+        lr = self.lr * lr_factor(self.step, self.steps.total, self.warmup, self.config.schedule)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"loss": sum(losses), "lr": lr, "grad_norm": size}
+
+    def audit(self) -> None:
+        """Raise `GradientError` unless the gradients reach every module."""
+        audit_gradients(self.parameters, self.sites)
+
+    def record(self, taken: dict[str, float]) -> dict[str, float]:
+        """All there is to show of the step that was just taken."""
+        tokens, seconds = self.tokens - self.logged_at[0], self.training_seconds - self.logged_at[1]
+        return {
+            "step": self.step,
+            "epoch": round(self.steps.epochs(self.step), 4),
+            **taken,
+            "tokens": self.tokens,
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "seconds": self.training_seconds,
+            "memory_bytes": peak_memory(self.device)[0],
+        }
+
+    def keep(self, record: dict[str, float]) -> None:
+        """Log and save, each when it is due, and both after the last step."""
+        if self.step % self.config.log_every == 0 or not self.left:
+            self._log(record)
+            self.logged_at = (self.tokens, self.training_seconds)
+        if self.step % self.config.checkpoint_every == 0 or not self.left:
+            self.save()
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether to evaluate here, between two steps."""
+        every = self.config.eval_every
+        return bool(every and self.left and self.step % every == 0)
+
+    def evaluate_between(self) -> None:
+        """Measure the held-out rows in the middle of training, and log the figures."""
+        result = self._evaluate(f"after step {self.step:,}") or {}
+        figures = {name: value for name, value in result.items() if isinstance(value, float)}
+        self._log({"step": self.step} | {f"eval_{name}": value for name, value in figures.items()})
+
+    def finish(self) -> Run:
+        """Measure the held-out rows again, and write what a finished run leaves, unless that is there already."""
+        adapter = capture(self.model, self.name)
+        outcome = (
+            self.world.first(lambda: read_outcome(self.folder, adapter)) if self.first == self.steps.total else None
+        )
+        if outcome is None:
+            after = self._evaluate("after training")
+            figures = self._figures() | {"processes": self.world.size}
+            written = self.folder, self.whole, self.model, adapter, self.material, self.before, after, figures
+            outcome = self.world.first(lambda: write_outcome(*written))
+        return Run(self.folder.path, outcome.report, outcome.adapter)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self.world.first(lambda: self.folder.log(record))
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one."""
+        if self.saved_step == self.step:
+            return
+        epoch, position = self.steps.place(self.step)
+        state = self._figures() | {
+            "epoch": epoch,
+            "position": position,
+            "eval_before": self.before,
+            "identity": self.identity,
+            "torch": torch.__version__,
+            "processes": self.world.size,
+        }
+        keep = self.config.keep_checkpoints
+        place = self.folder.checkpoints
+        self.world.first(lambda: save_checkpoint(place, state, self.parameters, self.optimizer, self.device, keep=keep))
+        self.saved_step = self.step
+
+    def _refuse(self, parts: Parts, losses: Sequence[float]) -> None:
+        """Say what was not finite and where it came from; the step is not taken."""
+        every = [indices for indices, _ in parts]
+        bad = [indices for indices, loss in zip(every, losses, strict=True) if not _finite(loss)]
+        what = "loss" if bad else "gradient"
+        modules = [
+            name for name, p in self.parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+        ]
+        self._log({"step": self.step + 1, "loss": None, "fault": f"non-finite {what}"})
+        self.optimizer.zero_grad(set_to_none=True)
+        rows = [self.material.examples[index].where for indices in bad or every for index in indices]
+        raise NonFiniteError(
+            f"the {what} of step {self.step + 1} is not finite; the step was not taken",
+            where=", ".join(rows),
+            got="" if bad else f"non-finite gradients at {', '.join(modules[:3])}",
+            hint="look at these rows; lower lr, or use a base in float32 or bfloat16",
+        )
+
+    def _evaluate(self, when: str) -> dict[str, Any] | None:
+        """Measure the held-out rows, if there are any; may stop between two of their batches."""
+        evaluation = self.material.evaluation
+        if evaluation is None:
+            return None
+        self.show.start(evaluation.batches, f"evaluating {when}")
+
+        def tick() -> None:
+            self.show.step()
+            self.pause()
+
+        result = evaluation(self.model, tick)
+        self.show.finish()
+        figures = ", ".join(
+            f"{name} {result[name]:.4g}" for name in ("accuracy", "loss", "perplexity") if name in result
+        )
+        self.show.say(f"{when}: {figures} over {result['rows']:,} rows")
+        return result
+
+    def _figures(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "steps": self.steps.total,
+            "epochs": self.steps.epochs(self.step),
+            "tokens": self.tokens,
+            "training_seconds": self.training_seconds,
+            "seconds": self.seconds_before + time.monotonic() - self.since,
+            "lr": self.lr,
+            "lr_rule": self.lr_rule,
+            "optimizer": self.kind,
+            "checkpointing": self.memory.checkpointing,
+            "checkpointing_rule": self.memory.rule,
+        }
+
+    def _identity(self, start: Adapter) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run. What is only shown or kept may change."""
+        free = {"output", "data", "log_every", "checkpoint_every", "keep_checkpoints", "checkpointing", "shard"}
+        train = {name: value for name, value in self.config.to_dict().items() if name not in free} | {"lr": self.lr}
+        return {
+            "train": train,
+            "method": start.spec.to_dict(),
+            "data": self.material.identity,
+            "base": dict(start.base or {}),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "quant": stored_as(self.model),
+            "device": self.device.type,
+        }
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")  # false for NaN too
