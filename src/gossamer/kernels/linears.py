@@ -163,8 +163,11 @@ class _Group:
             inner, outer = torch.empty_like(down), []
             for (index, scaling, columns), lora_B in zip(members, second, strict=True):
                 slope = slopes[index][rows]
-                torch.mul(slope @ lora_B.to(slope.dtype), scaling, out=inner[:, columns])
-                outer.append((slope.T @ down[:, columns]).mul_(scaling).to(lora_B.dtype))
+                wide = nn.functional.linear(
+                    slope, lora_B.to(slope.dtype).T.contiguous()
+                )  # in the layout BLAS is good at
+                torch.mul(wide, scaling, out=inner[:, columns])
+                outer.append((down[:, columns].T @ slope).T.mul(scaling).to(lora_B.dtype))
             stacked = (inner.T @ x[rows]).split([len(lora_A) for lora_A in first])
             for lora_A, for_A, for_B in zip(first, stacked, outer, strict=True):
                 grads += [for_A.to(lora_A.dtype), for_B]

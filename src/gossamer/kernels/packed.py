@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,13 @@ class Packing:
             buckets.append(index)
         return cls(tuple(segments), tuple(buckets), back, max(one.length for one in segments))
 
+    @cached_property
+    def aligned(self) -> bool:
+        """Whether the row is its sequences side by side already: all of one length, and nothing shared."""
+        return len(self.buckets) == 1 and torch.equal(
+            self.buckets[0].flatten(), torch.arange(len(self.back)).to(self.back)
+        )
+
     @classmethod
     def joined(cls, packings: Sequence[Packing]) -> Packing:
         """Packed rows put one after another, as one row."""
@@ -105,18 +113,25 @@ def attention(
     Returns:
         (N, H, d).
     """
-    outs = [_beside(query, key, value, index, scaling, window) for index in packing.buckets]
-    return torch.cat(outs).index_select(0, packing.back)
+    outs = [_beside(query, key, value, packing, index, scaling, window) for index in packing.buckets]
+    return outs[0] if packing.aligned else torch.cat(outs).index_select(0, packing.back)
 
 
 def _beside(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    index: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """One bucket, (sequences * tokens, H, d)."""
     rows, tokens = index.shape
 
     def laid(tensor: Tensor) -> Tensor:
-        return tensor.index_select(0, index.flatten()).view(rows, tokens, *tensor.shape[1:]).transpose(1, 2)
+        there = tensor if packing.aligned else tensor.index_select(0, index.flatten())
+        return there.unflatten(0, (rows, tokens)).transpose(1, 2)
 
     options: Any = {"is_causal": True}
     if window is not None and window < tokens:
