@@ -56,9 +56,11 @@ class Layers:
             picked = fresh(labelled * shape.hidden, self.width)
             self.tape.record(picked, [(x, x.size)])
             x = picked
+        loss = fresh(labelled, WIDE)
+        if self.setting.path == "gossamer" and not self.full:
+            return self.tape.profile(self.frozen_head(x, loss))
         head = self.weight(shape.vocabulary * shape.hidden)
         logits = op.matmul(self.tape, x, head, labelled, shape.vocabulary)
-        loss = fresh(labelled, WIDE)
         if self.setting.path == "peft":
             wide = op.cast(self.tape, logits, WIDE)
             chances = op.unary(self.tape, wide, keeps_result=True)
@@ -68,6 +70,15 @@ class Layers:
             copies = chunk if self.width == WIDE else 2 * chunk
             self.tape.record(loss, [(logits, logits.size)], [logits], scratch=copies, forward=copies)
         return self.tape.profile(loss)
+
+    def frozen_head(self, hidden: Value, loss: Value) -> Value:
+        """The loss whose gradient is formed on the way forward, a chunk of logits at a time."""
+        slope = op.like(hidden)
+        rows = min(self.setting.labelled, max(1, CHUNK // self.shape.vocabulary))
+        chunk = rows * self.shape.vocabulary * (WIDE if self.width == WIDE else WIDE + self.width)
+        chunk += 2 * rows * self.shape.hidden * self.width
+        self.tape.record(loss, [(hidden, hidden.size)], [slope], forward=hidden.size + chunk)
+        return loss
 
     # Parts of a layer ------------------------------------------------------------------------------------------
 
@@ -150,6 +161,8 @@ class Layers:
         """A linear module with what stands beside it."""
         linear = next(one for one in self.shape.linears if one.role == role)
         buffer = linear.weights * self.width if self.setting.quant else 0
+        if role in self.targets and self.plain:
+            return self.beside(linear, x, buffer)
         out = op.matmul(self.tape, x, self.weight(linear.weights), self.rows, linear.outer, buffer)
         if role not in self.targets:
             return out
@@ -157,6 +170,24 @@ class Layers:
             return self.dora(linear, x, out)
         for _ in range(self.tuning.pairs):
             out = self.lora(linear, x, out)
+        return out
+
+    @property
+    def plain(self) -> bool:
+        """Whether a module and its factors are one function."""
+        tuning = self.tuning
+        return self.setting.path == "gossamer" and tuning.name == "lora" and not tuning.dropout and tuning.pairs == 1
+
+    def beside(self, linear: Linear, x: Value, buffer: int) -> Value:
+        """`W x + scaling * B A x` in one function, which keeps x and A x."""
+        tape, rank = self.tape, self.tuning.r
+        out, down = fresh(self.rows * linear.outer, x.width), fresh(self.rows * rank, x.width)
+        factors = [
+            tape.parameter(rank * size, self.setting.adapter_width, True) for size in (linear.inner, linear.outer)
+        ]
+        made = [(x, x.size), *((factor, factor.size) for factor in factors)]
+        casts = 0 if self.setting.adapter_width == x.width else sum(factor.elements * x.width for factor in factors)
+        tape.record(out, made, [x, down], scratch=max(buffer, 2 * down.size + casts), forward=max(buffer, casts))
         return out
 
     def factor(self, elements: int, width: int) -> Value:
