@@ -14,7 +14,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from bench.common import Row, report
 from gossamer.models import tiny
 from gossamer.planning import Plan, plan
 from gossamer.training.batches import Batch, collate
+from gossamer.training.fast import fast_path
 from gossamer.training.loss import supervised_nll
 from gossamer.training.masks import Example
 from gossamer.training.optim import make_optimizer
@@ -93,10 +94,12 @@ class Case:
     padded: bool = False
     supervised: float = 0.5
     dtype: str = "float32"
+    fast: bool = False
 
     def __str__(self) -> str:
         marks = [self.model, self.method, self.quant or "", f"{self.batch}x{self.sequence}", self.dtype]
         marks += ["checkpointed" if self.checkpointing else "", "padded" if self.padded else ""]
+        marks += ["fast" if self.fast else ""]
         return " ".join(mark for mark in marks if mark)
 
     def spec(self) -> gs.LoRA | gs.DoRA | gs.FullTuning:
@@ -122,7 +125,7 @@ class Case:
         """The prediction, from the config alone."""
         return plan(
             config, self.spec(), quant=self.quant, sequence=self.sequence, batch=self.batch, dtype=self.dtype,
-            checkpointing=self.checkpointing, supervised=self.supervised, padded=self.padded,
+            checkpointing=self.checkpointing, supervised=self.supervised, padded=self.padded, fused=self.fast,
         )  # fmt: skip
 
 
@@ -138,6 +141,10 @@ def toys() -> list[Case]:
         Case("qwen2", "full", batch=1, sequence=128),
         Case("gpt2", batch=1, checkpointing=True),
         Case("opt", batch=1, supervised=1.0),
+        Case("llama", fast=True),
+        Case("llama", "qv", fast=True, dtype="bfloat16"),
+        Case("qwen2", quant="nf4", fast=True, checkpointing=True),
+        Case("gpt2", fast=True, supervised=1.0),
     ]
 
 
@@ -165,7 +172,7 @@ def grid() -> list[Case]:
     return [*cases, *toys()]
 
 
-def batch_of(vocabulary: int, case: Case) -> Batch:
+def batch_of(vocabulary: int, case: Case, options: dict[str, bool]) -> Batch:
     """Random tokens; the last share of each row has labels; a padded batch has one row that is a token shorter."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (case.batch, case.sequence), generator=draw).tolist()
@@ -174,7 +181,7 @@ def batch_of(vocabulary: int, case: Case) -> Batch:
     examples = [Example(row, learned, "") for row in ids]
     if case.padded:
         examples[0] = Example(ids[0][:-1], learned[:-1], "")
-    return collate(examples, 0)
+    return collate(examples, 0, packed=options.get("packed", False))
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
@@ -199,7 +206,11 @@ def measured(case: Case) -> tuple[int, int, dict[str, Any]]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = make_optimizer(gs.trainable_parameters(model), 0.0)
-    batch = batch_of(model.config.vocab_size, case)
+    with fast_path(model) if case.fast else nullcontext() as fast:
+        return _watched(model, optimizer, batch_of(model.config.vocab_size, case, fast.options() if fast else {}))
+
+
+def _watched(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> tuple[int, int, dict[str, Any]]:
     step(model, optimizer, batch)
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     known = [*model.parameters(), *model.buffers(), *states, batch.input_ids, batch.attention_mask]

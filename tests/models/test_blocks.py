@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 import gossamer as gs
 from gossamer.models import tiny
-from gossamer.models.blocks import blocks
+from gossamer.models.blocks import Block, blocks
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
 
@@ -102,14 +102,17 @@ def test_on_quantised_weights(quant: str) -> None:
         close(outcome(model, parameters), before, 1e-5)
 
 
-def test_with_gradient_checkpointing() -> None:
+def test_with_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
     from gossamer.training.memory import checkpointing
 
     model = made("llama")
     parameters = adapted(model)
     before = outcome(model, parameters)
+    runs: list[None] = []
+    monkeypatch.setattr(Block, "_run", lambda *given, kept=Block._run: (runs.append(None), kept(*given))[1])
     with blocks(model), checkpointing(model, True):
         close(outcome(model, parameters), before, 1e-5)
+    assert len(runs) == 4  # each of two layers, and once more in the backward
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_what_one_layer_keeps_is_the_formula(dtype: torch.dtype, targets: Any):
     each = 4 * 2 * hidden + 8 + width * (2 * queries + 2 * keys) + 4 * heads + width * 3 * inner
     each += width * (read + 8 * len(names))
     assert saved == rows * each
-    setting = Setting(sequence=sequence, batch=batch, dtype=str(dtype)[6:], padded=False)
+    setting = Setting(sequence=sequence, batch=batch, dtype=str(dtype)[6:], padded=False, fused=False)
     assert Layers(shape_of_toy(), Tuning.of(spec), setting).decoder().saved == saved
 
 

@@ -216,11 +216,11 @@ def test_checkpointing_is_turned_on_only_where_it_is_needed():
 
 
 def test_verdicts_name_the_least_change():
-    verdicts = {one.device.name: one for one in plan("llama-3.1-8b", sequence=2048, batch=4).verdicts()}
+    verdicts = {one.device.name: one for one in plan("llama-3.1-8b", sequence=2048, batch=6).verdicts()}
     assert [*verdicts] == ["8 GB", "16 GB", "24 GB", "48 GB", "80 GB", "this machine"]
     assert verdicts["80 GB"].fits
     assert verdicts["48 GB"].change == "checkpointing"
-    assert verdicts["16 GB"].change.startswith("checkpointing + batch 1 x 4 + nf4 instead of bfloat16")
+    assert verdicts["16 GB"].change.startswith("checkpointing + batch 1 x 6 + nf4 instead of bfloat16")
     for one in verdicts.values():
         assert one.plan is None or one.device.fits(one.plan.peak)
     hopeless = plan("llama-3.1-405b").verdicts((8,))[0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -110,9 +111,17 @@ class Block:
             or kwargs.get("position_embeddings") is None
         ):
             return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
+        run = partial(self._run, terms, kwargs)
+        if self.layer.training and getattr(
+            self.layer, "gradient_checkpointing", False
+        ):  # as transformers' forward does
+            return self.layer._gradient_checkpointing_func(run, hidden_states)
+        return run(hidden_states)
+
+    def _run(self, terms: list[list[Term]], others: Mapping[str, Any], hidden_states: Tensor) -> Tensor:
         first, second = self.norms
         query, key, value = normed_linears(hidden_states, first, self.maps[:3], terms[:3])
-        attended = self._attended(query, key, value, **kwargs)
+        attended = self._attended(query, key, value, **others)
         hidden = hidden_states + linears(attended, self.maps[3:4], terms[3:4])[0]
         return gated_mlp(hidden, second, self.activation, self.maps[4:], terms[4:])
 

@@ -9,6 +9,8 @@ from gossamer.errors import BaseFileError, UnsupportedError, nearest
 from gossamer.planning.shape import ModelShape
 
 Config = Mapping[str, Any]
+FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+"""Types of models whose layers are in `models.blocks`."""
 _BIASED = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 
 
@@ -32,6 +34,7 @@ def shape_of_config(config: Config, name: str = "") -> ModelShape:
         )  # fmt: skip
     try:
         fields = READERS[kind](config)
+        fields["blocks"] = kind in FUSED
         fields.setdefault("dtype", str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
         return ModelShape(name or kind, **fields)
     except (KeyError, TypeError, ZeroDivisionError) as error:

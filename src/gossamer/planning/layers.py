@@ -6,6 +6,7 @@ This is transformers' code (5.x, fused attention) with this library's layers at 
 
 from __future__ import annotations
 
+from gossamer.planning import fused
 from gossamer.planning import operations as op
 from gossamer.planning.method import Tuning
 from gossamer.planning.operations import WIDE, fresh
@@ -37,6 +38,8 @@ class Layers:
         self.tape, shape = Tape(), self.shape
         grad = self.full or not first
         x = self.tape.value(self.rows * shape.hidden, self.width, grad=grad, resident=resident)
+        if self.fused:
+            return self.tape.profile(self.block(x))
         normed = self.norm(x)
         attended = self.attention(normed)
         if shape.parallel:
@@ -113,12 +116,16 @@ class Layers:
         if shape.rotary:
             angles = tape.value(2 * self.setting.sequence * shape.head_dim, self.width, resident=True)
             q, k = op.rotate(tape, q, angles, shape.rotary), op.rotate(tape, k, angles, shape.rotary)
+        return self.linear("o", op.attention(tape, *self.seen(q, k, v)))
+
+    def seen(self, q: Value, k: Value, v: Value) -> tuple[Value, Value, Value, int, int]:
+        """What attention is given: where a mask is, each key and value once for every query head; sums; the mask."""
         mask = 0
         if self.setting.masked:
-            times = shape.heads // shape.kv_heads
-            k, v = op.repeat(tape, k, times), op.repeat(tape, v, times)
+            times = self.shape.heads // self.shape.kv_heads
+            k, v = op.repeat(self.tape, k, times), op.repeat(self.tape, v, times)
             mask = self.setting.batch * self.setting.sequence**2
-        return self.linear("o", op.attention(tape, q, k, v, rows * shape.heads, mask))
+        return q, k, v, self.rows * self.shape.heads, mask
 
     def mlp(self, x: Value) -> Value:
         """Two products and a non-linearity, or three and a gate; or the experts of each token."""
@@ -189,6 +196,43 @@ class Layers:
         casts = 0 if self.setting.adapter_width == x.width else sum(factor.elements * x.width for factor in factors)
         tape.record(out, made, [x, down], scratch=max(buffer, 2 * down.size + casts), forward=max(buffer, casts))
         return out
+
+    @property
+    def fused(self) -> bool:
+        """Whether the layer has a block of this library in its place."""
+        shape = self.shape
+        plain = shape.gated and not (shape.experts or shape.fused or shape.fused_gate or shape.parallel)
+        known = shape.blocks and shape.family == "llama" and plain and shape.norms == 2 and shape.rotary == 1
+        return self.setting.fused and self.plain and known and shape.activation in fused.ACTIVATIONS
+
+    def block(self, x: Value) -> Value:
+        """One layer of `models.blocks`: two functions, and attention between them."""
+        shape, tape, rows = self.shape, self.tape, self.rows
+        sizes = (rows * shape.queries, rows * shape.keys, rows * shape.keys)
+        down, factors, buffer = self.terms("q", "k", "v")
+        q, k, v = fused.normed_linears(tape, x, rows, sizes, down, factors, buffer)
+        if shape.head_norm:
+            q = self.norm(q, rows * shape.heads, shape.head_dim)
+            k = self.norm(k, rows * shape.kv_heads, shape.head_dim)
+        angles = tape.value(2 * self.setting.sequence * shape.head_dim, self.width, resident=True)
+        q, k = fused.rotate(tape, q, angles), fused.rotate(tape, k, angles)
+        attended = op.attention(tape, *self.seen(q, k, v))
+        x = op.add(tape, x, self.linear("o", attended))
+        (first, before, one), (last, after, other) = self.terms("gate", "up"), self.terms("down")
+        inner = rows * shape.intermediate
+        return fused.gated_mlp(tape, x, rows, inner, (first, last), [*before, *after], max(one, other))
+
+    def terms(self, *roles: str) -> tuple[int, list[Value], int]:
+        """Of modules that read one input: numbers of A x, the factors, and bytes of the largest rebuilt weight."""
+        linears = [one for one in self.shape.linears if one.role in roles]
+        adapted, rank = [one for one in linears if one.role in self.targets], self.tuning.r
+        factors = [
+            self.tape.parameter(rank * size, self.setting.adapter_width, True)
+            for one in adapted
+            for size in (one.inner, one.outer)
+        ]
+        buffer = max(one.weights for one in linears) * self.width if self.setting.quant else 0
+        return self.rows * rank * len(adapted), factors, buffer
 
     def factor(self, elements: int, width: int) -> Value:
         """A or B, in the type that its product runs in."""

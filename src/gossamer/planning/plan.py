@@ -169,6 +169,7 @@ def plan(
     supervised: float = 1.0,
     padded: bool | None = None,
     path: str = "gossamer",
+    fused: bool = True,
     device: Any = None,
 ) -> Plan:
     """What a training run takes: memory by piece and moment, operations and time a token, disk. No weights, no torch.
@@ -177,23 +178,22 @@ def plan(
         model: a known name, a folder or file with a config.json, a hub id (its config.json alone is fetched), a mapping
             (a config's content, or numbers typed in), or a `ModelShape`.
         method: a LoRA or DoRA spec, "lora", "dora", "full", or a mapping such as `{"name": "lora", "r": 16}`.
-        quant: how the base's linear modules are stored: None, "nf4", "nf4-single" (its scales not quantised), "fp4" or
-            "int8".
+        quant: how the base's linear modules are stored: None, "nf4", "nf4-single", "fp4" or "int8".
         sequence, batch: tokens of a row and rows that go through the model at once; accumulation: such batches a step.
         dtype: of the base; adapter_dtype: of the trained numbers, their gradients and moments.
         optimizer: "adamw", "adamw8bit", or "paged_adamw8bit", whose moments may leave the device.
         checkpointing: compute a layer's activations again in the backward; "auto" only where it would not fit `device`.
         supervised: share of the tokens that have a label and so meet the head.
-        padded: whether rows differ in length, so that attention needs a mask; by default where there are several.
+        padded: whether rows are padded and attention needs a mask; by default only several of them with path="peft".
         path: "gossamer", or "peft" for a plain loop over transformers and PEFT: all logits, inputs copied to float32.
+        fused: decoder layers that this library has fused ones for run as those.
         device: a name of `DEVICES`, "this machine", or bytes of memory.
 
     Raises: BaseFileError, SpecError, TargetError, UnsupportedError and UsageError, each with the nearest right answer.
     """
     shape, tuning, place = shape_of(model), Tuning.of(method), device_of(device)
-    setting = Setting(
-        sequence, batch, accumulation, dtype, adapter_dtype, quant, optimizer, checkpointing, supervised, padded, path
-    )
+    sizes, types = (sequence, batch, accumulation), (dtype, adapter_dtype, quant)
+    setting = Setting(*sizes, *types, optimizer, checkpointing, supervised, padded, path, fused)
     chosen = Plan(Memory(shape, tuning, setting, setting.checkpointing is True), place, _notes(shape, setting))
     peak = chosen.peak  # here, so that what cannot be planned is said now
     if setting.checkpointing != "auto":

@@ -53,6 +53,7 @@ class Setting:
     supervised: float = 1.0
     padded: bool | None = None
     path: str = "gossamer"
+    fused: bool = True
 
     def __post_init__(self) -> None:
         for name in ("dtype", "adapter_dtype"):
@@ -88,7 +89,7 @@ class Setting:
     @property
     def masked(self) -> bool:
         """Whether rows differ in length, so that attention needs a mask."""
-        return self.batch > 1 if self.padded is None else self.padded
+        return self.path == "peft" and self.batch > 1 if self.padded is None else self.padded
 
     @property
     def width(self) -> int:

@@ -69,6 +69,7 @@ class ModelShape:
         rotary: share of each head that is rotated; positions, types: learned rows instead.
         tied: the head is the embedding. dtype: that the weights are stored in.
         experts, active: of the MLP, in all and for each token; shared: width of an MLP beside them.
+        blocks: its decoder layers are of a class that this library has fused ones for.
         encoder: reads both ways, so that there is nothing to train it on here; head_norms: norms above the layers.
     """
 
@@ -101,6 +102,7 @@ class ModelShape:
     experts: int = 0
     active: int = 0
     encoder: bool = False
+    blocks: bool = True
 
     def __post_init__(self) -> None:
         if not self.kv_heads:
