@@ -42,6 +42,7 @@ def examined() -> dict[str, Any]:
     """The facts, JSON-ready; "problems" lists what should be mended."""
     import torch
 
+    from gossamer.kernels import elementwise
     from gossamer.models import catalog, has_bfloat16_units
 
     problems = [problem for name, (floor, fault) in FLOORS.items() if (problem := _too_old(name, floor, fault))]
@@ -63,6 +64,7 @@ def examined() -> dict[str, Any]:
         if hasattr(os, "sysconf")
         else None,
         "cuda_devices": devices,
+        "kernels": elementwise.described(),
         "cpu_bfloat16": "in hardware" if has_bfloat16_units() else "emulated: float32 is much faster here",
         **{name: importlib.metadata.version(name) for name in FLOORS},
         "home": str(home),

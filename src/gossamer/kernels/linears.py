@@ -16,6 +16,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from gossamer.kernels import elementwise
+from gossamer.kernels.elementwise import ACTIVATIONS as ACTIVATIONS
+
 
 class Frozen(Protocol):
     """A linear map that is not trained. One that is stored in few bits rebuilds its weight whenever it is asked."""
@@ -92,34 +95,15 @@ class Norm:
 
     def inverse(self, x: Tensor) -> Tensor:
         """`1 / sqrt(mean(x^2) + eps)`, (N, 1), at least float32."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(self.eps).rsqrt_().unsqueeze(-1)
+        return elementwise.rms_inverse(x, self.eps)
 
     def forward(self, x: Tensor, inverse: Tensor) -> Tensor:
         """The normed rows."""
-        unit = x * inverse  # in the wider dtype
-        if self.offset:
-            return unit.mul_(1.0 + self.weight.to(unit.dtype)).to(x.dtype)
-        return unit.to(x.dtype).mul_(self.weight)
+        return elementwise.rms_forward(x, inverse, self.weight, self.offset)
 
     def backward(self, slope: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
         """`d x` from `d normed`: `inverse * (g - unit * mean(g * unit))`, with g the slope times the weight."""
-        weight = self.weight.to(inverse.dtype)
-        wide = slope * (1.0 + weight if self.offset else weight)
-        unit = x * inverse
-        along = torch.linalg.vecdot(wide, unit).div_(x.shape[-1]).unsqueeze(-1)
-        return wide.addcmul_(unit, along, value=-1.0).mul_(inverse).to(x.dtype)
-
-
-ACTIVATIONS: dict[str, tuple[Any, Any]] = {
-    "silu": (nn.functional.silu, torch.ops.aten.silu_backward),
-    "gelu_pytorch_tanh": (
-        lambda x: nn.functional.gelu(x, approximate="tanh"),
-        lambda slope, x: torch.ops.aten.gelu_backward(slope, x, approximate="tanh"),
-    ),
-    "gelu": (nn.functional.gelu, torch.ops.aten.gelu_backward),
-}
-"""Name in a config -> the activation, and `(slope, x) -> slope * act'(x)`."""
+        return elementwise.rms_backward(slope, x, inverse, self.weight, self.offset)
 
 
 # Products ----------------------------------------------------------------------------------------------------------
@@ -237,6 +221,7 @@ class _NormedLinears(torch.autograd.Function):
         downs, factors = rest[: len(ctx.group.parts)], rest[len(ctx.group.parts) :]
         wanted, normed = ctx.needs_input_grad[0], ctx.norm.forward(x, inverse)
         inner, grads = ctx.group.backward(slopes, normed, downs, factors, wanted)
+        del normed
         return (None if inner is None else ctx.norm.backward(inner, x, inverse)), None, None, *grads
 
 
@@ -247,8 +232,7 @@ class _GatedMLP(torch.autograd.Function):
     ) -> Tensor:
         inverse = norm.inverse(x)
         (gate, up), downs = first.forward(norm.forward(x, inverse), factors[:cut])
-        act, _ = ACTIVATIONS[activation]
-        (out,), lows = last.forward(act(gate).mul_(up), factors[cut:])
+        (out,), lows = last.forward(elementwise.gated(activation, gate, up), factors[cut:])
         ctx.save_for_backward(x, inverse, gate, up, *downs, *lows, *factors)
         ctx.norm, ctx.activation, ctx.first, ctx.last, ctx.cut = norm, activation, first, last, cut
         return out.add_(x)
@@ -260,12 +244,13 @@ class _GatedMLP(torch.autograd.Function):
         middle = len(ctx.first.parts)
         end = middle + len(ctx.last.parts)
         downs, lows, factors = rest[:middle], rest[middle:end], rest[end:]
-        act, act_backward = ACTIVATIONS[ctx.activation]
-        bent = act(gate)
-        inner, outer_grads = ctx.last.backward(slopes, bent * up, lows, factors[ctx.cut :], True)
-        for_up = bent.mul_(inner)
-        for_gate = act_backward(inner.mul_(up), gate)
+        bent = elementwise.gated(ctx.activation, gate, up)  # again: cheaper than to keep it
+        inner, outer_grads = ctx.last.backward(slopes, bent, lows, factors[ctx.cut :], True)
+        del bent
+        both = elementwise.gated_slopes(ctx.activation, inner, gate, up)
+        del inner
         normed, wanted = ctx.norm.forward(x, inverse), ctx.needs_input_grad[0]
-        inner, grads = ctx.first.backward([for_gate, for_up], normed, downs, factors[: ctx.cut], wanted)
+        inner, grads = ctx.first.backward(both, normed, downs, factors[: ctx.cut], wanted)
+        del both, normed
         for_x = None if inner is None else ctx.norm.backward(inner, x, inverse).add_(slope)
         return for_x, None, None, None, None, None, *grads, *outer_grads

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gossamer.kernels import elementwise
+
 WASTE = 1.25
 """How much longer than the shortest a sequence may be that stands beside it in one call."""
 
@@ -156,18 +158,10 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, -1)
+        return elementwise.turned(x, cos, sin, -1)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         swapped = torch.cat([*reversed(sin.chunk(2, -1))], -1)  # each half of the result came from the other one
-        return _turned(slopes[0], cos, swapped, 1), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """`x cos + sign * (b, -a) sin` of x = (a, b)."""
-    out, half = x * cos, x.shape[-1] // 2
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=sign)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=-sign)
-    return out
+        return elementwise.turned(slopes[0], cos, swapped, 1), None, None
