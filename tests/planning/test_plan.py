@@ -185,7 +185,7 @@ def test_more_of_anything_takes_more():
     assert plan("llama-3.1-8b", sequence=512, batch=2).peak > base.peak
     assert plan("llama-3.1-8b", sequence=512, checkpointing=True).peak < base.peak
     assert plan("llama-3.1-8b", sequence=512, quant="nf4").peak < base.peak
-    assert plan("llama-3.1-8b", sequence=512, supervised=0.1).peak < base.peak
+    assert plan("llama-3.1-8b", sequence=512, supervised=0.1).peak <= base.peak  # few logits exist at once
     assert plan("llama-3.1-8b", sequence=512, path="peft").peak > base.peak
     assert plan("llama-3.1-8b", {"dropout": 0.1}, sequence=512).peak > base.peak
     assert plan("llama-3.1-8b", {"start": "pissa"}, sequence=512).peak > base.peak

@@ -27,7 +27,7 @@ def normed_linears(
     wide = x.elements * WIDE
     norm = x.size + wide * (x.width < WIDE)  # the normed rows, and a wider copy on the way
     made = [(x, x.size), *((factor, factor.size) for factor in factors)]
-    backward = max(x.size + buffer, 2 * x.size + 2 * wide - x.size)  # then the norm's own: slope, unit, both wide
+    backward = max(x.size + buffer, 2 * wide)  # the normed rows; then the norm's own: slope and unit, both wide
     tape.record(
         outs, made, [x, fresh(down, x.width), fresh(rows, WIDE)], scratch=backward, forward=max(norm, x.size + buffer)
     )
@@ -53,8 +53,9 @@ def gated_mlp(
     gate, up = fresh(inner, x.width), fresh(inner, x.width)
     saves = [x, gate, up, fresh(rows, WIDE), *(fresh(size, x.width) for size in downs)]
     made = [(x, x.size), *((factor, factor.size) for factor in factors)]
-    products = 3 * act + buffer  # act(gate), its product with up, and the slope that comes through down
-    before = 3 * act + x.size + buffer  # slopes of gate and up, one that is not needed any more, and the normed rows
-    norm = 2 * act + 2 * x.size + 2 * wide - x.size
-    tape.record(out, made, saves, scratch=max(products - x.size, before, norm), forward=act + buffer)
+    products = 2 * act + buffer - x.size  # act(gate) * up, and the slope that comes through down
+    slopes = 3 * act - x.size  # of gate and up, and that one
+    before = 2 * act + x.size + buffer  # both, and the normed rows
+    norm = 2 * wide  # slope and unit
+    tape.record(out, made, saves, scratch=max(products, slopes, before, norm), forward=act + buffer)
     return out

@@ -14,8 +14,8 @@ from gossamer.planning.setting import Setting
 from gossamer.planning.shape import Linear, ModelShape
 from gossamer.planning.tape import Profile, Tape, Value
 
-CHUNK = 2**24
-"""Logits that the loss turns to float32 at once."""
+CHUNK = 2**22
+"""Logits that exist at once in the loss, or are turned to float32 at once."""
 
 
 class Layers:
@@ -75,12 +75,13 @@ class Layers:
         return self.tape.profile(loss)
 
     def frozen_head(self, hidden: Value, loss: Value) -> Value:
-        """The loss whose gradient is formed on the way forward, a chunk of logits at a time."""
-        slope = op.like(hidden)
-        rows = min(self.setting.labelled, max(1, CHUNK // self.shape.vocabulary))
-        chunk = rows * self.shape.vocabulary * (WIDE if self.width == WIDE else WIDE + self.width)
-        chunk += 2 * rows * self.shape.hidden * self.width
-        self.tape.record(loss, [(hidden, hidden.size)], [slope], forward=hidden.size + chunk)
+        """The loss whose gradient is formed on the way forward, some columns of logits at a time."""
+        slope, labelled = op.like(hidden), self.setting.labelled
+        columns = min(self.shape.vocabulary, max(1, CHUNK // labelled))
+        narrow = self.width if self.width < WIDE else 0  # a second copy, for the products
+        chunk = labelled * columns * (WIDE + narrow) + hidden.size  # the logits, and their part of the slope
+        growing = hidden.elements * WIDE - slope.size
+        self.tape.record(loss, [(hidden, hidden.size)], [slope], forward=hidden.size + chunk + growing)
         return loss
 
     # Parts of a layer ------------------------------------------------------------------------------------------

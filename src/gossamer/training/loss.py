@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from gossamer.errors import UnsupportedError
 from gossamer.training.batches import Batch
 
-CHUNK = 2**24
-"""Logits that exist at once: 64 MiB."""
+CHUNK = 2**22
+"""Logits that exist at once: 16 MiB."""
 _CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
 """Models seen to do more to their hidden states than to send them through the head."""
 
@@ -139,24 +139,33 @@ def head_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 
 class _HeadNLL(torch.autograd.Function):
-    """The gradient of row i is the outer one times a vector that depends on row i alone, which is formed at once."""
+    """The gradient of row i is the outer one times a vector that depends on row i alone, which is formed at once.
+
+    Some columns of z exist at a time: what was summed before is scaled down when a larger z comes. The target's z is
+    a product of its own.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        nll = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(len(hidden), len(weight)):
-            z = nn.functional.linear(hidden[rows], weight, bias).to(wide)
-            target = z.gather(1, targets[rows].unsqueeze(1))
-            largest = z.amax(1, keepdim=True)
-            total = z.sub_(largest).exp_().sum(1, keepdim=True)
-            nll[rows] = (total.log() + largest - target).squeeze(1)
+        wide, learns = torch.promote_types(hidden.dtype, torch.float32), ctx.needs_input_grad[0]
+        largest = torch.full((len(hidden), 1), -torch.inf, dtype=wide, device=hidden.device)
+        total = torch.zeros_like(largest)
+        slope = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if learns else None
+        for columns in _chunks(len(weight), len(hidden)):
+            part = weight[columns]
+            z = nn.functional.linear(hidden, part, None if bias is None else bias[columns]).to(wide)
+            before, largest = largest, torch.maximum(largest, z.amax(1, keepdim=True))
+            shrink = (before - largest).exp_()
+            z.sub_(largest).exp_()
+            total.mul_(shrink).add_(z.sum(1, keepdim=True))
             if slope is not None:
-                slope[rows] = (z.to(weight.dtype) @ weight).div_(total) - weight[targets[rows]]
+                slope.mul_(shrink).add_(z.to(part.dtype) @ part)
+            del z  # before the next one is made
+        target = weight[targets]
         if slope is not None:
-            ctx.save_for_backward(slope)
-        return nll
+            ctx.save_for_backward(slope.div_(total).sub_(target).to(hidden.dtype))
+        there = torch.linalg.vecdot(hidden.to(wide), target.to(wide)) + (0.0 if bias is None else bias[targets])
+        return (total.log_() + largest).squeeze(1) - there
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
@@ -196,6 +205,7 @@ class _TokenNLL(torch.autograd.Function):
         return inner, None
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK // vocabulary)
-    return [slice(start, start + size) for start in range(0, rows, size)]
+def _chunks(count: int, width: int) -> list[slice]:
+    """Slices of `count` rows that hold `CHUNK` numbers, of `width` each."""
+    size = max(1, CHUNK // width)
+    return [slice(start, start + size) for start in range(0, count, size)]
