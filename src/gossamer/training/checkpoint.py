@@ -106,12 +106,14 @@ def save_checkpoint(
     device: torch.device,
     *,
     keep: int,
+    spare: int | None = None,
 ) -> Path:
     """Write `folder/step-N`, and only then remove the oldest ones so that `keep` remain.
 
     Args:
         folder: the run's checkpoints.
         state: JSON with at least "step" and "identity".
+        spare: a step whose checkpoint remains, whatever its age.
 
     Raises: DiskError; the checkpoints that were there still are.
     """
@@ -130,7 +132,8 @@ def save_checkpoint(
         manifest = {name: hashlib.sha256(content).hexdigest() for name, content in zip(FILES, contents, strict=True)}
         (fresh / MANIFEST).write_bytes(_json(manifest))
     for old in [number for number in _steps(folder) if number <= step][keep:]:
-        shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
+        if old != spare:
+            shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
     return folder / f"step-{step}"
 
 
@@ -145,7 +148,7 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | 
     faults = []
     for step in _steps(folder):
         try:
-            return _verified(folder / f"step-{step}")
+            return checkpoint_at(folder, step)
         except CheckpointError as error:
             faults.append(f"{error.where}: {error.what}")
             say(f"passing over {faults[-1]}")
@@ -159,8 +162,12 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | 
     return None
 
 
-def _verified(path: Path) -> Checkpoint:
-    """Read each file once, and believe nothing of it before its digest has been compared."""
+def checkpoint_at(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of one step. Each file is read once, and nothing of it believed before its digest was compared.
+
+    Raises: CheckpointError for one that is not there, or not whole.
+    """
+    path = folder / f"step-{step}"
     try:
         contents = {name: (path / name).read_bytes() for name in (*FILES, MANIFEST)}
     except OSError as error:

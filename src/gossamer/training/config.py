@@ -112,6 +112,9 @@ class LoopConfig(Spec):
     """What becomes of longer rows; truncate takes from the left of the prompt, never from an answer."""
     eval_every: Count | None = None
     """Steps between evaluations during training, besides the ones before and after it."""
+    patience: Count | None = None
+    """Stop once so many evaluations in a row were no better than the best, by held-out loss, and end with the factors
+    of the best; None trains to the end."""
     eval_batch_size: Count = 16
     """Rows that are evaluated at once."""
     checkpoint_every: Count = 100
@@ -130,6 +133,13 @@ class LoopConfig(Spec):
         if warmup > 1 and warmup != int(warmup):
             raise PydanticCustomError("warmup", "must be a share below 1 or a whole number of steps")
         return warmup
+
+    @field_validator("patience")
+    @classmethod
+    def _patience_looks(cls, patience: int | None, info: ValidationInfo) -> int | None:
+        if patience is not None and info.data.get("eval_every") is None:
+            raise PydanticCustomError("contradiction", "patience needs eval_every, how often to look")
+        return patience
 
 
 def _needs_eval_data(eval_every: int | None, data: DataFiles | None) -> None:

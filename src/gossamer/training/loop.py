@@ -263,16 +263,17 @@ class Loop:
         return [loss.detach() for loss in losses]
 
     def _step(self, trainee: Trainee, parts: Parts) -> None:
-        """Take the step that the gradients say; then log, save, evaluate and stop, each when it is due."""
+        """Take the step that the gradients say; then log, evaluate, save and stop, each when it is due."""
         with trainee.learning():
             taken = trainee.take_step(parts)
         record = trainee.record(taken)
         self.show.step(**record)
-        trainee.keep(record)
+        trainee.log_if_due(record)
         if trainee.evaluation_due:
             self.show.finish()
             trainee.evaluate_between()
             self._show_bar()
+        trainee.save_if_due()
         self._pause()
 
     @contextmanager

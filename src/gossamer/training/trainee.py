@@ -25,6 +25,7 @@ from gossamer.errors import NonFiniteError
 from gossamer.files.atomic import write_text
 from gossamer.training.audit import audit_gradients
 from gossamer.training.checkpoint import (
+    checkpoint_at,
     newest_checkpoint,
     random_state,
     save_checkpoint,
@@ -39,6 +40,7 @@ from gossamer.training.optim import auto_lr, lr_factor, make_optimizer, set_lr, 
 from gossamer.training.outcome import peak_memory, read_outcome, sampled, write_outcome
 from gossamer.training.progress import Progress
 from gossamer.training.run_folder import RunFolder
+from gossamer.training.stopping import Stopping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,12 +103,13 @@ class Trainee:
         self.training_seconds = self.seconds_before = 0.0
         self.before: dict[str, Any] | None = None
         self.saved_step = -1
+        self.stopping = Stopping(config.patience)
         self.logged_at = (0, 0.0)  # tokens and seconds, for the rate since the last line
 
     @property
     def left(self) -> int:
         """Steps still to take."""
-        return self.steps.total - self.step
+        return 0 if self.stopping.over else self.steps.total - self.step
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -151,6 +154,7 @@ class Trainee:
             self.tokens, self.before = checkpoint.state["tokens"], checkpoint.state["eval_before"]
             self.training_seconds = checkpoint.state["training_seconds"]
             self.seconds_before += checkpoint.state["seconds"]
+            self.stopping = Stopping(**checkpoint.state["stopping"])
             if said := self.world.resumed(checkpoint.state.get("processes", 1)):
                 self.show.say(said)
             self.show.say(f"resuming after step {self.step:,} of {self.steps.total:,}")
@@ -163,6 +167,8 @@ class Trainee:
             self.save()
         self.world.first(lambda: self.folder.forget_after(self.step))
         self.logged_at = (self.tokens, self.training_seconds)
+        if self.evaluation_due:  # the run was stopped in the middle of it
+            self.evaluate_between()
 
     def batches(self) -> Batches:
         """What the next step learns from."""
@@ -211,38 +217,60 @@ class Trainee:
             "memory_bytes": peak_memory(self.device)[0],
         }
 
-    def keep(self, record: dict[str, float]) -> None:
-        """Log and save, each when it is due, and both after the last step."""
+    def log_if_due(self, record: dict[str, float]) -> None:
+        """Write a line of the figures, after the last step in any case."""
         if self.step % self.config.log_every == 0 or not self.left:
             self._log(record)
             self.logged_at = (self.tokens, self.training_seconds)
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint, after the last step in any case."""
         if self.step % self.config.checkpoint_every == 0 or not self.left:
             self.save()
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether to evaluate here, between two steps."""
-        every = self.config.eval_every
-        return bool(every and self.left and self.step % every == 0)
+        """Whether to evaluate here, between two steps; with patience also after the last one, which may be the best."""
+        every, last = self.config.eval_every, self.step == self.steps.total
+        if not every or self.step == self.stopping.evaluated:
+            return False
+        return self.config.patience is not None if last else self.step % every == 0
 
     def evaluate_between(self) -> None:
-        """Measure the held-out rows in the middle of training, and log the figures."""
+        """Measure the held-out rows in the middle of training, log the figures, and stop if it has been enough."""
         result = self._evaluate(f"after step {self.step:,}") or {}
         figures = {name: value for name, value in result.items() if isinstance(value, float)}
         self._log({"step": self.step} | {f"eval_{name}": value for name, value in figures.items()})
+        if self.stopping.see(self.step, self.world.first(lambda: figures["loss"])):
+            self.saved_step = -1
+            self.save()
+        elif self.stopping.over:
+            self.show.say(f"stopping after step {self.step:,}: the held-out loss has not become better since")
 
     def finish(self) -> Run:
         """Measure the held-out rows again, and write what a finished run leaves, unless that is there already."""
+        best = self._back_to_best()
         adapter = capture(self.model, self.name)
-        outcome = (
-            self.world.first(lambda: read_outcome(self.folder, adapter)) if self.first == self.steps.total else None
-        )
+        outcome = self.world.first(lambda: read_outcome(self.folder, adapter)) if self.first == self.step else None
         if outcome is None:
             after = self._evaluate("after training")
-            figures = self._figures() | {"processes": self.world.size}
+            figures = self._figures() | best | {"steps": self.step, "processes": self.world.size}
             written = self.folder, self.whole, self.model, adapter, self.material, self.before, after, figures
             outcome = self.world.first(lambda: write_outcome(*written))
         return Run(self.folder.path, outcome.report, outcome.adapter)
+
+    def _back_to_best(self) -> dict[str, int]:
+        """Take the factors of the best evaluation, if there was patience for one. Raises `CheckpointError`."""
+        step = self.stopping.best_step
+        if step is None:
+            return {}
+        if step != self.step:
+            best = self.world.first(lambda: checkpoint_at(self.folder.checkpoints, step))
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(best.parameters[name])
+            self.show.say(f"going back to step {step:,}, whose held-out loss was the lowest: {self.stopping.best:.4g}")
+        return {"step": step, "best_step": step}
 
     def _log(self, record: dict[str, Any]) -> None:
         self.world.first(lambda: self.folder.log(record))
@@ -259,10 +287,10 @@ class Trainee:
             "identity": self.identity,
             "torch": torch.__version__,
             "processes": self.world.size,
+            "stopping": self.stopping.state(),
         }
-        keep = self.config.keep_checkpoints
-        place = self.folder.checkpoints
-        self.world.first(lambda: save_checkpoint(place, state, self.parameters, self.optimizer, self.device, keep=keep))
+        place, kept = self.folder.checkpoints, {"keep": self.config.keep_checkpoints, "spare": self.stopping.best_step}
+        self.world.first(lambda: save_checkpoint(place, state, self.parameters, self.optimizer, self.device, **kept))
         self.saved_step = self.step
 
     def _refuse(self, parts: Parts, losses: Sequence[float]) -> None:
