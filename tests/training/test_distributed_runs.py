@@ -13,7 +13,7 @@ import gossamer as gs
 from gossamer.adapter import Adapter
 from gossamer.errors import Interrupted, UnsupportedError
 from gossamer.models import tiny, tiny_tokenizer
-from gossamer.training import train
+from gossamer.training import Job, train, train_many
 from gossamer.training.distributed import World
 from gossamer.training.sharding import shard
 from tests.training.test_distributed import distance
@@ -106,3 +106,43 @@ def merged_in_parts(world: World) -> str:
 
 def test_weights_in_parts_are_not_merged() -> None:
     assert all("spread over several processes" in said for said in in_world(2, merged_in_parts))
+
+
+def several(world: World, folder: Path, place: str) -> Any:
+    """Three jobs, of which one has no rows."""
+    model: Any = tiny("llama")
+    made = {}
+    for name, rank in {"wide": 4, "none": 2, "small": 2}.items():
+        config = config_in(folder, f"{place}/{name}")
+        absent = {"data": {"train": str(folder / "absent.jsonl")}, "task": "sft"}
+        made[name] = Job(gs.LoRA(r=rank), config.replace(**absent) if name == "none" else config)
+    watcher = Watcher()
+    runs = train_many(model, tiny_tokenizer(), made, progress=watcher, world=world)
+    found = {name: (run.adapter.named_tensors(), run.report["processes"]) for name, run in runs.items()}
+    return found, {name: error.code for name, error in runs.failed.items()}, watcher.text
+
+
+def test_two_processes_train_many_as_one_does(folder: Path) -> None:
+    known, *_ = several(World(), folder, "many-alone")
+    (first, failed, said), (second, failed_there, silent) = in_world(2, several, folder, "many-two")
+    assert [*first] == [*second] == ["wide", "small"]
+    assert failed == failed_there == {"none": "data-invalid"}
+    assert "wide: after training" in said
+    assert not silent
+    for name, (tensors, processes) in first.items():
+        assert processes == 2
+        assert distance(known[name][0], tensors) < 1e-4
+        assert all(torch.equal(tensors[key], second[name][0][key]) for key in tensors)
+        saved = Adapter.load(folder / "many-two" / name / "adapter").named_tensors()
+        assert all(torch.equal(saved[key], tensors[key]) for key in saved)
+
+
+def sharded_many(world: World, folder: Path) -> Any:
+    config = config_in(folder, "many-sharded").replace(shard="all")
+    return train_many(tiny("llama"), tiny_tokenizer(), {"one": Job(gs.LoRA(r=2), config)}, world=world)  # pyright: ignore[reportArgumentType]
+
+
+def test_many_on_a_base_to_be_sharded_are_refused(folder: Path) -> None:
+    for failure in in_world(2, sharded_many, folder):
+        assert (failure.kind, "cannot be sharded" in failure.text) == ("UnsupportedError", True)
+    assert not (folder / "many-sharded").exists()

@@ -13,7 +13,9 @@ from gossamer.cli import main
 from gossamer.errors import CheckpointError, DataError, SpecError, StateError
 from gossamer.models import tiny, tiny_tokenizer, write_model_folder
 from gossamer.training import sweep
+from gossamer.training.distributed import World
 from tests.training.toy_run import Watcher, curve, fingerprint, write_rows
+from tests.training.worlds import in_world
 
 CONFIG = """\
 base: {folder}/base
@@ -228,3 +230,18 @@ def test_fleets_that_cannot_be_meant(folder: Path) -> None:
     (folder / "out" / "diary.txt").write_text("not a sweep")
     with pytest.raises(StateError, match="not empty"):
         sweep.run_plan(grid(folder, GRID), progress=Watcher())
+
+
+def swept(world: World, folder: Path, output: str) -> dict[str, Any]:
+    overrides = ["--output", str(folder / output), "--method.dropout", "0"]  # which every process draws for itself
+    plan = sweep.read_sweep(folder / "run.yaml", folder / "grid.yaml", overrides)
+    return sweep.run_plan(plan, progress=Watcher())
+
+
+def test_a_sweep_on_two_processes_is_that_of_one(folder: Path) -> None:
+    alone = swept(World(), folder, "alone")
+    first, second = in_world(2, swept, folder, "two")
+    assert first == second == json.loads((folder / "two" / "sweep.json").read_text())
+    assert first["best"] == alone["best"]
+    for mine, known in zip(first["runs"], alone["runs"], strict=True):
+        assert mine["eval_after"]["loss"] == pytest.approx(known["eval_after"]["loss"], rel=1e-3)

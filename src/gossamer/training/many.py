@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer.attachment import attach, attached, detach, trainable_parameters, use, using
-from gossamer.errors import CheckpointError, GossamerError, StateError, UsageError
+from gossamer.errors import CheckpointError, GossamerError, StateError, UnsupportedError, UsageError
 from gossamer.methods import TargetedMethod
 from gossamer.training.audit import refuse_misfits
 from gossamer.training.config import RunConfig, TrainConfig
+from gossamer.training.distributed import World
 from gossamer.training.loop import Loop
 from gossamer.training.loss import refuse_unless_causal
 from gossamer.training.material import Material
 from gossamer.training.outcome import run_config
-from gossamer.training.progress import Progress, for_terminal
+from gossamer.training.progress import Progress
 from gossamer.training.run_folder import open_run
 from gossamer.training.trainee import Run, Trainee
 
@@ -70,6 +71,7 @@ def train_many(
     resume: bool = False,
     at_once: int | None = None,
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> Runs:
     """Train many adapters on one base, each as `train` would have trained it alone, and write a run folder for each.
 
@@ -82,6 +84,8 @@ def train_many(
         at_once: tokens of several adapters that go through the model together, where rows can be packed; by default as
             many as the largest batch of any of them has. 1 keeps the rows of each to themselves.
         progress: what is told how far the runs are; by default a bar or lines on the error stream.
+        world: the processes of the run; by default those that torchrun started, or this one alone. They share the rows
+            of each adapter.
 
     Returns:
         The runs, by name. A job that fails (its data, a loss that is NaN) is among `failed`, and the others go on.
@@ -90,13 +94,13 @@ def train_many(
     Raises:
         StateError: a trainable adapter on the model, a name that is taken, weights that are merged. UsageError: no
         jobs, two with one folder, or an impossible name. CheckpointError: nothing at all to resume. UnsupportedError: a
-        model that is not causal. Interrupted: stopped by a signal, after a checkpoint of each that had begun was
-        written. After any of these the model is as it was found.
+        model that is not causal, a base to be sharded. Interrupted: stopped by a signal, after a checkpoint of each
+        that had begun was written. After any of these the model is as it was found.
     """
-    show = progress if progress is not None else for_terminal()
-    _check(model, jobs, resume)
+    world = world or World.here(next(model.parameters()).device.type)
+    world.first(lambda: _check(model, jobs, resume, world))
     with _restoring(model):
-        room = _Room(model, tokenizer, jobs, show, resume, at_once)
+        room = _Room(model, tokenizer, jobs, world.shown(progress), world, resume, at_once)
         try:
             with room.folders:
                 finished = room.train()
@@ -143,6 +147,7 @@ class _Room:
     tokenizer: PreTrainedTokenizerBase
     jobs: Mapping[str, Job | RunConfig]
     show: Progress
+    world: World
     resume: bool
     at_once: int | None
     folders: ExitStack = field(default_factory=ExitStack)
@@ -164,7 +169,8 @@ class _Room:
                 _Named(self.show, name).say(str(error))
         if not trainees:
             return {}
-        loop = Loop(self.model, self.tokenizer, trainees, self.show, together=True, at_once=self.at_once)
+        how: dict[str, Any] = {"together": True, "at_once": self.at_once, "world": self.world}
+        loop = Loop(self.model, self.tokenizer, trainees, self.show, **how)
         loop.run()
         self.failed |= loop.failed
         return loop.finished
@@ -179,15 +185,16 @@ class _Room:
         config = job if isinstance(job, RunConfig) else job.config
         settings = job.train_config() if isinstance(job, RunConfig) else job.config
         show = _Named(self.show, name)
-        resume = self.resume and Path(settings.output).is_dir()
-        folder = self.folders.enter_context(open_run(settings.output, resume=resume))
+        resume = self.world.first(lambda: self.resume and Path(settings.output).is_dir())
+        folder = self.folders.enter_context(self.world.opened(lambda: open_run(settings.output, resume=resume)))
         material = self.materials.read(settings, show)
         attach(self.model, job.method, name, seed=settings.seed)
         whole = run_config(self.model, name, config)
-        return Trainee(self.model, name, (name,), whole, material, folder, show, resume, self.measured)
+        shared: dict[str, Any] = {"measured": self.measured, "world": self.world}
+        return Trainee(self.model, name, (name,), whole, material, folder, show, resume, **shared)
 
 
-def _check(model: PreTrainedModel, jobs: Mapping[str, Job | RunConfig], resume: bool) -> None:
+def _check(model: PreTrainedModel, jobs: Mapping[str, Job | RunConfig], resume: bool, world: World) -> None:
     """What concerns all jobs at once."""
     refuse_unless_causal(model)
     if not jobs:
@@ -201,9 +208,14 @@ def _check(model: PreTrainedModel, jobs: Mapping[str, Job | RunConfig], resume: 
             )
         if taken := [name for name in jobs if name in attached(model)]:
             raise StateError("an adapter of this name is attached already", got=", ".join(taken))
-    outputs = {
-        name: Path(job.output if isinstance(job, RunConfig) else job.config.output) for name, job in jobs.items()
-    }
+    settings = {name: job.train_config() if isinstance(job, RunConfig) else job.config for name, job in jobs.items()}
+    if world.size > 1 and (sharding := [name for name, one in settings.items() if one.shard != "none"]):
+        raise UnsupportedError(
+            "a base that many adapters learn on cannot be sharded",
+            got=", ".join(sharding),
+            hint="shard: none; each process then holds the whole base",
+        )
+    outputs = {name: Path(one.output) for name, one in settings.items()}
     owners: dict[Path, str] = {}
     for name, output in outputs.items():
         if other := owners.get(output.absolute()):

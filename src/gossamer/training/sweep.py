@@ -23,10 +23,11 @@ from gossamer.models import load_base
 from gossamer.spec import read_yaml, write_yaml
 from gossamer.training.config import Draft, RunConfig
 from gossamer.training.containers import SUFFIXES
+from gossamer.training.distributed import World
 from gossamer.training.loss import refuse_unless_causal
 from gossamer.training.many import Materials, Runs, train_many
 from gossamer.training.material import Steps
-from gossamer.training.progress import Progress, for_terminal
+from gossamer.training.progress import Progress
 from gossamer.training.run_folder import open_run
 from gossamer.training.sweep_report import train_loss, write_sweep_report
 
@@ -160,25 +161,25 @@ def run_plan(plan: Plan, *, resume: bool = False, progress: Progress | None = No
 
     Raises: what `train_many` raises; StateError for an output folder in use. Settings that fail are in the result.
     """
-    show = progress if progress is not None else for_terminal()
-    start = time.monotonic()
-    with open_run(plan.output, resume=resume) as folder:
-        write_text(folder.config, write_yaml(plan.shared))
+    world = World.here(plan.settings[0].config.device)
+    show, start = world.shown(progress), time.monotonic()
+    resume = resume or (world.restarts > 0 and world.first(lambda: Path(plan.output).exists()))
+    with world.opened(lambda: open_run(plan.output, resume=resume)) as folder:
+        world.first(lambda: write_text(folder.config, write_yaml(plan.shared)))
         for note in plan.notes:
             show.say(note)
-        model, tokenizer = _base(plan)
-        begun = resume and any(Path(one.config.output).is_dir() for one in plan.settings)
+        model, tokenizer = _base(plan, world)
+        begun = resume and world.first(lambda: any(Path(one.config.output).is_dir() for one in plan.settings))
         jobs = {one.name: one.config for one in plan.settings}
-        runs = train_many(model, tokenizer, jobs, resume=begun, progress=show)
-        result = _result(plan, runs) | {"seconds": time.monotonic() - start, "gossamer": __version__}
-        write_json(folder.path / f"{plan.kind}.json", result)
-        write_sweep_report(folder.path, result)
+        runs = train_many(model, tokenizer, jobs, resume=begun, progress=show, world=world)
+        result = world.first(lambda: _written(plan, folder.path, runs, time.monotonic() - start))
+    world.close()
     return result
 
 
 def rehearse_plan(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
     """The settings with the size of each adapter and its steps, or its error; nothing is trained or written."""
-    model, tokenizer = _base(plan)
+    model, tokenizer = _base(plan, World())
     refuse_unless_causal(model)
     materials, rows = Materials(model, tokenizer), []
     for note in plan.notes:
@@ -206,9 +207,18 @@ def _kinds(kind: type[GossamerError]) -> list[type[GossamerError]]:
     return [kind, *(one for below in kind.__subclasses__() for one in _kinds(below))]
 
 
-def _base(plan: Plan) -> tuple[Any, Any]:
+def _base(plan: Plan, world: World) -> tuple[Any, Any]:
     first = plan.settings[0].config
-    return load_base(first.base, dtype=first.dtype, device=first.device, quant=first.quant)
+    device = first.device if world.size == 1 else str(world.device)
+    return load_base(first.base, dtype=first.dtype, device=device, quant=first.quant)
+
+
+def _written(plan: Plan, folder: Path, runs: Runs, seconds: float) -> dict[str, Any]:
+    """The result, as it was written."""
+    result = _result(plan, runs) | {"seconds": seconds, "gossamer": __version__}
+    write_json(folder / f"{plan.kind}.json", result)
+    write_sweep_report(folder, result)
+    return result
 
 
 def _result(plan: Plan, runs: Runs) -> dict[str, Any]:
