@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import training
+from bench import gpu, training
 from bench.trainers import elsewhere, ours, peers, work
 from bench.trainers.contender import Loop, transformers_loss
 from bench.trainers.work import Work
@@ -115,3 +115,14 @@ def test_a_contender_in_another_process(toy: Work):
     assert training.check(entry, there, toy, right) == training.check(entry, here, toy, right)
     assert there.held() == here.held() > 0
     there.close()
+
+
+@pytest.mark.usefixtures("short")
+def test_the_script_for_a_gpu_runs_on_a_toy(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    told = tmp_path / "gpu.json"
+    rows = gpu.main(["--parts", "tests", "kernels", "training", "--rounds", "1", "--json", str(told)])
+    kinds = [row["part"] for row in rows]
+    assert (kinds[0], kinds.count("kernels"), kinds.count("training")) == ("tests", 10, 6)
+    assert all(float(row["off float64"]) < 1e-5 for row in rows[1:])
+    assert "no CUDA device" in capsys.readouterr().out
+    assert not told.exists(), "no figure of a GPU without a GPU"
