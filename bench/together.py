@@ -6,7 +6,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from gossamer.models import data_file
 from gossamer.training import Job, Run, train
 from gossamer.training.progress import Silent
 
-BASE, DATA, COUNT, STEPS, ROUNDS = "smollm2-135m", "reviews/train.jsonl", 8, 3, 3
-RANKS = (2, 4, 8, 16)
+BASE, DATA, COUNT, STEPS, ROUNDS = "smollm2-135m", "reviews/train.jsonl", 8, 1, 5
+RANKS = (4, 8, 8, 12)
 
 
 def measure() -> list[Row]:
@@ -41,7 +41,7 @@ def measure() -> list[Row]:
                 start = time.perf_counter()
                 call(COUNT)
                 seconds[name].append(time.perf_counter() - start)
-        bytes_of = {"one": runs.peak(1), "at once": runs.peak(COUNT)}
+        bytes_of = {name: runs.peak(name) for name in seconds}
     plain = statistics.median(seconds["in turn"])
     return [
         {
@@ -49,8 +49,8 @@ def measure() -> list[Row]:
             "seconds, median": round(statistics.median(took), 1),
             "min..max": f"{min(took):.1f}..{max(took):.1f}",
             "throughput of in turn's": f"{plain / statistics.median(took):.3f}",
-            "peak MB": round((bytes_of["one"] if name == "in turn" else bytes_of["at once"]) / 1e6),
-            "of one's": f"{(bytes_of['at once'] if name == 'at once' else bytes_of['one']) / bytes_of['one']:.3f}",
+            "peak MB": round(bytes_of[name] / 1e6),
+            "of one at a time": f"{bytes_of[name] / bytes_of['in turn']:.3f}",
         }
         for name, took in seconds.items()
     ]
@@ -68,14 +68,18 @@ class Runs:
         found = {}
         for one in range(count):
             output = str(self.folder / f"{self.number}-{one}")
-            fields: dict[str, Any] = {"data": str(self.rows), "output": output, "max_steps": STEPS, "seed": one}
-            config = gs.TrainConfig(**fields, lr=1e-4 * (one + 1), checkpoint_every=1000)
+            fields: dict[str, Any] = {"max_steps": STEPS, "batch_size": 32, "checkpoint_every": 1000, "seed": one}
+            config = gs.TrainConfig(data=str(self.rows), output=output, lr=1e-4 * (one + 1), **fields)
             found[f"job{one}"] = Job(gs.LoRA(r=RANKS[one % len(RANKS)]), config)
         return found
 
     def at_once(self, count: int) -> Mapping[str, Run]:
         """All of them by `train_many`."""
-        runs = gs.train_many(self.model, self.tokenizer, self.jobs(count), progress=Silent())
+        return self.many(self.jobs(count))
+
+    def many(self, jobs: Mapping[str, Job]) -> Mapping[str, Run]:
+        """Jobs by `train_many`; the model is then as it was."""
+        runs = gs.train_many(self.model, self.tokenizer, jobs, progress=Silent())
         assert not runs.failed, runs.failed
         gs.detach(self.model)
         return runs
@@ -89,13 +93,16 @@ class Runs:
             gs.detach(self.model)
         return done
 
-    def peak(self, count: int) -> int:
-        """The most bytes of tensors that are there at once, the base among them."""
-        gc.collect()
-        with Live([*self.model.parameters(), *self.model.buffers()]) as live:
-            call: Callable[[int], Any] = self.at_once if count > 1 else self.in_turn
-            call(count)
-        return live.peak
+    def peak(self, how: str) -> int:
+        """The most bytes of tensors that are there at once, the base among them; in turn, of whichever has most."""
+        jobs = self.jobs(COUNT)
+        found = []
+        for some in [jobs] if how == "at once" else [{name: job} for name, job in jobs.items()]:
+            gc.collect()
+            with Live([*self.model.parameters(), *self.model.buffers()]) as live:
+                self.many(some)
+            found.append(live.peak)
+        return max(found)
 
 
 def _check(some: Mapping[str, Run], others: Mapping[str, Run]) -> None:
