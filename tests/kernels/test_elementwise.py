@@ -18,6 +18,7 @@ SCRIPT = """
 import torch
 from gossamer.kernels import elementwise
 from tests.kernels import elementwise_cases as cases
+from tests.kernels import routed_cases
 assert elementwise.described() == "triton on CUDA"
 for dtype in cases.DTYPES:
     for size in cases.SIZES:
@@ -27,6 +28,7 @@ for dtype in cases.DTYPES:
             cases.check_gated(size, dtype, activation)
     for size in [(5, 3, 8), (2, 4, 3, 10), (1, 1, 2), (0, 3, 8)]:
         cases.check_rotary(size, dtype)
+    routed_cases.check(dtype)
 print("all equal")
 """
 

@@ -8,6 +8,7 @@ import torch
 from gossamer.kernels import elementwise
 from gossamer.kernels.linears import Norm, Term, gated_mlp
 from tests.kernels import elementwise_cases as cases
+from tests.kernels import routed_cases
 from tests.kernels.test_linears import Map
 
 pytestmark = pytest.mark.gpu
@@ -21,6 +22,11 @@ def test_every_kernel_equals_float64(size: tuple[int, int], dtype: torch.dtype) 
     for activation in elementwise.ACTIVATIONS:
         cases.check_gated(size, dtype, activation, "cuda")
     cases.check_rotary((5, 3, 64), dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_another_adapter_in_every_row_equals_the_plain_loop(dtype: torch.dtype) -> None:
+    routed_cases.check(dtype, "cuda")
 
 
 def test_a_gated_mlp_in_bfloat16_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:

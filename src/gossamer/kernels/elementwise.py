@@ -55,13 +55,18 @@ def _triton() -> Any:
         return None
 
 
+def triton_takes(x: Tensor) -> bool:
+    """Whether tensors like this one go to Triton."""
+    chosen = choice()
+    return chosen != "eager" and (x.is_cuda or chosen == "triton") and x.dtype in _FLOATS and _triton() is not None
+
+
 def _kernels(x: Tensor, *others: Tensor) -> Any:
     """The kernels, if they take these tensors."""
-    chosen = choice()
-    if chosen == "eager" or not (x.is_cuda or chosen == "triton"):
+    if not triton_takes(x):
         return None
     found, tensors = _triton(), (x, *others)
-    if found is None or x.dtype not in _FLOATS or not 0 < x.shape[-1] <= found.WIDEST:
+    if not 0 < x.shape[-1] <= found.WIDEST:
         return None
     fits = all(
         one.device == x.device and one.dtype == x.dtype and one.stride(-1) == 1 and one.shape[-1] == x.shape[-1]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import AdapterFileError
 from gossamer.kernels.linears import Term
+from gossamer.kernels.routing import Share
 
 LINEAR_KINDS = ("linear", "conv1d")
 """Kinds whose map is one matrix product."""
@@ -156,6 +157,13 @@ class Layer(nn.Module):
 
     def plain_term(self) -> Term | None:
         """The layer as a low-rank term beside a plain linear map, where that is all it is: what can be fused."""
+        return None
+
+    def share(self, base: Base) -> Share | None:
+        """What the layer makes of a linear map, as vectors and factors that rows of a batch may differ in.
+
+        None where it is more than that, or stands at something else; then rows of different adapters run one by one.
+        """
         return None
 
     def common(self) -> dict[str, Tensor]:

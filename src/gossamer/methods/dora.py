@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.kernels import fused, reference
+from gossamer.kernels.routing import Share
 from gossamer.methods.base import AFFINE_KINDS, LINEAR_KINDS, Base, Layer, Shape, bias_shift, wide
 from gossamer.methods.factored import Factored
 from gossamer.methods.lora_layers import FactorLayer
@@ -83,6 +84,15 @@ class DoRALayer(FactorLayer):
             shift = bias_shift(self.bias, base).to(out.dtype)
             out = out + shift.reshape(-1, *(1 for _ in range(kernel)))
         return out
+
+    @torch.no_grad()
+    def share(self, base: Base) -> Share | None:
+        found = super().share(base)
+        if found is None or found.lora_B is None:
+            return None
+        ratio, bias = wide(self.get_parameter(MAGNITUDE).detach()) / self._norms(base), base.bias()
+        shift = found.shift if bias is None else (1 - ratio) * bias + (0.0 if found.shift is None else found.shift)
+        return Share(found.lora_A, ratio[:, None] * found.lora_B, gain=ratio, shift=shift)
 
     @torch.no_grad()
     def _norms(self, base: Base) -> Tensor:

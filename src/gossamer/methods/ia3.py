@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import TargetError
+from gossamer.kernels.routing import Share
 from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.roles import role_of
 from gossamer.methods.targeted import Names, Regex, TargetedMethod
@@ -96,6 +97,12 @@ class IA3Layer(Layer):
             return base((x * scale).to(x.dtype), *args, **kwargs)
         out = base(x, *args, **kwargs)
         return (out * scale).to(out.dtype)
+
+    def share(self, base: Base) -> Share | None:
+        if base.shape.kind not in LINEAR_KINDS:
+            return None
+        vector = wide(self.ia3_l.detach()).flatten()
+        return Share(given=vector) if self.scales_input else Share(gain=vector)
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight, scale = wide(current["weight"]), wide(self.ia3_l.detach())

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from gossamer.errors import UnsupportedError
 from gossamer.kernels import reference
 from gossamer.kernels.linears import Term, linears
-from gossamer.methods.base import Base, Layer, Shape, bias_shift, hold, wide
+from gossamer.kernels.routing import Share
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, bias_shift, hold, wide
 from gossamer.methods.factored import factor_names
 from gossamer.methods.replacement import ParameterLayer
 
@@ -61,6 +62,18 @@ class FactorLayer(Layer):
             return nn.functional.linear(down, outer.to(dtype)) * self.scaling
         convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[outer.ndim - 3]
         return convolve(down, outer.to(dtype), groups=self.groups) * self.scaling
+
+    @torch.no_grad()
+    def share(self, base: Base) -> Share | None:
+        if base.shape.kind not in LINEAR_KINDS:
+            return None
+        inner, outer = (wide(factor.detach()) for factor in self.factors)
+        outer = self.scaling * outer
+        if "start_A" in self._buffers:
+            inner = torch.cat([inner, wide(self.start_A)])
+            outer = torch.cat([outer, -self.scaling * wide(self.start_B)], 1)
+        shift = bias_shift(self.bias.detach(), base) if "bias" in self._parameters else None
+        return Share(inner, outer, shift=shift)
 
     def change(self) -> Tensor:
         """`scaling * (B A - B0 A0)`, (out, in, *kernel), at least float32; refused where groups make it no weight."""

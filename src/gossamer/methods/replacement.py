@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gossamer.methods.base import Base, Layer, hold
+from gossamer.kernels.routing import Share
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer, bias_shift, hold
 
 
 class ParameterLayer(Layer):
@@ -42,6 +43,17 @@ class Replacement(ParameterLayer):
 
     def replaces(self) -> list[str]:
         return [*dict(self.named_parameters()), *self.borrowed]
+
+    def share(self, base: Base) -> Share | None:
+        if base.shape.kind not in LINEAR_KINDS:
+            return None
+        values = self.presented(base.parameters())
+        weight, bias = values["weight"].detach(), values.get("bias")
+        if "weight" not in self.replaces():
+            return Share() if bias is None else Share(shift=bias_shift(bias.detach(), base))
+        return Share(
+            weight=weight if base.shape.kind == "linear" else weight.T, bias=bias if bias is None else bias.detach()
+        )
 
     def presented(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         borrowed = {name: layer.get_parameter(there) for name, (layer, there) in self.borrowed.items()}

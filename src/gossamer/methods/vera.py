@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.errors import AdapterFileError
+from gossamer.kernels.routing import Share
 from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.factored import Rank
 from gossamer.methods.targeted import Names, Regex, TargetedMethod
@@ -123,6 +124,11 @@ class VeRALayer(Layer):
         x = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
         down = nn.functional.linear(x, inner) * self.vera_lambda_d.to(x.dtype)
         return out + nn.functional.linear(down, outer) * self.vera_lambda_b.to(x.dtype)
+
+    def share(self, base: Base) -> Share | None:
+        inner, outer = (wide(factor) for factor in self.sliced())
+        by_rank, by_row = (wide(vector.detach()) for vector in (self.vera_lambda_d, self.vera_lambda_b))
+        return Share(by_rank[:, None] * inner, by_row[:, None] * outer)
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight = wide(current["weight"])

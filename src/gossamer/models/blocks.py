@@ -1,7 +1,7 @@
 """Decoder layers of the Llama family with their backward written out, standing in for transformers' own.
 
-    h = x + o(attention(rotated(q), rotated(k), v))         q, k, v = linears(rms_norm(x))
-    y = h + down(act(gate) * up)                            gate, up = linears(rms_norm(h))
+    h = x + o(attention(rotated(q), rotated(k), v))         q, k, v = linears(rmsnorm_of(x))
+    y = h + down(act(gate) * up)                            gate, up = linears(rmsnorm_of(h))
 
 The model keeps its modules, its weights and their names: while blocks stand, a layer's `forward` is the block's, which
 reads the same weights and the adapters' factors where they are. A block looks at each call what is active; where that
@@ -90,7 +90,7 @@ class Block:
         self.attention, config = layer.self_attn, layer.self_attn.config
         self.activation = config.hidden_act
         self.window = config.sliding_window if family.window else getattr(self.attention, "sliding_window", None)
-        self.norms = [_norm(one, family.offset) for one in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.norms = [norm_of(one, family.offset) for one in (layer.input_layernorm, layer.post_attention_layernorm)]
         parts = [getattr(self.attention, name) for name in ATTENTION] + [
             getattr(layer.mlp, name) for name in FEEDFORWARD
         ]
@@ -164,7 +164,7 @@ class Block:
         attention = self.attention
         query, key, value = (one.unflatten(-1, (-1, attention.head_dim)) for one in (query, key, value))
         if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm(query), attention.k_norm(key)
+            query, key = attention.qnorm_of(query), attention.knorm_of(key)
         cos, sin = (one.unsqueeze(2) for one in position_embeddings)
         heads = (rotated(query, cos, sin), rotated(key, cos, sin), value)
         attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
@@ -181,6 +181,7 @@ class Block:
         return out.flatten(2)
 
 
-def _norm(module: Any, offset: bool) -> Norm:
+def norm_of(module: Any, offset: bool) -> Norm:
+    """A model's own RMSNorm as numbers; `offset` for Gemma's."""
     eps = module.eps if offset else module.variance_epsilon
     return Norm(module.weight, eps, offset)

@@ -1,0 +1,179 @@
+"""Adapters beside frozen maps: in every row another one, a mix of several, or none.
+
+    y_n = gain_n * (W (given_n * x_n) + b) + shift_n + sum over k of  w_nk B_k A_k x_n    w_nk: how much of k row n has
+
+Ways to the same sum of low-rank terms, of which `Routing` chooses by what the rows are like:
+
+    segmented      a product for each run of rows with one mix: long runs, as when prompts are read
+    concatenated   all A one below the other in one product; each row keeps its own columns: many rows of few adapters
+    gathered       each row's factors beside it, batched products of one row each: nearly every row has another adapter
+    slotted        on CUDA instead of the last two: kernels that look up the slot of each row's adapter
+
+`reference` is the plain twin of all of them.
+
+Source: Chen et al. 2023, arXiv:2310.18547, section 4; Sheng et al. 2023, arXiv:2311.03285, section 6 (batched LoRA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels import elementwise
+from gossamer.kernels.routing import Mix, Routing, Share, Stack, mixed
+from gossamer.kernels.slots import Gathered, Slotted
+
+
+class Routed:
+    """The adapters of a batch beside maps that read the same input, laid out once and used at every call.
+
+    Args:
+        stacks: by number, those of all adapters in the routing.
+        way: how to add low-rank terms; the routing's own choice by default.
+        before: of the batch before, at the same maps, which is not used again: what it gathered is gathered already.
+            A number must mean the same adapter in both.
+    """
+
+    def __init__(
+        self, stacks: Mapping[int, Stack], routing: Routing, way: str | None = None, before: Routed | None = None
+    ) -> None:
+        self.way, self.slots = way or routing.way, None
+        made = {mix: mixed(stacks, mix) for mix in routing.distinct}
+        self.rest = _Rest(routing, made) if any(stack.rest for stack in made.values()) else None
+        if not any(outer.shape[1] for stack in made.values() for outer in stack.lora_B):
+            self.way = "none"
+        self.parts = [(rows, made[mix]) for rows, mix in routing.runs]
+        if (
+            way is None
+            and self.way in ("concatenated", "gathered")
+            and elementwise.triton_takes(self.parts[0][1].lora_A)
+        ):
+            self.way = "slotted"
+        if self.way == "concatenated":
+            self._concatenate(routing, made)
+        elif self.way == "slotted":
+            self._lay(Slotted, len(routing.distinct), routing, made, before)
+        elif self.way == "gathered":
+            self._lay(Gathered, routing.rows, routing, made, before)
+
+    def before(self, x: Tensor) -> Tensor:
+        """The input (N, in) as the maps should read it."""
+        return x if self.rest is None else self.rest.before(x)
+
+    def after(self, x: Tensor, outs: Sequence[Tensor]) -> None:
+        """Change the maps' outputs, (N, out_i) each, for the input x (N, in), in place."""
+        if self.rest is not None:
+            self.rest.after(x, outs)
+        if self.way == "segmented":
+            for rows, stack in self.parts:
+                down = x[rows] @ stack.lora_A.T
+                for out, outer, columns in zip(outs, stack.lora_B, stack.columns, strict=True):
+                    if outer.shape[1]:
+                        out[rows].addmm_(down[:, columns], outer.T)
+        elif self.way == "concatenated":
+            down = (x @ self.inner.T).masked_fill_(self.others, 0.0)  # not times 0: another's overflow stays his own
+            for out, outer, columns in zip(outs, self.outer, self.columns, strict=True):
+                if outer.shape[1]:
+                    out.addmm_(down[:, columns], outer.T)
+        elif self.slots is not None:
+            self.slots.add(x, outs)
+
+    def _lay(
+        self,
+        kind: type[Gathered | Slotted],
+        count: int,
+        routing: Routing,
+        made: Mapping[Mix, Stack],
+        before: Routed | None,
+    ) -> None:
+        there = before.slots if before else None
+        self.slots = there if isinstance(there, kind) and there.takes(count, made) else kind(count, made)
+        self.slots.look(routing, made)
+
+    def _concatenate(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
+        """All A of the first map, then of the second; `others` are the columns that are not a row's own."""
+        number = {mix: index for index, mix in enumerate(made)}
+        stacks = [*made.values()]
+        inner, outer, owners, self.columns = [], [], [], []
+        end = 0
+        for index in range(len(stacks[0].lora_B)):
+            inner += [stack.lora_A[stack.columns[index]] for stack in stacks]
+            outer.append(torch.cat([stack.lora_B[index] for stack in stacks], 1))
+            owners += [one for one, stack in enumerate(stacks) for _ in range(stack.lora_B[index].shape[1])]
+            self.columns.append(slice(end, end := end + outer[-1].shape[1]))
+        self.inner, self.outer = torch.cat(inner), outer
+        of_row = torch.full((routing.rows,), -1)
+        for rows, mix in routing.runs:
+            of_row[rows] = number[mix]
+        self.others = (of_row.unsqueeze(1) != torch.tensor(owners)).to(self.inner.device)
+
+
+class _Rest:
+    """What is not a sum of low-rank terms: vectors looked up for each row, whole weights run by run."""
+
+    def __init__(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
+        first = next(iter(made.values()))
+        number = {mix: index + 1 for index, mix in enumerate(made)}  # 0: rows that nothing is changed for
+        of_row = torch.zeros(routing.rows, dtype=torch.int64)
+        for rows, mix in routing.runs:
+            of_row[rows] = number[mix]
+        self.index = of_row.to(first.lora_A.device)
+        shares = [stack.rest or (Share(),) * len(first.lora_B) for stack in made.values()]
+        each = [[one[place] for one in shares] for place in range(len(first.lora_B))]  # for each map, of all mixes
+        like = first.lora_A
+        self.given = _table([one.given for one in each[0]], like, 1.0)
+        self.gains = [_table([one.gain for one in shares], like, 1.0) for shares in each]
+        self.shifts = [_table([one.shift for one in shares], like, 0.0) for shares in each]
+        self.wholes = [
+            [(rows, share) for rows, mix in routing.runs if (share := shares[number[mix] - 1]).weight is not None]
+            for shares in each
+        ]
+
+    def before(self, x: Tensor) -> Tensor:
+        return x if self.given is None else x * self.given[self.index]
+
+    def after(self, x: Tensor, outs: Sequence[Tensor]) -> None:
+        for out, gain, shift, wholes in zip(outs, self.gains, self.shifts, self.wholes, strict=True):
+            for rows, share in wholes:
+                assert share.weight is not None
+                out[rows] = torch.nn.functional.linear(x[rows], share.weight, share.bias)
+            if gain is not None:
+                out.mul_(gain[self.index])
+            if shift is not None:
+                out.add_(shift[self.index])
+
+
+def _table(vectors: Sequence[Tensor | None], like: Tensor, neutral: float) -> Tensor | None:
+    """A row for each vector, after one of nothing but the neutral number; None where there are no vectors."""
+    width = next((len(one) for one in vectors if one is not None), None)
+    if width is None:
+        return None
+    none = like.new_full((width,), neutral)
+    return torch.stack([none, *(none if one is None else one for one in vectors)])
+
+
+def reference(
+    x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], stacks: Mapping[int, Stack], routing: Routing
+) -> list[Tensor]:
+    """Outputs (N, out_i) of the maps W (out_i, in), b: row by row, adapter by adapter, as the equation says."""
+    outs = [x.new_zeros(len(x), len(weight)) for weight, _ in maps]
+    row = 0
+    for mix, length in zip(routing.mixes, routing.lengths, strict=True):
+        for here in range(row, row + length):
+            for place, (weight, bias) in enumerate(maps):
+                rest = [stacks[number].rest[place] for number, _ in mix if stacks[number].rest]
+                share = rest[0] if rest else Share()
+                if share.weight is not None:
+                    weight, bias = share.weight, share.bias
+                given = x[here] if share.given is None else share.given * x[here]
+                out = weight @ given + (0.0 if bias is None else bias)
+                out = out if share.gain is None else share.gain * out
+                out = out if share.shift is None else share.shift + out
+                for number, much in mix:
+                    stack = stacks[number]
+                    out = out + much * (stack.lora_B[place] @ (stack.lora_A[stack.columns[place]] @ x[here]))
+                outs[place][here] = out
+        row += length
+    return outs
