@@ -16,6 +16,7 @@ _HOME = {
     "BaseMismatchError": "errors",
     "BitFit": "methods",
     "DoRA": "methods",
+    "Engine": "serving",
     "FullTuning": "methods",
     "GossamerError": "errors",
     "Houlsby": "methods",
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from gossamer.planning import Plan as Plan
     from gossamer.planning import plan as plan
     from gossamer.quant import quantize_model as quantize_model
+    from gossamer.serving import Engine as Engine
     from gossamer.serving import generate as generate
     from gossamer.training import Job as Job
     from gossamer.training import RunConfig as RunConfig

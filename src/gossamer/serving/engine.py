@@ -1,0 +1,294 @@
+"""One base, any number of adapters, another one in every row: schedule, run, settle, until nobody waits.
+
+schedule   who takes part in the next step, and with how many tokens (`scheduler`, which knows no tensors)
+run        all of them through the model at once; each row with its own adapters (`models.steps`, `kernels.routed`)
+settle     draw a token for each that came to its end, finish those that are done, free their rows
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from gossamer.adapter import Adapter
+from gossamer.attachment import attached
+from gossamer.errors import GossamerError, NonFiniteError, ResourceError, StateError, UnsupportedError, UsageError
+from gossamer.models import load_base
+from gossamer.models.cached import CachedDecoder
+from gossamer.models.steps import Decoder, Piece, Step
+from gossamer.models.whole_steps import TransformersDecoder
+from gossamer.serving.guidance import Guide
+from gossamer.serving.prefixes import LEAST, Prefixes, common
+from gossamer.serving.request import Finish, Reply, Request, Sampling
+from gossamer.serving.sampling import Drawn, Sampler
+from gossamer.serving.scheduler import Limits, Scheduler
+from gossamer.serving.store import Store
+from gossamer.serving.terms import BatchTerms
+from gossamer.serving.text import Writer
+from gossamer.serving.ticket import Ticket
+
+
+class Engine:
+    """Serves a base and its adapters on this machine. Used from one thread.
+
+    Args:
+        base: what `load_base` takes, or a model and its tokenizer.
+        adapters: names -> values or folders; or a folder whose subfolders are adapters, named as they are.
+        limits: of a step, of the queue and of the cache.
+        memory: bytes of adapters that may be in memory.
+        prefixes: bytes of keys and values that are kept of what was read, for requests that begin alike.
+        quant, dtype, device: as `load_base` takes them.
+
+    Raises: UnsupportedError for a base that is no causal model with a key-value cache; StateError for one that has
+        adapters attached.
+    """
+
+    def __init__(
+        self,
+        base: str | tuple[Any, Any],
+        adapters: str | Path | Mapping[str, Adapter | str | Path] | None = None,
+        *,
+        limits: Limits | None = None,
+        memory: int = 2**30,
+        prefixes: int = 2**28,
+        **loading: Any,
+    ) -> None:
+        self.model, self.tokenizer = load_base(base, **loading) if isinstance(base, str) else base
+        if names := attached(self.model):
+            raise StateError("the engine serves a base as it is", got=f"attached: {', '.join(names)}", hint="detach")
+        self.decoder: Decoder = decoder_of(self.model.eval())
+        self.store = Store(self.model, self.decoder, memory)
+        self.scheduler: Scheduler[Ticket] = Scheduler(limits or Limits())
+        self.cache = self.decoder.cache(self.scheduler.limits.rows)
+        self.prefixes = Prefixes(prefixes)
+        self.terms = BatchTerms()
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        self.ends = {*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id} - {None}
+        for name, source in _named(adapters).items():
+            self.store.register(name, source)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what is there, and read nothing more."""
+        for ticket in [*self.scheduler.running, *(one for queue in self.scheduler.queues.values() for one in queue)]:
+            self.cancel(ticket)
+        self.store.close()
+
+    # Requests --------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody runs or waits."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def submit(self, request: Request) -> Ticket:
+        """Let a request wait its turn; `step` brings it on.
+
+        Raises: UsageError for an empty or too long prompt or an unknown adapter; ResourceError when too many wait.
+            What is wrong with an adapter shows when it is read, and becomes the ticket's fault.
+        """
+        most = min(self.model.config.max_position_embeddings, self.scheduler.limits.cache)
+        if not 0 < len(request.prompt) < most:
+            got = f"{len(request.prompt):,} tokens"
+            raise UsageError("a prompt of an impossible length", got=got, expected=f"1 to {most - 1:,}")
+        sampling = request.sampling
+        guide = Guide(sampling.schema, self.tokenizer) if sampling.schema is not None else None
+        held = self.store.hold([*request.adapters])
+        ticket = Ticket(
+            request,
+            [*request.prompt],
+            min(len(request.prompt) + sampling.max_tokens, most),
+            held,
+            Sampler(sampling, request.prompt, guide),
+            Writer(self.tokenizer, sampling.stop),
+        )
+        if not self.scheduler.offer(ticket):
+            self.store.let_go(held)
+            raise ResourceError("too many requests wait", got=f"{self.scheduler.waiting:,}", hint="ask again later")
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request wherever it is; does nothing to one that is done."""
+        if not ticket.done:
+            if self.scheduler.withdraw(ticket):
+                self.store.let_go(ticket.held)
+                ticket.fault = _CANCELLED
+            else:
+                self._leave(ticket, _CANCELLED)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        adapters: Sequence[str | Mapping[str, float] | None] | str | None = None,
+        **sampling: Any,
+    ) -> Iterator[Reply]:
+        """Continue prompts, all at once; replies come in the order of the prompts.
+
+        Args:
+            adapters: one for all, or one for each prompt: a name, a mapping of names to weights, or None for the base.
+            sampling: fields of `Sampling`.
+
+        Raises: what `submit` raises, and the fault of a request.
+        """
+        each = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else [*adapters]
+        if len(each) != len(prompts):
+            raise UsageError("one adapter a prompt", got=f"{len(each)} adapters", expected=str(len(prompts)))
+        tickets: list[Ticket] = []
+        try:
+            for prompt, adapter in zip(prompts, each, strict=True):
+                chosen = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
+                ids = tuple(self.tokenizer(prompt)["input_ids"])
+                tickets.append(self.submit(Request(ids, chosen, Sampling(**sampling))))
+            for ticket in tickets:
+                while not ticket.done:
+                    self.step()
+                if ticket.fault:
+                    raise ticket.fault
+                assert ticket.reply
+                yield ticket.reply
+        finally:
+            for ticket in tickets:
+                self.cancel(ticket)
+
+    # A step ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> int:
+        """Bring everybody on by one step. Gives the tokens that went through the model; 0 when nobody could go on."""
+        self._admit()
+        running = self.scheduler.running
+        planned = self.scheduler.plan()
+        if not planned:
+            return 0
+        pieces = [Piece(row, running[row].read, count) for row, count in planned]
+        pieces.sort(key=lambda one: not one.continues)
+        ends = [one.start + one.count == running[one.row].length for one in pieces]
+        tokens = [one for piece in pieces for one in running[piece.row].ids[piece.start : piece.start + piece.count]]
+        wanted = tuple(number for number, at_end in enumerate(ends) if at_end)
+        step = Step(torch.tensor(tokens, device=self.decoder.like.device), tuple(pieces), wanted)
+        there = self.terms.look([running[piece.row].mix for piece in pieces], self.decoder.parts(step))
+        logits = self.decoder(step, self.cache, self.terms if there else None)
+        for piece in pieces:
+            running[piece.row].read += piece.count
+        self._settle([running[pieces[number].row] for number in wanted], logits)
+        return len(tokens)
+
+    def _admit(self) -> None:
+        """Let in whom there is room for, and let those go on who waited for another to read what they begin with."""
+        scheduler = self.scheduler
+
+        def ready(ticket: Ticket) -> bool:
+            return self.store.ready(ticket.held, at_once=not scheduler.running)
+
+        admitted = scheduler.admit(ready)
+        if not scheduler.running and scheduler.waiting:
+            self.store.wait(1.0)
+            admitted = scheduler.admit(ready)
+        for ticket in admitted:
+            try:
+                loaded = [self.store.take(version) for version in ticket.held]
+                ticket.begin(loaded)
+            except GossamerError as error:
+                self._leave(ticket, error)
+        for ticket in [one for one in scheduler.running if one.rests or not one.read]:
+            self._reuse(ticket)
+
+    def _reuse(self, ticket: Ticket) -> None:
+        """Copy what was read of its beginning before; rest while another reads it."""
+        running, ticket.rests = self.scheduler.running, False
+        row = running.index(ticket)
+        others = [(common(one.ids, ticket.ids), one) for one in running[:row] if one.owner == ticket.owner]
+        alike, other = max(others, key=lambda one: one[0], default=(0, ticket))
+        found = self.prefixes.find(ticket.owner, ticket.ids)
+        if found and found[1] >= alike:
+            self.cache.give(row, found[0], found[1])
+            ticket.read = ticket.reused = found[1]
+        elif alike >= LEAST and other.read >= alike:
+            self.cache.copy(running.index(other), row, alike)
+            ticket.read = ticket.reused = alike
+        elif alike >= LEAST:
+            ticket.rests = True
+
+    def _settle(self, tickets: Sequence[Ticket], logits: Tensor) -> None:
+        """Draw a token for each, and let those leave that are done."""
+        wide = logits.float().cpu()
+        totals, likeliest = wide.logsumexp(1).tolist(), wide.argmax(1).tolist()
+        for ticket, scores, total, first in zip(tickets, wide, totals, likeliest, strict=True):
+            if not math.isfinite(total):
+                names = ", ".join(loaded.name for loaded, _ in ticket.mix)
+                self._leave(ticket, NonFiniteError("the logits are not finite", where=names or "the base"))
+                continue
+            try:
+                plain = ticket.sampler.plain
+                drawn = Drawn(first, scores[first].item() - total, ()) if plain else ticket.sampler.draw(scores)
+                finish = self._accept(ticket, drawn)
+            except GossamerError as error:
+                self._leave(ticket, error)
+            else:
+                if finish:
+                    self._leave(ticket, finish)
+
+    def _accept(self, ticket: Ticket, drawn: Drawn) -> Finish | None:
+        """Write a token down; how the request ends, if this was its last one."""
+        ticket.add(drawn)
+        sampling, writer = ticket.request.sampling, ticket.writer
+        if drawn.token in self.ends and not sampling.ignore_eos:
+            return "stop"
+        writer.add(drawn.token)
+        if writer.stopped or ticket.sampler.done:
+            return "stop"
+        return "length" if ticket.length >= ticket.most else None
+
+    def _leave(self, ticket: Ticket, end: Finish | GossamerError) -> None:
+        """Free a row: keep what others may begin with, and let the last row take the free place."""
+        running = self.scheduler.running
+        row = running.index(ticket)
+        if isinstance(end, GossamerError):
+            ticket.fault = end
+        else:
+            ticket.finish(end)
+            read = ticket.ids[: ticket.read]
+            if self.prefixes.wants(ticket.owner, read):
+                self.prefixes.add(ticket.owner, read, self.cache.keep(row, ticket.read))
+        self.store.let_go(ticket.held)
+        moved = self.scheduler.leave(row)
+        if moved is not None:
+            self.cache.copy(moved, row, running[row].read)
+        if not running:
+            self.cache.trim()
+
+
+_CANCELLED = StateError("the request was cancelled")
+
+
+def decoder_of(model: Any) -> Decoder:
+    """The fastest that knows the model. Raises `UnsupportedError`."""
+    for known in (CachedDecoder, TransformersDecoder):
+        if known.takes(model):
+            return known(model)
+    raise UnsupportedError(
+        "the engine does not serve this model",
+        got=type(model).__name__,
+        expected="a causal language model with a key-value cache",
+    )
+
+
+def _named(adapters: str | Path | Mapping[str, Adapter | str | Path] | None) -> dict[str, Adapter | Path]:
+    if adapters is None:
+        return {}
+    if isinstance(adapters, str | Path):
+        folder = Path(adapters)
+        if not folder.is_dir():
+            raise UsageError("adapters are a folder of adapters", where=str(folder), got="no such folder")
+        return {one.name: one for one in sorted(folder.iterdir()) if (one / "adapter_config.json").is_file()}
+    return {name: source if isinstance(source, Adapter) else Path(source) for name, source in adapters.items()}

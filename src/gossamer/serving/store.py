@@ -1,0 +1,266 @@
+"""Adapters for the engine: known by name, read by another thread when first asked for, kept while there is room.
+
+In memory an adapter is what `kernels.routed` wants of it at each of the decoder's sites. A request holds the version of
+a name that it began with: replacing the name gives later requests the new one and leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gossamer.adapter import Adapter
+from gossamer.attachment import base_fingerprint
+from gossamer.attachment.frozen import Frozen, shape_of
+from gossamer.attachment.layers import stored_layers
+from gossamer.attachment.walk import differing
+from gossamer.errors import BaseMismatchError, NonFiniteError, UnsupportedError, UsageError, nearest
+from gossamer.kernels.routing import Share, Stack
+from gossamer.methods import TargetedMethod
+from gossamer.models.steps import Decoder
+
+Source = Adapter | Path | Callable[[], Adapter]
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """An adapter in memory.
+
+    Attributes:
+        stacks: number of the decoder's site -> what it makes of the maps there; absent where it has nothing.
+        number: no other adapter's, nor another version's.
+        is_sum: whether it only adds low-rank terms, so that it can have a weight and be mixed with others.
+        rank: the largest of its ranks; 0 without factors.
+    """
+
+    name: str
+    source: Source
+    digest: str
+    method: str
+    stacks: Mapping[int, Stack]
+    is_sum: bool
+    rank: int
+    size: int
+    number: int = field(default_factory=itertools.count().__next__)
+
+
+@dataclass(eq=False)
+class Version:
+    """What a name means until it is given another meaning.
+
+    Attributes:
+        holders: requests that wait for it or use it.
+        requests: how many have asked for it. loads: how often it was read.
+    """
+
+    name: str
+    source: Source
+    future: Future[Loaded] | None = None
+    holders: int = 0
+    requests: int = 0
+    loads: int = 0
+    last: Loaded | None = field(default=None, repr=False)
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """The adapter, if it is in memory."""
+        done = self.future is not None and self.future.done() and not self.future.exception()
+        return self.future.result() if done and self.future else None
+
+
+class Store:
+    """Names and what they mean.
+
+    Args:
+        model, decoder: what adapters are for.
+        memory: bytes of adapters that may be in memory. What running requests use is kept beyond it, but nothing more
+            is read then.
+    """
+
+    def __init__(self, model: nn.Module, decoder: Decoder, memory: int = 2**30) -> None:
+        self.model, self.decoder, self.memory = model, decoder, memory
+        self.places = {path: (site, place) for site, one in enumerate(decoder.sites)
+                       for place, path in enumerate(one.paths)}  # fmt: skip
+        self.versions: dict[str, Version] = {}
+        self.resident: dict[Version, None] = {}  # in memory or being read, what was asked for longest ago first
+        self.reader = ThreadPoolExecutor(1, "adapters")
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of the base."""
+        return base_fingerprint(self.model)
+
+    # Names -----------------------------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """All that are known, sorted."""
+        return sorted(self.versions)
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """What is known of an adapter: digest, rank, method and size only once it was read."""
+        version = self._known(name)
+        last = version.loaded or version.last
+        state = "disk" if version.loaded is None else "in use" if version.holders else "memory"
+        about = {"digest": last.digest, "rank": last.rank, "method": last.method, "size": last.size} if last else {}
+        empty = {"digest": None, "rank": None, "method": None, "size": None}
+        counts = {"state": state, "requests": version.requests, "loads": version.loads}
+        return {"name": name} | empty | about | counts
+
+    def register(self, name: str, source: Source) -> None:
+        """Make a name known, or mean something else from now on; a value is made ready at once, a folder when used.
+
+        Raises: what making it ready raises; the name then means what it meant before.
+        """
+        if isinstance(source, Adapter):
+            self.put(self.prepare(name, source))
+        else:
+            self._mean(Version(name, source))
+
+    def prepare(self, name: str, source: Source) -> Loaded:
+        """Read and check an adapter for a name. May be called from any thread, as it changes nothing.
+
+        Raises: AdapterFileError, BaseMismatchError, TargetError; UnsupportedError for what rows cannot have each their
+        own of; NonFiniteError.
+        """
+        adapter = (
+            source if isinstance(source, Adapter) else Adapter.load(source) if isinstance(source, Path) else source()
+        )
+        if adapter.base and (other := differing(adapter.base, self.fingerprint)):
+            raise BaseMismatchError(f"this adapter was made for another base ({', '.join(other)} differ)", where=name)
+        shares = self._shares(name, adapter)
+        stacks = {site: self._stack(site, found) for site, found in shares.items()}
+        ranks = [outer.shape[1] for stack in stacks.values() for outer in stack.lora_B]
+        is_sum = not any(stack.rest for stack in stacks.values())
+        size = sum(stack.nbytes for stack in stacks.values())
+        return Loaded(name, source, adapter.digest, adapter.spec.name, stacks, is_sum, max(ranks, default=0), size)
+
+    def put(self, loaded: Loaded) -> None:
+        """Let the adapter's name mean it from now on."""
+        future: Future[Loaded] = Future()
+        future.set_result(loaded)
+        self._mean(Version(loaded.name, loaded.source, future, loads=1, last=loaded))
+
+    def unregister(self, name: str) -> None:
+        """Forget a name; requests that use the adapter go on. Raises `UsageError` for one that is not known."""
+        version = self._known(name)
+        del self.versions[name]
+        if not version.holders:
+            self.resident.pop(version, None)
+
+    def close(self) -> None:
+        """Read nothing more."""
+        self.reader.shutdown(cancel_futures=True)
+
+    def _mean(self, version: Version) -> None:
+        if version.name in self.versions:
+            self.unregister(version.name)
+        self.versions[version.name] = version
+        if version.future is not None:
+            self.resident[version] = None
+        self._make_room()
+
+    def _known(self, name: str) -> Version:
+        if name not in self.versions:
+            hint = nearest(name, self.versions) or "register it first"
+            raise UsageError("no adapter of this name", got=name, hint=hint)
+        return self.versions[name]
+
+    # Use -------------------------------------------------------------------------------------------------------
+
+    def hold(self, names: Sequence[str]) -> list[Version]:
+        """What the names mean now, until it is let go. Raises `UsageError` for an unknown one."""
+        found = [self._known(name) for name in names]
+        for version in found:
+            version.holders += 1
+            version.requests += 1
+            if version in self.resident:
+                self.resident[version] = self.resident.pop(version)  # to the end
+        return found
+
+    def let_go(self, held: Sequence[Version]) -> None:
+        """End the use of what `hold` gave."""
+        for version in held:
+            version.holders -= 1
+            if not version.holders and self.versions.get(version.name) is not version:
+                self.resident.pop(version, None)  # replaced meanwhile
+        self._make_room()
+
+    def ready(self, held: Sequence[Version], at_once: bool = False) -> bool:
+        """Whether all are in memory, or failed to get there; else they are being read if there is room (or at once)."""
+        for version in held:
+            if version.future is None and (self._make_room() or at_once):
+                version.future = self.reader.submit(self.prepare, version.name, version.source)
+                version.loads += 1
+                self.resident[version] = None
+        return all(version.future is not None and version.future.done() for version in held)
+
+    def take(self, version: Version) -> Loaded:
+        """The adapter of a version that is ready; raises what reading it raised, and lets it be read again."""
+        assert version.future is not None
+        try:
+            version.last = version.future.result()
+        except Exception:
+            version.future = None
+            self.resident.pop(version, None)
+            raise
+        return version.last
+
+    def wait(self, seconds: float) -> None:
+        """Until something that is being read is there."""
+        reading = [one.future for one in self.resident if one.future and not one.future.done()]
+        wait(reading, timeout=seconds, return_when="FIRST_COMPLETED")
+
+    @property
+    def bytes(self) -> int:
+        """Of the adapters in memory."""
+        return sum(one.loaded.size for one in self.resident if one.loaded)
+
+    def _make_room(self) -> bool:
+        """Forget what was asked for longest ago and nobody holds; whether there is room for one more."""
+        total = self.bytes
+        for version in [*self.resident]:
+            if total <= self.memory:
+                break
+            if version.loaded and not version.holders:
+                total -= version.loaded.size
+                version.future = None
+                del self.resident[version]
+        return total < self.memory or not any(one.loaded and one.holders for one in self.resident)
+
+    # Reading ---------------------------------------------------------------------------------------------------
+
+    def _shares(self, name: str, adapter: Adapter) -> dict[int, dict[int, Share]]:
+        """Site -> place among its maps -> the adapter's share."""
+        if not isinstance(adapter.spec, TargetedMethod):
+            raise UnsupportedError("no row of a batch can have its own", where=name, got=adapter.spec.name)
+        _, layers = stored_layers(self.model, adapter)
+        found: dict[int, dict[int, Share]] = {}
+        for path, (shape, layer) in layers.items():
+            site, place = self.places.get(path, (-1, 0))
+            module = self.decoder.sites[site].modules[place]
+            share = layer.share(Frozen(shape, module)) if site >= 0 else None
+            if share is None or (share.given is not None and len(self.decoder.sites[site].paths) > 1):
+                raise UnsupportedError(
+                    "an adapter has something that rows of a batch cannot each have their own of",
+                    where=f"{name}: {path}",
+                    got=f"{adapter.spec.name} at {shape.class_name}",
+                    hint="merge it, or serve it as the base",
+                )
+            if not all(bool(part.isfinite().all()) for part in share if part is not None):
+                raise NonFiniteError("an adapter holds NaN or infinity", where=f"{name}: {path}")
+            found.setdefault(site, {})[place] = share
+        return found
+
+    def _stack(self, site: int, shares: Mapping[int, Share]) -> Stack:
+        maps = [
+            Frozen(shape_of(path, module), module).shape for path, module in zip(*self.decoder.sites[site], strict=True)
+        ]
+        like = self.decoder.like.new_zeros(0, maps[0].in_features)
+        return Stack.of([shares.get(place) for place in range(len(maps))], [one.out_features for one in maps], like)
