@@ -18,6 +18,7 @@ PYTHON      ?= $(shell for one in $(CANDIDATES); do if $$one $(IS_NEW) >/dev/nul
 
 PIP         := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -c constraints.txt
 PYTEST      := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+QUICK       := not slow and not gpu and not browser and not vllm
 PARALLEL    := -n $(WORKERS) --dist loadfile
 BENCHES     := $(filter-out bench/__init__.py bench/common.py bench/numbers.py,$(wildcard bench/*.py))
 
@@ -33,18 +34,21 @@ demo: $(VENV)/.demo ## fetch a real 135M model and data, fine-tune, merge, repor
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev ## the tests that need neither the real model nor a GPU
-	$(PYTEST) $(PARALLEL) -m "not slow and not gpu"
+	$(PYTEST) $(PARALLEL) -m "$(QUICK)"
 
 test-all: $(VENV)/.dev ## every test that this machine can run
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then marks="slow or not slow"; \
-	else marks="not gpu"; echo "no CUDA device: tests marked gpu are left out"; fi; \
+	@marks="slow or not slow"; \
+	if ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	marks="($$marks) and not gpu"; echo "no CUDA device: tests marked gpu are left out"; fi; \
+	if [ -z "$$GOSSAMER_VLLM" ]; then marks="($$marks) and not vllm"; \
+	echo "GOSSAMER_VLLM names no environment with vLLM: tests marked vllm are left out"; fi; \
 	set -x; $(PYTEST) $(PARALLEL) -m "$$marks"
 
 check: $(VENV)/.dev ## lint, format, types and the house rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(PYTEST) $(PARALLEL) -m "not slow and not gpu" tests/house
+	$(PYTEST) $(PARALLEL) -m "$(QUICK)" tests/house
 
 format: $(VENV)/.dev ## rewrite the sources in the house's format
 	$(BIN)/ruff check --fix --select I .

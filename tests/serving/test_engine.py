@@ -328,3 +328,35 @@ def test_refusals(adapters: dict[str, Adapter]) -> None:
     for wrong in ({"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"stop": ("",)}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             Sampling(**wrong)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "mixtral", "opt"])
+def test_models_of_other_families_answer_each_row_as_alone(family: str) -> None:
+    """Through transformers' own forward, with prompts in pieces and rows that come and go."""
+    model = tiny(family)
+    made = {}
+    for seed, name in enumerate("ab"):
+        made[name] = trained(
+            model, gs.LoRA(r=2, target_modules="all-linear" if family != "mixtral" else ("q_proj",)), seed=seed
+        )
+        gs.detach(model)
+    names = ["a", None, "b", "a", "b"]
+    prompts = [tuple(range(5, 9 + 3 * row)) for row in range(len(names))]
+    sampling = Sampling(max_tokens=4, ignore_eos=True)
+    with Engine((model, tiny_tokenizer()), made, limits=Limits(rows=3, tokens=8)) as engine:
+        tickets = [
+            engine.submit(Request(prompt, {name: 1.0} if name else {}, sampling))
+            for prompt, name in zip(prompts, names, strict=True)
+        ]
+        while engine.busy:
+            engine.step()
+    for prompt, name, ticket in zip(prompts, names, tickets, strict=True):
+        if name:
+            gs.attach(model, made[name])
+        ids = [*prompt]
+        with torch.no_grad():
+            for _ in range(4):
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if name:
+            gs.detach(model)
+        assert ticket.drawn == ids[len(prompt) :]

@@ -1,112 +1,156 @@
-"""Text as it comes, joined, is the text of all tokens; stop texts never show."""
+"""Text as it comes: joined, it is what the tokenizer makes of all tokens; what was told is never taken back."""
 
 from __future__ import annotations
+
+import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from gossamer.models import tiny_tokenizer
 from gossamer.serving.text import Writer
 
-WORDS = ["▁the", "▁a", "the", "x", "▁", "!", "▁é", "s"]
+
+def sentencepiece_like() -> Any:
+    """Pieces with `▁` for a space, single bytes for what has no piece, the first space taken away: as in Llama 2."""
+    pieces = [
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "▁a",
+        "▁b",
+        "a",
+        "b",
+        "é",
+        "▁▁",
+        ".",
+        "\ufffd",
+    ]
+    tokenizer = Tokenizer(
+        BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def bytewise() -> PreTrainedTokenizerFast:
-    """A token for each byte, as byte-level BPE without merges."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    one = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(letters)}, merges=[]))
-    one.pre_tokenizer, one.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    one.add_special_tokens(["<end>"])
-    return PreTrainedTokenizerFast(tokenizer_object=one)
+TOKENIZERS = {"byte-level": tiny_tokenizer(), "sentencepiece-like": sentencepiece_like()}
+TEXTS = ["héllo wörld ", "日本語のテキスト", "😀👩‍👩‍👧", " a  b ", "\ufffd", "\n\t"]
 
 
-def pieces() -> PreTrainedTokenizerFast:
-    """Like sentencepiece: words with a mark for the space before them, and bytes for what is no word."""
-    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {word: 256 + at for at, word in enumerate(WORDS)}
-    one = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    one.decoder = decoders.Sequence(steps)
-    one.add_special_tokens(["<end>"])
-    return PreTrainedTokenizerFast(tokenizer_object=one)
+def whole(tokenizer: Any, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-TOKENIZERS = {"bytes": bytewise(), "pieces": pieces()}
-texts = st.text(alphabet="ab é€😀\n", max_size=12)
+def tokens_of(tokenizer: Any) -> st.SearchStrategy[list[int]]:
+    """Anything, real text, and long runs of one token: half characters, broken ones, special ones."""
+    anything = st.integers(0, len(tokenizer) - 1)
+    bytes_of = [[*text.encode()] for text in TEXTS]
+    first = 0 if tokenizer is TOKENIZERS["byte-level"] else 2
+    real = st.sampled_from(bytes_of).map(lambda text: _tokens(tokenizer, text, first))
+    runs = st.tuples(anything, st.integers(1, 50)).map(lambda run: [run[0]] * run[1])
+    few = st.lists(anything, max_size=6)
+    return st.lists(st.one_of(few, real, runs), max_size=14).map(lambda parts: [one for part in parts for one in part])
 
 
-def tokens_of(name: str, text: str) -> list[int]:
-    if name == "bytes":
-        return TOKENIZERS[name](text)["input_ids"]
-    return [byte for letter in text for byte in letter.encode()]
-
-
-def whole(name: str, tokens: list[int]) -> str:
-    return TOKENIZERS[name].decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_joined_it_is_the_whole_text(name: str, data: st.DataObject) -> None:
-    """Of any tokens: whole characters, broken ones, special tokens among them."""
-    most = len(TOKENIZERS[name]) - 1
-    least = 0 if name == "bytes" else 256  # a broken byte changes how bytes before it are written there
-    tokens = tokens_of(name, data.draw(texts)) + data.draw(st.lists(st.integers(least, most), max_size=12))
-    writer, said = Writer(TOKENIZERS[name]), ""
-    for token in tokens:
-        said += writer.add(token)
-        assert writer.text == said
-    said += writer.end()
-    assert said == writer.text == whole(name, tokens)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=100, deadline=None)
-@given(texts)
-def test_never_half_a_character(name: str, text: str) -> None:
-    writer = Writer(TOKENIZERS[name])
-    for token in tokens_of(name, text):
-        assert "\ufffd" not in writer.add(token)
+def _tokens(tokenizer: Any, text: list[int], first: int) -> list[int]:
+    if first:
+        return [first + byte for byte in text]
+    return tokenizer(bytes(text).decode())["input_ids"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=150, deadline=None)
-@given(texts, st.lists(st.text(alphabet="ab é", min_size=1, max_size=3), min_size=1, max_size=3))
-def test_stop_texts_end_it_and_do_not_show(name: str, text: str, stop: list[str]) -> None:
-    tokens = tokens_of(name, text)
-    full = whole(name, tokens)
-    ends = [full.index(one) for one in stop if one in full]
-    writer, said = Writer(TOKENIZERS[name], stop), ""
+@given(data=st.data())
+def test_pieces_joined_are_the_whole(name: str, data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS[name]
+    tokens = data.draw(tokens_of(tokenizer))
+    writer, told = Writer(tokenizer), ""
     for token in tokens:
-        said += writer.add(token)
-        if writer.stopped:
-            break
-    said += writer.end()
-    assert writer.stopped == bool(ends)
-    assert said == writer.text
-    # of stop texts that end at different tokens, the one that is complete first is the one that ends it
-    assert said == full if not ends else said in {full[:end] for end in ends}
+        told += writer.add(token)
+        assert writer.text == told
+    told += writer.end()
+    assert told == writer.text == whole(tokenizer, tokens)
 
 
-def test_what_may_be_the_beginning_of_a_stop_text_is_held_back() -> None:
-    writer = Writer(TOKENIZERS["bytes"], ("</end>",))
-    said = [writer.add(token) for token in tokens_of("bytes", "a</en b</end> c")]
-    assert said == ["a", "", "", "", "", "</en ", "b", *[""] * 8]
-    assert (writer.stopped, writer.text, writer.end()) == (True, "a</en b", "")
+def test_no_half_character_is_told() -> None:
+    for name, tokenizer in TOKENIZERS.items():
+        tokens = _tokens(tokenizer, [*"é日😀".encode()], 0 if name == "byte-level" else 2)
+        writer = Writer(tokenizer)
+        pieces = [*map(writer.add, tokens), writer.end()]
+        assert "".join(pieces) == "é日😀"
+        assert all("\ufffd" not in piece for piece in pieces)
 
 
-def test_it_is_not_slower_at_the_end_of_a_long_text() -> None:
-    """What is decoded at once does not grow with the text."""
-    seen = []
+def test_a_character_is_told_as_soon_as_it_is_whole() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    writer = Writer(tokenizer)
+    assert [writer.add(token) for token in tokenizer("aé")["input_ids"]] == ["a", "", "é"]
 
-    class Counting:
-        def decode(self, tokens: list[int], **options: bool) -> str:
-            seen.append(len(tokens))
-            return TOKENIZERS["bytes"].decode(tokens, **options)
 
-    writer = Writer(Counting())
-    for token in tokens_of("bytes", "a" * 500):
+@settings(max_examples=150, deadline=None)
+@given(text=st.text("ab\u00e9 ", max_size=60), stop=st.lists(st.text("ab\u00e9", min_size=1, max_size=5), max_size=4))
+def test_stop_texts_end_it_and_their_beginnings_wait(text: str, stop: list[str]) -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    writer = Writer(tokenizer, stop)
+    ends = min((text.index(one) for one in stop if one in text), default=None)
+    for token in tokenizer(text)["input_ids"]:
+        before = writer.text
+        piece = writer.add(token)
+        assert writer.text == before + piece
+    assert writer.stopped == (ends is not None)
+    writer.end()
+    if ends is None:
+        assert writer.text == text
+    else:  # the stop text that was complete first
+        complete = min(text.index(one) + len(one) for one in stop if one in text)
+        first = min(text.index(one) for one in stop if one in text[:complete])
+        assert writer.text == text[:first]
+
+
+def test_the_beginning_of_a_stop_text_is_told_at_the_end() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    writer = Writer(tokenizer, ["STOP"])
+    told = "".join(map(writer.add, tokenizer("go ST")["input_ids"]))
+    assert told == "go "
+    assert writer.end() == "ST"
+    assert writer.text == "go ST"
+
+
+def test_nothing_follows_a_stop_text() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    writer = Writer(tokenizer, ["\n"])
+    for token in tokenizer("one\ntwo")["input_ids"]:
         writer.add(token)
-    assert max(seen) <= 2
+    assert writer.stopped
+    assert writer.end() == ""
+    assert writer.text == "one"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("kind", ["text", "broken", "special", "anything"])
+def test_the_work_for_a_token_does_not_grow(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, draw, decoded = TOKENIZERS[name], random.Random(0), 0
+    writer, decode = Writer(tokenizer), type(tokenizer).decode
+
+    def counted(self: Any, tokens: list[int], **options: Any) -> Any:
+        nonlocal decoded
+        decoded += len(tokens)
+        return decode(self, tokens, **options)
+
+    letter = tokenizer.convert_tokens_to_ids("a")
+    broken = tokenizer("é")["input_ids"][0] if name == "byte-level" else tokenizer.convert_tokens_to_ids("\ufffd")
+    one = {"text": letter, "broken": broken, "special": tokenizer.eos_token_id}.get(kind)
+    monkeypatch.setattr(type(tokenizer), "decode", counted)
+    for _ in range(600):
+        writer.add(draw.randrange(len(tokenizer)) if one is None else one)
+    assert decoded <= 600 * 48

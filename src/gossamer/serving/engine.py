@@ -21,7 +21,7 @@ from gossamer.errors import GossamerError, NonFiniteError, ResourceError, StateE
 from gossamer.models import load_base
 from gossamer.models.cached import CachedDecoder
 from gossamer.models.steps import Decoder, Piece, Step
-from gossamer.models.whole_steps import TransformersDecoder
+from gossamer.models.whole_steps import TransformersDecoder, refusal
 from gossamer.serving.guidance import Guide
 from gossamer.serving.prefixes import LEAST, Prefixes, common
 from gossamer.serving.request import Finish, Reply, Request, Sampling
@@ -67,6 +67,9 @@ class Engine:
         self.cache = self.decoder.cache(self.scheduler.limits.rows)
         self.prefixes = Prefixes(prefixes)
         self.terms = BatchTerms()
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context: int = min(positions or self.scheduler.limits.cache, self.scheduler.limits.cache)
+        """Tokens that a prompt and its answer may have together."""
         named = getattr(self.model.generation_config, "eos_token_id", None)
         self.ends = {*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id} - {None}
         for name, source in _named(adapters).items():
@@ -97,17 +100,16 @@ class Engine:
         Raises: UsageError for an empty or too long prompt or an unknown adapter; ResourceError when too many wait.
             What is wrong with an adapter shows when it is read, and becomes the ticket's fault.
         """
-        most = min(self.model.config.max_position_embeddings, self.scheduler.limits.cache)
-        if not 0 < len(request.prompt) < most:
+        if not 0 < len(request.prompt) < self.context:
             got = f"{len(request.prompt):,} tokens"
-            raise UsageError("a prompt of an impossible length", got=got, expected=f"1 to {most - 1:,}")
+            raise UsageError("a prompt of an impossible length", got=got, expected=f"1 to {self.context - 1:,}")
         sampling = request.sampling
         guide = Guide(sampling.schema, self.tokenizer) if sampling.schema is not None else None
         held = self.store.hold([*request.adapters])
         ticket = Ticket(
             request,
             [*request.prompt],
-            min(len(request.prompt) + sampling.max_tokens, most),
+            min(len(request.prompt) + sampling.max_tokens, self.context),
             held,
             Sampler(sampling, request.prompt, guide),
             Writer(self.tokenizer, sampling.stop),
@@ -273,14 +275,11 @@ _CANCELLED = StateError("the request was cancelled")
 
 def decoder_of(model: Any) -> Decoder:
     """The fastest that knows the model. Raises `UnsupportedError`."""
-    for known in (CachedDecoder, TransformersDecoder):
-        if known.takes(model):
-            return known(model)
-    raise UnsupportedError(
-        "the engine does not serve this model",
-        got=type(model).__name__,
-        expected="a causal language model with a key-value cache",
-    )
+    if CachedDecoder.takes(model):
+        return CachedDecoder(model)
+    if reason := refusal(model):
+        raise UnsupportedError("the engine does not serve this model", got=type(model).__name__, expected=reason)
+    return TransformersDecoder(model)
 
 
 def _named(adapters: str | Path | Mapping[str, Adapter | str | Path] | None) -> dict[str, Adapter | Path]:

@@ -58,10 +58,10 @@ class Sampling:
     def __post_init__(self) -> None:
         biases = self.logit_bias
         ranges = {
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "max_tokens": (1 <= self.max_tokens < 2**31, "1 to 2^31 - 1"),
             "temperature": (0 <= self.temperature <= 100, "0 to 100"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "top_k": (self.top_k >= 0, "0 or more"),
+            "top_k": (0 <= self.top_k < 2**31, "0 to 2^31 - 1"),
             "min_p": (0 <= self.min_p <= 1, "0 to 1"),
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2"),

@@ -15,6 +15,7 @@ from gossamer.serving.guidance import Guide
 from gossamer.serving.request import Sampling, Top
 
 _FIRST = 1024
+_COLDEST = 1e-6
 
 
 class Drawn(NamedTuple):
@@ -58,15 +59,17 @@ class Sampler:
     def draw(self, logits: Tensor) -> Drawn:
         """From logits (V,) on the CPU in float32, which are left as they are.
 
-        Raises: StateError when nothing is left to draw.
+        Raises: StateError when nothing is left to draw, or the logits are not finite.
         Source: Holtzman et al. 2020, arXiv:1904.09751, section 3.1 (nucleus sampling); Keskar et al. 2019,
         arXiv:1909.05858, section 4.1 (repetition).
         """
+        total = logits.logsumexp(0)
+        if not bool(total.isfinite()):
+            raise StateError("the logits are not finite", got=str(total.item()))
         changed = self._changed(logits)
         if not bool((changed > -torch.inf).any()):
             raise StateError("no token is left to draw", hint="the schema or the biases forbid all of them")
-        token = int(changed.argmax()) if self.generator is None else self._drawn(changed / self.sampling.temperature)
-        total = logits.logsumexp(0)
+        token = int(changed.argmax()) if self.generator is None else self._drawn(changed - changed.max())
         values, ids = logits.topk(min(self.sampling.top_logprobs, len(logits)))
         top = tuple(zip(ids.tolist(), (values - total).tolist(), strict=True))
         return Drawn(token, (logits[token] - total).item(), top)
@@ -95,8 +98,10 @@ class Sampler:
             changed[own] = torch.where(before > 0, before / penalty, before * penalty)
         return changed
 
-    def _drawn(self, scaled: Tensor) -> int:
+    def _drawn(self, below: Tensor) -> int:
+        """From logits less the largest, so that no division by a small temperature overflows."""
         sampling = self.sampling
+        scaled = below / max(sampling.temperature, _COLDEST)
         if sampling.top_k:
             least = scaled.topk(min(sampling.top_k, len(scaled))).values[-1]
             scaled = scaled.masked_fill(scaled < least, -torch.inf)

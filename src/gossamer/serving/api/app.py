@@ -1,0 +1,111 @@
+"""The app: an engine, who may use it, and the routes to it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+
+from gossamer import __version__
+from gossamer.errors import GossamerError
+from gossamer.serving.api import adapters, completions, routes
+from gossamer.serving.api import vectors as embeddings
+from gossamer.serving.api.faults import Refusal, refusal
+from gossamer.serving.api.keys import Keyring
+from gossamer.serving.api.limits import Bounds, Gate
+from gossamer.serving.api.metrics import Metrics
+from gossamer.serving.api.service import Service
+from gossamer.serving.api.vectors import Vectors
+from gossamer.serving.api.worker import Worker
+from gossamer.serving.engine import Engine
+
+
+def create_app(
+    engine: Engine | Callable[[], Engine],
+    *,
+    name: str = "base",
+    keyring: Keyring | None = None,
+    folder: str | Path | None = None,
+    bounds: Bounds | None = None,
+    vectors: Vectors | None = None,
+) -> FastAPI:
+    """An ASGI app that serves an engine; its life is the app's.
+
+    Args:
+        engine: or what makes it, called in the engine's own thread once the app has started: until it is there,
+            /health says yes and /ready no.
+        name: of the base, for clients.
+        keyring: who may do what. Without one, everybody who reaches the app by a name of this machine may do all.
+        folder: where adapters that are loaded while serving must lie; without one, none can be loaded.
+        bounds: of requests.
+        vectors: answers /v1/embeddings.
+    """
+    ring, limits, metrics = keyring or Keyring(), bounds or Bounds(), Metrics()
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        worker = Worker(lambda: engine if isinstance(engine, Engine) else engine())
+        app.state.service = service = Service(
+            worker, ring, limits, metrics, name, Path(folder) if folder else None, vectors
+        )
+        worker.start()
+        service.loading = asyncio.ensure_future(_loaded(worker, vectors))
+        if isinstance(engine, Engine):
+            await service.loading
+        try:
+            yield
+        finally:
+            service.draining = True
+            service.loading.cancel()
+            await worker.close()
+            if vectors:
+                vectors.close()
+
+    app = FastAPI(title="Gossamer", version=__version__, docs_url=None, redoc_url=None, lifespan=life)
+    for room in (completions, adapters, embeddings, routes):
+        app.include_router(room.router)
+    app.add_middleware(Gate, keyring=ring, bounds=limits, count=metrics.answered)
+    for kind, handler in ((GossamerError, _known), (Refusal, _known), (RequestValidationError, _invalid)):
+        app.add_exception_handler(kind, handler)
+    app.add_exception_handler(HTTPException, _plain)
+    return app
+
+
+async def _loaded(worker: Worker, vectors: Vectors | None) -> None:
+    """Until everything is there; raises what loading it raised."""
+    await worker.loaded.wait()
+    if worker.engine is None and worker.fault:
+        raise worker.fault
+    if vectors:
+        await vectors.start()
+
+
+async def _known(_: HttpRequest, error: Exception) -> JSONResponse:
+    return refusal(error).response()
+
+
+async def _invalid(_: HttpRequest, error: Exception) -> JSONResponse:
+    """The first fault of a body: which field, and what is wrong with it; not what was in it."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    # what pydantic calls the members of a union is no part of the field's name
+    parts = [str(part) for part in first["loc"][1:] if isinstance(part, int) or re.fullmatch(r"\w{1,64}", part)]
+    place = ".".join(parts)[:256]
+    message = "This field is not known." if first["type"] == "extra_forbidden" else first["msg"]
+    return Refusal(400, f"{place or 'body'}: {message}"[:512], "invalid_request", param=place or None).response()
+
+
+async def _plain(_: HttpRequest, error: Exception) -> JSONResponse:
+    """FastAPI's own: no such route, a method that a route has not, a body that is no JSON."""
+    assert isinstance(error, HTTPException)
+    words = {404: "There is no such route.", 405: "This route has other methods.", 400: "The body is not JSON."}
+    status = error.status_code
+    return Refusal(status, words.get(status, "This cannot be answered."), f"http_{status}").response()

@@ -1,0 +1,81 @@
+"""What went wrong, as a client may hear it: OpenAI's shape, and nothing that he should not know."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import traceback
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from gossamer.errors import GossamerError, NonFiniteError, ResourceError, UsageError
+
+log = logging.getLogger("gossamer.serving")
+
+
+class Refusal(Exception):
+    """An answer that is no success.
+
+    Args:
+        status: of the HTTP response.
+        message: for the client.
+        code: a stable word for it. param: the field it concerns.
+        after: seconds after which asking again makes sense.
+    """
+
+    def __init__(self, status: int, message: str, code: str, *, param: str | None = None, after: int = 0) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.after = status, message, code, param, after
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's word for errors of this status."""
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        return kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """When to ask again, and how to say who asks."""
+        return ({"retry-after": str(self.after)} if self.after else {}) | (
+            {"www-authenticate": "Bearer"} if self.status == 401 else {}
+        )
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """In OpenAI's shape."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def missing(name: str) -> Refusal:
+    """Of an adapter that is not there, or that is not for this client: he cannot tell which."""
+    return Refusal(404, f"The model {name[:256]!r} does not exist.", "model_not_found", param="model")
+
+
+def refusal(error: BaseException) -> Refusal:
+    """What a client hears of an error. What is his to mend he hears whole; of the rest he gets a number."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, UsageError):
+        parts = error.parts()
+        message = "; ".join(text for key, text in parts.items() if key not in ("code", "where"))
+        return Refusal(400, message, error.code, param=error.where or None)
+    if isinstance(error, ResourceError) and not isinstance(error, NonFiniteError):
+        return Refusal(429, error.what, "queue_full", after=1)
+    return unexpected(error)
+
+
+def unexpected(error: BaseException) -> Refusal:
+    """Note an error under a number, and give the client that number only.
+
+    The log gets the kind of error and the places in the code, not its text, which may quote what was asked.
+    """
+    number = secrets.token_hex(8)
+    said = f"{error.code}: {error.what}" if isinstance(error, GossamerError) else type(error).__name__
+    frames = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    log.error("error %s: %s at %s", number, said, " < ".join(reversed(frames)) or "nowhere")
+    return Refusal(500, f"Something went wrong here. It was noted as {number}.", "internal_error")

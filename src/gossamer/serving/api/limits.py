@@ -1,0 +1,159 @@
+"""What is turned away before anybody reads it: strangers, too much, too deep, too slow."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gossamer.serving.api.faults import Refusal, unexpected
+from gossamer.serving.api.keys import Keyring
+
+OPEN = frozenset({"/health", "/"})
+"""Served to anybody: that it lives, and the page, which is the same file for all and knows nothing."""
+
+STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
+BRACKETS = re.compile(rb"[\[\]{}]")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of what may come in.
+
+    Attributes:
+        body: bytes of a request. depth: of its JSON. headers: how many of them.
+        reading: seconds until a body must be there. answering: seconds until an answer must be done.
+    """
+
+    body: int = 4 * 2**20
+    depth: int = 64
+    headers: int = 64
+    reading: float = 15.0
+    answering: float = 600.0
+
+
+class Gate:
+    """Stands before the app: who asks, and whether what he sends is within bounds.
+
+    Args:
+        keyring: who may. Without keys, only a browser's or program's own machine may, by the name of the host it asks.
+        bounds: of what may be sent.
+        count: told the route and the status of each answer.
+    """
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, bounds: Bounds, count: Callable[[str, int], None]) -> None:
+        self.app, self.keyring, self.bounds, self.count = app, keyring, bounds, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        try:
+            self._look(scope)
+            body = await self._read(scope, receive)
+        except Refusal as refused:
+            await refused.response()(scope, receive, _Answer(send))
+            self.count("(refused)", refused.status)
+            return
+        except _Gone:
+            return
+        answer = _Answer(send)
+        try:
+            await self.app(scope, _again(body, receive), answer)
+        except Exception as error:  # a fault of ours: its text is for nobody
+            said = unexpected(error).response()
+            if answer.status == 0:
+                await said(scope, receive, answer)
+        self.count(getattr(scope.get("route"), "path", "(none)"), answer.status)
+
+    def _look(self, scope: Scope) -> None:
+        """Who asks, from where. Raises `Refusal`."""
+        if len(scope["headers"]) > self.bounds.headers:
+            raise Refusal(431, f"At most {self.bounds.headers} headers.", "too_many_headers")
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if self.keyring.open and not _local(headers.get(b"host", "")):
+            # a page from elsewhere whose name was made to mean this machine
+            raise Refusal(403, "Without keys, this server answers its own machine only.", "not_local")
+        origin = headers.get(b"origin")
+        if self.keyring.open and origin and origin.partition("://")[2] != headers.get(b"host", ""):
+            raise Refusal(403, "Pages of other origins may not use this server.", "foreign_origin")
+        tenant = self.keyring.whose(headers.get(b"authorization", ""))
+        if tenant is None and scope["path"] not in OPEN:
+            raise Refusal(401, "A key is needed: Authorization: Bearer ...", "invalid_api_key")
+        scope.setdefault("state", {})["tenant"] = tenant
+        if headers.get(b"content-encoding", "identity") != "identity":
+            raise Refusal(415, "Bodies are read as they are, not compressed.", "unsupported_encoding")
+        length = headers.get(b"content-length", "0")
+        if not length.isdecimal() or len(length) > 18 or int(length) > self.bounds.body:
+            raise Refusal(413, f"At most {self.bounds.body:,} bytes.", "body_too_large")
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body, counted as it comes. Raises `Refusal`."""
+        parts, size, more = [], 0, True
+        try:
+            async with asyncio.timeout(self.bounds.reading):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _Gone
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    more = message.get("more_body", False)
+                    if size > self.bounds.body:
+                        raise Refusal(413, f"At most {self.bounds.body:,} bytes.", "body_too_large")
+        except TimeoutError:
+            raise Refusal(408, "The body did not come in time.", "body_too_slow") from None
+        body = b"".join(parts)
+        if deeper(body, self.bounds.depth):
+            raise Refusal(400, f"JSON of more than {self.bounds.depth} levels.", "too_deep")
+        return body
+
+
+class _Gone(Exception):
+    """The client left before he had asked."""
+
+
+def deeper(body: bytes, most: int) -> bool:
+    """Whether JSON has more levels than `most`; strings do not count."""
+    level = 0
+    for bracket in BRACKETS.findall(STRINGS.sub(b"", body)):
+        level += 1 if bracket in b"[{" else -1
+        if level > most:
+            return True
+    return False
+
+
+def _local(host: str) -> bool:
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    return name.lower() in ("localhost", "127.0.0.1", "[::1]")
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Give a body that was read once more, and then what comes after it."""
+    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def give() -> Message:
+        return left.pop() if left else await receive()
+
+    return give
+
+
+class _Answer:
+    """Passes an answer on, with what keeps a browser from guessing and keeping; notes its status."""
+
+    def __init__(self, send: Send) -> None:
+        self.send, self.status = send, 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [
+                *message.get("headers", []),
+                (b"x-content-type-options", b"nosniff"),
+                (b"cache-control", b"no-store"),
+            ]
+        await self.send(message)

@@ -1,0 +1,276 @@
+"""What may be asked, field by field, each within bounds. A field that is not here is refused, never ignored."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from gossamer.serving.request import Sampling
+
+MOST_TEXT = 2_000_000
+MOST_IDS = 262_144
+MOST_PROMPTS = 64
+MOST_SEQUENCES = 128
+"""Of one request: prompts times `n`."""
+
+Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)]
+Text = Annotated[str, StringConstraints(strict=True, max_length=MOST_TEXT)]
+Integer = Annotated[int, Field(strict=True)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_IDS)]
+Flag = Annotated[bool, Field(strict=True)]
+Stop = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)]
+Digits = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
+
+
+def several(given: Any) -> list[Any]:
+    """Texts or lists of token ids, of what may be one of them or several."""
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool | str):
+        raise ValueError("a number is wanted")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class Asked(BaseModel):
+    """Base of all that is asked."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class Weighted(Asked):
+    """One adapter of a mix."""
+
+    id: Name
+    scale: Annotated[Number, Field(ge=-100, le=100)] = 1.0
+
+
+class StreamOptions(Asked):
+    """What a stream tells besides its text."""
+
+    include_usage: Flag = False
+
+
+class NamedSchema(Asked):
+    """A JSON schema that the answer shall satisfy."""
+
+    name: Name = "schema"
+    description: Annotated[str, StringConstraints(max_length=4096)] | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: Flag | None = None
+
+
+class ResponseFormat(Asked):
+    """What kind of text is wanted."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _with_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with the type json_schema, and only with it")
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """As `Sampling.schema` takes it."""
+        if self.json_schema is not None:
+            return json.dumps(self.json_schema.schema_, sort_keys=True, separators=(",", ":"))
+        return "json" if self.type == "json_object" else None
+
+
+class Generation(Asked):
+    """What chat and plain completions have in common."""
+
+    model: Name
+    lora: Annotated[list[Weighted], Field(max_length=8)] | None = None
+    n: Annotated[Integer, Field(ge=1, le=16)] | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[Integer, Field(ge=1, le=1_000_000)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Integer, Field(ge=0, le=1_000_000)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
+    logit_bias: Annotated[dict[Digits, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    seed: Annotated[Integer, Field(ge=0, lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    ignore_eos: Flag | None = None
+    response_format: ResponseFormat | None = None
+    user: Annotated[str, StringConstraints(max_length=256)] | None = None
+
+    @model_validator(mode="after")
+    def _options_of_streams(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream")
+        return self
+
+    @property
+    def tops(self) -> int:
+        """How many of the likeliest tokens are wanted at each place."""
+        raise NotImplementedError
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the tokens' own logarithms are wanted."""
+        raise NotImplementedError
+
+    def sampling(self, max_tokens: int, number: int) -> Sampling:
+        """For sequence `number` of a request. A seed gives each its own numbers. Raises `UsageError`."""
+        given = {
+            name: value
+            for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.logit_bias:
+            given["logit_bias"] = {int(token): float(bias) for token, bias in self.logit_bias.items()}
+        if self.response_format and (schema := self.response_format.schema_text):
+            given["schema"] = schema
+        if self.tops:
+            given["top_logprobs"] = self.tops
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            seed=None if self.seed is None else (self.seed + number) % 2**63,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            ignore_eos=bool(self.ignore_eos),
+            **given,
+        )
+
+
+class TextPart(Asked):
+    """A part of a message: text is all that these models read."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Asked):
+    """Who said what."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=256)]
+    name: Name | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates want it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class Chat(Generation):
+    """/v1/chat/completions"""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
+    max_completion_tokens: Annotated[Integer, Field(ge=1, le=1_000_000)] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Chat:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("give max_tokens or max_completion_tokens")
+        return self
+
+    @property
+    def tops(self) -> int:
+        return self.top_logprobs or 0
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.logprobs)
+
+
+class Completion(Generation):
+    """/v1/completions"""
+
+    prompt: Text | Ids | Annotated[list[Text] | list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> Completion:
+        if len(self.prompts) * (self.n or 1) > MOST_SEQUENCES:
+            raise ValueError(f"at most {MOST_SEQUENCES} sequences: prompts times n")
+        return self
+
+    @property
+    def prompts(self) -> list[Any]:
+        """One or several, as texts or token ids."""
+        return several(self.prompt)
+
+    @property
+    def tops(self) -> int:
+        return self.logprobs or 0
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None
+
+
+class Embedding(Asked):
+    """/v1/embeddings"""
+
+    model: Name
+    input: Text | Ids | Annotated[list[Text] | list[Ids], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[Integer, Field(ge=1, le=65_536)] | None = None
+    user: Annotated[str, StringConstraints(max_length=256)] | None = None
+
+    @property
+    def texts(self) -> list[Any]:
+        """One or several, as texts or token ids."""
+        return several(self.input)
+
+    @property
+    def most(self) -> int:
+        """Tokens at most: no token is shorter than a byte; two are added around a text."""
+        return sum(len(one.encode() if isinstance(one, str) else one) + 2 for one in self.texts)
+
+
+class Load(Asked):
+    """/v1/load_lora_adapter"""
+
+    lora_name: Annotated[str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    lora_path: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)]
+    load_inplace: Flag = False
+
+
+class Unload(Asked):
+    """/v1/unload_lora_adapter"""
+
+    lora_name: Name
+
+
+class Tokenize(Asked):
+    """/tokenize"""
+
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048)] | None = None
+    add_special_tokens: Flag = True
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Tokenize:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give prompt or messages")
+        return self
+
+
+class Detokenize(Asked):
+    """/detokenize"""
+
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=MOST_IDS)]

@@ -1,0 +1,133 @@
+"""The app on a socket: from the first request to a stop that lets everybody finish."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gossamer.errors import UsageError
+from gossamer.serving.api.service import Service
+
+GREETING = 10.0
+"""Seconds within which a connection must have sent its first request's headers."""
+
+
+class _Protocol(H11Protocol):
+    """Does not wait for ever for what a connection has to say."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.patience = self.loop.call_later(GREETING, self._tire)
+
+    def _tire(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.patience.cancel()
+        super().connection_lost(exc)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `serve`: uvicorn's own way ends the process by the signal."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def check_host(host: str, keyed: bool) -> None:
+    """Without keys, only this machine may reach the server. Raises `UsageError`."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and not keyed:
+        raise UsageError(
+            "without keys the server is for this machine only",
+            where="--host",
+            got=host,
+            expected="127.0.0.1, ::1 or localhost",
+            hint="give --keys FILE",
+        )
+
+
+def server_of(app: FastAPI, host: str, port: int) -> uvicorn.Server:
+    """A server that bounds what a connection may send before the app sees it."""
+    config = uvicorn.Config(
+        app,
+        host,
+        port,
+        http=_Protocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=32 * 1024,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=5,
+        limit_concurrency=4096,
+    )
+    return _Server(config)
+
+
+def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 8000, drain: float = 30.0) -> None:
+    """Serve until SIGTERM or SIGINT; then take nothing new, and give those that run `drain` seconds to finish.
+
+    Raises: what loading the engine raised; UsageError if the address cannot be had.
+    """
+    server = server_of(app, host, port)
+    fault = asyncio.run(_serve(server, app, drain))
+    if fault:
+        raise fault
+    if not server.started:
+        raise UsageError("the address cannot be had", where=f"{host}:{port}", hint="another --port")
+
+
+async def _serve(server: uvicorn.Server, app: FastAPI, drain: float) -> BaseException | None:
+    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
+    for one in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(one, stopping.set)
+    serving = asyncio.ensure_future(_quietly(server))
+    watching = asyncio.ensure_future(_until_fault(server, app))
+    asked = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait({serving, watching, asked}, return_when="FIRST_COMPLETED")
+    if asked.done() and not serving.done():
+        await _drained(app.state.service, drain)
+    server.should_exit = True
+    await serving
+    for task in (watching, asked):
+        task.cancel()
+    return watching.exception() if watching.done() and not watching.cancelled() else None
+
+
+async def _quietly(server: uvicorn.Server) -> None:
+    try:
+        await server.serve()
+    except SystemExit:  # uvicorn's way to say that it could not bind
+        server.started = False
+
+
+async def _until_fault(server: uvicorn.Server, app: FastAPI) -> None:
+    """Raise the reason for which the model is not there; wait for ever if it is."""
+    while not server.started:
+        await asyncio.sleep(0.01)
+    await asyncio.shield(app.state.service.loading)
+    await asyncio.Event().wait()
+
+
+async def _drained(service: Service, seconds: float) -> None:
+    service.draining = True
+    end = asyncio.get_running_loop().time() + seconds
+    while service.answering and asyncio.get_running_loop().time() < end:
+        await asyncio.sleep(0.02)
+    await service.worker.close()  # those that are left hear that it was stopped

@@ -1,0 +1,197 @@
+"""What the routes share: the engine's worker, who may what, and how a request finds its adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from gossamer.errors import UsageError
+from gossamer.serving.api.faults import Refusal, missing
+from gossamer.serving.api.keys import Keyring, Tenant
+from gossamer.serving.api.limits import Bounds
+from gossamer.serving.api.metrics import Metrics
+from gossamer.serving.api.schema import Message, Weighted
+from gossamer.serving.api.vectors import Vectors
+from gossamer.serving.api.worker import Worker
+
+Result = TypeVar("Result")
+
+
+class Gone(Exception):
+    """The client left; nobody reads an answer."""
+
+
+class Service:
+    """One server.
+
+    Args:
+        worker: has the engine. keyring: who may. bounds: of requests.
+        name: of the base, for clients.
+        folder: where adapters that are loaded while serving must lie; None allows none.
+        vectors: answers /v1/embeddings, if anything does.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        keyring: Keyring,
+        bounds: Bounds,
+        metrics: Metrics,
+        name: str,
+        folder: Path | None,
+        vectors: Vectors | None,
+    ) -> None:
+        self.worker, self.keyring, self.bounds, self.name, self.folder = worker, keyring, bounds, name, folder
+        self.vectors, self.metrics = vectors, metrics
+        self.draining = False
+        self.answering = 0
+        self.started = int(time.time())
+        self.texts = ThreadPoolExecutor(1, "texts")  # a tokenizer is not for several threads at a time
+        self.reading = asyncio.Lock()
+        self.loading: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    # Who and whether -------------------------------------------------------------------------------------------
+
+    def check_ready(self) -> None:
+        """Raise `Refusal` unless new requests are taken."""
+        self.check_stopping()
+        if not self.worker.ready or (self.vectors and not self.vectors.embedder):
+            raise Refusal(503, "The model is not there.", "not_ready", after=5)
+
+    def check_stopping(self) -> None:
+        """Raise `Refusal` when nothing new is taken."""
+        if self.draining:
+            raise Refusal(503, "The server is about to stop.", "stopping", after=5)
+
+    def chosen(self, tenant: Tenant, model: str, lora: Sequence[Weighted] | None = None) -> dict[str, float]:
+        """Adapter -> weight of a request. Unknown ones and those that are not his are the same to a tenant.
+
+        Raises: Refusal.
+        """
+        if model == self.name:
+            wanted = {one.id: one.scale for one in lora or ()}
+            if len(wanted) < len(lora or ()):
+                raise Refusal(400, "An adapter stands twice in the mix.", "twice", param="lora")
+        elif lora is not None:
+            raise Refusal(400, f"A mix goes with the base's name, {self.name!r}.", "two_choices", param="lora")
+        else:
+            wanted = {model.removeprefix(self.name + ":"): 1.0}
+        for name in wanted:
+            if not (name in self.worker.names) & tenant.may(name):
+                raise missing(name if model == self.name else model)
+        return wanted
+
+    # Texts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The engine's."""
+        self.check_ready()
+        assert self.worker.engine
+        return self.worker.engine.tokenizer
+
+    async def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
+        """Token ids of a text."""
+        tokenizer = self.tokenizer
+        return tuple((await self._aside(lambda: tokenizer(text, add_special_tokens=special)))["input_ids"])
+
+    async def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a conversation that the assistant shall go on with. Raises `UsageError`."""
+        tokenizer = self.tokenizer
+        if not tokenizer.chat_template:
+            raise UsageError("this base has no chat template", hint="use /v1/completions")
+        turns = [message.plain() for message in messages]
+
+        def render() -> str:
+            try:
+                return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            except (TypeError, ValueError, *_template_errors()) as error:  # a template's own rules, as of turns
+                got = type(error).__name__
+                raise UsageError("the chat template refuses these messages", where="messages", got=got) from None
+
+        return await self.encode(await self._aside(render), special=False)
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids."""
+        tokenizer = self.tokenizer
+        most = len(tokenizer)
+        if tokens and max(tokens) >= most:
+            raise UsageError("no such token", where="tokens", got=str(max(tokens)), expected=f"below {most:,}")
+        return await self._aside(lambda: tokenizer.decode(tokens))
+
+    async def _aside(self, function: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self.texts, function)
+
+    def room(self, prompt: int) -> int:
+        """Tokens that may follow a prompt of so many. Raises `Refusal` if there is no room for one."""
+        assert self.worker.engine
+        engine = self.worker.engine
+        most = min(engine.context, engine.scheduler.limits.cache)
+        if not 0 < prompt < most:
+            message = f"A prompt has 1 to {most - 1:,} tokens here; this one has {prompt:,}."
+            raise Refusal(400, message, "context_length_exceeded", param="messages or prompt")
+        return most - prompt
+
+    # Limits ----------------------------------------------------------------------------------------------------
+
+    async def until_gone(self, request: HttpRequest, work: Awaitable[Result]) -> Result:
+        """Do something for a client who may leave meanwhile, or wait in vain.
+
+        Raises: Gone; Refusal when it takes too long; what the work raises.
+        """
+        doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+        try:
+            await asyncio.wait({doing, leaving}, timeout=self.bounds.answering, return_when="FIRST_COMPLETED")
+            if doing.done():
+                return doing.result()
+            if leaving.done():
+                raise Gone
+            raise Refusal(504, "The answer was not ready in time.", "timeout")
+        finally:
+            leaving.cancel()
+            if not doing.done():
+                doing.cancel()
+                await asyncio.wait({doing})
+
+    def inside(self, path: str) -> Path:
+        """The folder of an adapter, if it lies inside the server's own. Raises `Refusal`: the same for all others."""
+        refused = Refusal(
+            400, "No adapter there, inside the server's folder of adapters.", "no_adapter", param="lora_path"
+        )
+        if self.folder is None:
+            raise refused
+        try:
+            root = self.folder.resolve(strict=True)
+            found = (root / path).resolve(strict=True)
+            fine = found != root and found.is_relative_to(root) and (found / "adapter_config.json").is_file()
+            # nor may a link in it lead out
+            fine = fine and all(one.resolve().is_relative_to(root) for one in found.iterdir())
+        except (OSError, ValueError):
+            fine = False
+        if not fine:
+            raise refused
+        return found
+
+
+async def _left(request: HttpRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    from jinja2 import TemplateError
+
+    return (TemplateError,)
+
+
+def digests_of(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What /v1/models tells of an adapter besides OpenAI's fields."""
+    return {name: described[name] for name in ("digest", "rank", "method", "state", "requests")} | {
+        "bytes": described["size"]
+    }

@@ -1,0 +1,264 @@
+"""One thread that owns the engine, and the way to it from an event loop.
+
+Everything that touches the engine is a function that this thread runs between two steps. What a step brought is told
+to the event loop in one call, however many requests it was for. The thread sleeps when there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from gossamer.errors import GossamerError, UsageError
+from gossamer.serving.api.faults import Refusal, missing, unexpected
+from gossamer.serving.engine import Engine
+from gossamer.serving.request import Request
+from gossamer.serving.ticket import Ticket
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one sequence of a job got since it was last told.
+
+    Attributes:
+        index: which sequence of the job.
+        tokens, logprobs, tops: those that are new. text: as much as became certain.
+        digests: of the adapters that make its tokens. reused: tokens of its prompt that were not read again.
+        finish: how it ended. fault: or why it could not.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    tops: tuple[tuple[tuple[int, float], ...], ...]
+    digests: Mapping[str, str]
+    reused: int
+    finish: str | None
+    fault: BaseException | None
+
+
+class Job:
+    """Sequences that one client asked for together. Iterating gives their progress until all are done."""
+
+    def __init__(self, worker: Worker, count: int) -> None:
+        self.worker, self.open = worker, count
+        self.news: asyncio.Queue[Progress] = asyncio.Queue()
+        self.tickets: list[Ticket] = []
+
+    async def __aiter__(self) -> AsyncIterator[Progress]:
+        while self.open:
+            progress = await self.news.get()
+            if progress.fault:
+                raise progress.fault
+            self.open -= progress.finish is not None
+            yield progress
+
+    def leave(self) -> None:
+        """Nobody waits for it any more: what still runs is cancelled."""
+        if self.open:
+            self.worker.cancel(self)
+
+
+@dataclass
+class _Watch:
+    """How far a ticket's news were told, and to whom."""
+
+    job: Job
+    index: int
+    tokens: int = 0
+    letters: int = 0
+
+
+class Worker:
+    """Runs an engine in a thread of its own.
+
+    Args:
+        make: gives the engine; called in that thread, as it may take a while.
+
+    Attributes:
+        names: the adapters that are known, as of now. Only the thread changes what it refers to.
+        waiting, running: sequences, as of the last step.
+        fault: why there is no engine, or none any more.
+    """
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        self.make = make
+        self.mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.watched: dict[Ticket, _Watch] = {}
+        self.names: frozenset[str] = frozenset()
+        self.waiting = self.running = 0
+        self.fault: BaseException | None = None
+        self.loaded = asyncio.Event()
+        self.engine: Engine | None = None
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._closing = False
+
+    # For the event loop ----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread; `loaded` is set when the engine is there, or a fault."""
+        self.loop = asyncio.get_running_loop()
+        self.thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be served."""
+        return self.engine is not None and self.fault is None and not self._closing
+
+    async def call(self, function: Callable[[Engine], Result], *, renames: bool = False) -> Result:
+        """Run a function with the engine between two steps, and give what it gives or raises.
+
+        Args:
+            renames: the function changes which adapters are known.
+        """
+        if self.engine is None or self.fault:
+            raise Refusal(503, "The model is not there.", "not_ready", after=5)
+        engine, answer = self.engine, self.loop.create_future()
+
+        def run() -> None:
+            try:
+                result = function(engine)
+            except Exception as error:  # whatever it is, it is the caller's
+                self._tell(_set, answer, None, error)
+            else:
+                if renames:
+                    self.names = frozenset(engine.store.names())
+                self._tell(_set, answer, result, None)
+
+        self.mail.put(run)
+        return await answer
+
+    async def submit(self, requests: Sequence[Request]) -> Job:
+        """Let the engine take all of these, or none. Raises what `Engine.submit` raises, and `Refusal`."""
+        job = Job(self, len(requests))
+        asking = asyncio.ensure_future(self.call(lambda engine: self._submit(engine, job, requests)))
+        try:
+            await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            asking.add_done_callback(lambda done: done.cancelled() or done.exception() or job.leave())
+            raise
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End what of a job still runs."""
+
+        def run() -> None:
+            for ticket in job.tickets:
+                self.watched.pop(ticket, None)
+                if self.engine and not self.fault:
+                    self.engine.cancel(ticket)
+
+        self.mail.put(run)
+
+    async def close(self) -> None:
+        """End the thread; what still runs is cancelled."""
+        self._closing = True
+        self.mail.put(lambda: None)
+        await asyncio.to_thread(self.thread.join, 10)
+
+    # In the thread ---------------------------------------------------------------------------------------------
+
+    def _submit(self, engine: Engine, job: Job, requests: Sequence[Request]) -> None:
+        try:
+            for request in requests:
+                job.tickets.append(engine.submit(request))
+        except GossamerError as error:
+            for ticket in job.tickets:
+                engine.cancel(ticket)
+            known = engine.store.names()
+            gone = [name for request in requests for name in request.adapters if name not in known]
+            if gone and isinstance(error, UsageError):  # unloaded since the client was let in
+                raise missing(gone[0]) from None
+            raise
+        for index, ticket in enumerate(job.tickets):
+            self.watched[ticket] = _Watch(job, index)
+
+    def _run(self) -> None:
+        try:
+            self.engine = self.make()
+            self.names = frozenset(self.engine.store.names())
+        except Exception as error:  # the loop's side says it
+            self.fault = error
+        self._tell(self.loaded.set)
+        while not self._closing:
+            try:
+                self._read_mail()
+                if self.engine and self.engine.busy and not self.fault:
+                    self._step(self.engine)
+            except Exception as error:  # a fault of ours: nobody can tell what state the rows are in
+                self.fault = unexpected(error)
+                self._fail(self.fault)
+        if self.engine:
+            self.engine.close()
+        self._fail(Refusal(503, "The server was stopped.", "stopped"))
+
+    def _read_mail(self) -> None:
+        """Do what came in; wait for something when nobody is there."""
+        idle = self.engine is None or self.fault is not None or not self.engine.busy
+        with contextlib.suppress(queue.Empty):
+            self.mail.get(block=idle)()
+            while True:
+                self.mail.get_nowait()()
+
+    def _step(self, engine: Engine) -> None:
+        through = engine.step()
+        self.waiting, self.running = engine.scheduler.waiting, len(engine.scheduler.running)
+        news = [(watch.job, self._news(ticket, watch)) for ticket, watch in [*self.watched.items()]]
+        self._tell(_deliver, [(job, progress) for job, progress in news if progress])
+        if not through and engine.busy:  # adapters are being read
+            with contextlib.suppress(queue.Empty):
+                self.mail.get(timeout=0.002)()
+
+    def _news(self, ticket: Ticket, watch: _Watch) -> Progress | None:
+        drawn, text = ticket.drawn, ticket.text
+        if not ticket.done and len(drawn) == watch.tokens:
+            return None
+        before, watch.tokens = watch.tokens, len(drawn)
+        letters, watch.letters = watch.letters, len(text)
+        if ticket.done:
+            del self.watched[ticket]
+        return Progress(
+            watch.index,
+            text[letters:],
+            tuple(drawn[before:]),
+            tuple(ticket.logprobs[before:]),
+            tuple(ticket.tops[before:]),
+            dict(ticket.digests),
+            ticket.reused,
+            ticket.reply.finish if ticket.reply else None,
+            ticket.fault,
+        )
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell everybody who waits."""
+        told = [
+            (watch.job, Progress(watch.index, "", (), (), (), {}, 0, None, error)) for watch in self.watched.values()
+        ]
+        self.watched.clear()
+        self._tell(_deliver, told)
+
+    def _tell(self, function: Callable[..., object], *arguments: object) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(function, *arguments)
+
+
+def _set(answer: asyncio.Future, result: object, error: BaseException | None) -> None:
+    if answer.cancelled():
+        return
+    if error:
+        answer.set_exception(error)
+    else:
+        answer.set_result(result)
+
+
+def _deliver(news: Sequence[tuple[Job, Progress]]) -> None:
+    for job, progress in news:
+        job.news.put_nowait(progress)
