@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -360,3 +361,13 @@ def test_models_of_other_families_answer_each_row_as_alone(family: str) -> None:
         if name:
             gs.detach(model)
         assert ticket.drawn == ids[len(prompt) :]
+
+
+def test_reading_adapters_computes_with_one_core_and_leaves_the_others_theirs() -> None:
+    """A second OpenMP team would make every product of a step wait for its workers to wake."""
+    before = torch.get_num_threads()
+    with engine_of() as engine:
+        assert engine.store.reader.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == before
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == before

@@ -1,7 +1,7 @@
 """Decoder layers of the Llama family with their backward written out, standing in for transformers' own.
 
-    h = x + o(attention(rotated(q), rotated(k), v))         q, k, v = linears(rmsnorm_of(x))
-    y = h + down(act(gate) * up)                            gate, up = linears(rmsnorm_of(h))
+    h = x + o(attention(rotated(q), rotated(k), v))         q, k, v = linears(rms_norm(x))
+    y = h + down(act(gate) * up)                            gate, up = linears(rms_norm(h))
 
 The model keeps its modules, its weights and their names: while blocks stand, a layer's `forward` is the block's, which
 reads the same weights and the adapters' factors where they are. A block looks at each call what is active; where that
@@ -164,7 +164,7 @@ class Block:
         attention = self.attention
         query, key, value = (one.unflatten(-1, (-1, attention.head_dim)) for one in (query, key, value))
         if hasattr(attention, "q_norm"):
-            query, key = attention.qnorm_of(query), attention.knorm_of(key)
+            query, key = attention.q_norm(query), attention.k_norm(key)
         cos, sin = (one.unsqueeze(2) for one in position_embeddings)
         heads = (rotated(query, cos, sin), rotated(key, cos, sin), value)
         attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]

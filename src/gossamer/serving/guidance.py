@@ -21,7 +21,7 @@ SECONDS = 1
 """Of a processor, for what a schema takes to be made ready."""
 _BYTES = 2**31
 _PATIENCE = 10.0
-_BOUNDS = {"initial_lexer_fuel": 500_000, "max_grammar_size": 100_000, "max_lexer_states": 50_000}
+_BOUNDS: dict[str, Any] = {"initial_lexer_fuel": 500_000, "max_grammar_size": 100_000, "max_lexer_states": 50_000}
 _LAYOUT = {"whitespace_pattern": r"[ \n]{0,40}"}
 """Between the parts of an answer: enough for any layout, not so much that a model could go on with it for ever."""
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)

@@ -10,10 +10,10 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from gossamer.adapter import Adapter
@@ -90,12 +90,8 @@ class Store:
                        for place, path in enumerate(one.paths)}  # fmt: skip
         self.versions: dict[str, Version] = {}
         self.resident: dict[Version, None] = {}  # in memory or being read, what was asked for longest ago first
-        self.reader = ThreadPoolExecutor(1, "adapters")
-
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """Of the base."""
-        return base_fingerprint(self.model)
+        self.fingerprint = base_fingerprint(model)
+        self.reader = _reader()
 
     # Names -----------------------------------------------------------------------------------------------------
 
@@ -124,7 +120,7 @@ class Store:
             self._mean(Version(name, source))
 
     def prepare(self, name: str, source: Source) -> Loaded:
-        """Read and check an adapter for a name. May be called from any thread, as it changes nothing.
+        """Read and check an adapter for a name; changes nothing. `reader` is the thread to do it beside an engine.
 
         Raises: AdapterFileError, BaseMismatchError, TargetError; UnsupportedError for what rows cannot have each their
         own of; NonFiniteError.
@@ -264,3 +260,17 @@ class Store:
         ]
         like = self.decoder.like.new_zeros(0, maps[0].in_features)
         return Stack.of([shares.get(place) for place in range(len(maps))], [one.out_features for one in maps], like)
+
+
+def _reader() -> ThreadPoolExecutor:
+    """A thread that reads adapters and computes with one core.
+
+    A second thread with workers of its own makes OpenMP put its workers to sleep between products, and a step of the
+    engine take twice as long, from then on.
+    """
+    before = torch.get_num_threads()
+    reader = ThreadPoolExecutor(1, "adapters")
+    reader.submit(torch.set_num_threads, 1).result()
+    reader.submit(torch.get_num_threads).result()  # which makes it this thread's own,
+    torch.set_num_threads(before)  # as others begin with what was set last
+    return reader

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -68,7 +69,8 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture
 def page(chromium: Any, folder: Path, listening: Callable[[Any], str]) -> Iterator[Any]:
     made = engine(folder)
-    made.ends = set()  # random weights would end somewhere
+    made.ends, step = set(), made.step  # random weights would end somewhere, and a toy is too fast to be stopped
+    made.step = lambda: (time.sleep(0.02), step())[1]
     yield from opened(chromium, listening(create_app(made, name="toy", folder=folder)))
 
 

@@ -135,6 +135,8 @@ def test_everybody_gets_his_own_while_adapters_come_and_go(
     async def main() -> None:
         draw = random.Random(0)
         async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+            first = {"lora_name": "moving", "lora_path": "v0"}
+            assert (await client.post("/v1/load_lora_adapter", json=first)).status_code == 200
             await asyncio.gather(churn(client, draw), *(ask(client, draw) for _ in range(80)))
 
     asyncio.run(main())

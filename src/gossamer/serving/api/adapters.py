@@ -67,7 +67,7 @@ async def load(asked: Load, request: HttpRequest) -> Response:
         engine = service.worker.engine
         assert engine
         try:
-            loaded = await asyncio.to_thread(engine.store.prepare, name, folder)
+            loaded = await asyncio.wrap_future(engine.store.reader.submit(engine.store.prepare, name, folder))
         except (ArtefactError, NonFiniteError) as error:
             raise Refusal(400, f"The adapter cannot be used: {error.what}", error.code, param="lora_path") from None
         await service.worker.call(lambda engine: engine.store.put(loaded), renames=True)

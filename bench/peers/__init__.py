@@ -1,0 +1,1 @@
+"""Other servers, and a client that asks them all the same."""

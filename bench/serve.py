@@ -1,0 +1,159 @@
+"""What does another adapter in every row cost, beside the base alone and beside PEFT's mixed batches?
+
+Decoding: a step takes every sequence on by one token, with a key-value cache, to the likeliest token, and with all that
+the library does besides. Reading: prompts of 64 tokens, to the first token of each. Before the clock starts, all have
+read the same prompts, and agree on the next tokens and their probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import DynamicCache
+
+import gossamer as gs
+from bench.common import Row, interleaved, report
+from bench.trainers.peers import canonical
+from gossamer.adapter import Adapter
+from gossamer.serving import Engine, Limits, Request, Sampling
+
+BASE, RANK, PROMPT = "smollm2-135m", 8, 64
+DECODING, READING = 15, 5
+"""Rounds."""
+TARGETS: Mapping[str, Any] = {"q, v": ("q_proj", "v_proj"), "all linear": "all-linear"}
+CASES = ((1, 1), (8, 1), (8, 8), (32, 1), (32, 8), (32, 32))
+MOST = 32
+
+
+def measure() -> list[Row]:
+    """Base, ours and PEFT in turn, for every case."""
+    gs.fetch(BASE)
+    model, tokenizer = gs.load_base(BASE, dtype=torch.float32)
+    rows: list[Row] = []
+    for targets, modules in TARGETS.items():
+        made = {f"a{number:02}": _adapter(model, modules, number) for number in range(MOST)}
+        peft = _peft(modules, made)
+        for batch, many in CASES:
+            names = [f"a{row % many:02}" for row in range(batch)]
+            draw = torch.Generator().manual_seed(0)
+            prompts = torch.randint(0, model.config.vocab_size, (batch, PROMPT), generator=draw)
+            base = _Ours((model, tokenizer), {}, [""] * batch, prompts)
+            ours = _Ours((model, tokenizer), made, names, prompts)
+            theirs = _Peft(peft, names, prompts)
+            _same(base, ours, theirs)
+            about = {"adapters on": targets, "requests": batch, "adapters": many}
+            rows += _compared(about | {"what": "a decoding step"}, batch, DECODING, base.step, ours.step, theirs.step)
+            rows += _compared(
+                about | {"what": "reading prompts"}, batch * PROMPT, READING, base.read, ours.read, theirs.read
+            )
+    return rows
+
+
+def _compared(
+    about: Row, tokens: int, rounds: int, base: Callable[[], Any], ours: Callable[[], Any], theirs: Callable[[], Any]
+) -> list[Row]:
+    steps = {"the base, Gossamer": base, "Gossamer": ours, "PEFT, mixed batch": theirs}
+    times = interleaved(steps, rounds=rounds, warmup=1)
+    plain, peers = times["the base, Gossamer"].median, times["PEFT, mixed batch"].median
+    return [
+        {
+            **about,
+            "contender": name,
+            **time.row(),
+            "tokens/s": round(tokens / time.median),
+            "of the base": round(time.median / plain, 2),
+            "times PEFT's": round(peers / time.median, 2),
+        }
+        for name, time in times.items()
+    ]
+
+
+def _same(base: _Ours, ours: _Ours, theirs: _Peft) -> None:
+    mine, his = ours.logprobs(), theirs.logprobs
+    assert (mine - his).abs().max() < 1e-3, f"probabilities differ by {(mine - his).abs().max():.1e}"
+    assert (mine - base.logprobs()).abs().max() > 1e-2, "the adapters change nothing"
+
+
+class _Ours:
+    def __init__(self, base: Any, made: Mapping[str, Adapter], names: list[str], prompts: torch.Tensor) -> None:
+        used = {name: made[name] for name in names if name}
+        limits = Limits(rows=len(names), tokens=PROMPT * len(names))
+        self.engines = [Engine(base, used, limits=limits, prefixes=0) for _ in range(2)]
+        self.names, self.prompts = names, prompts.tolist()
+        self.tickets = self._submitted(self.engines[0])
+        self.step = self.engines[0].step
+        self.step()
+
+    def _submitted(self, engine: Engine) -> list[Any]:
+        sampling = Sampling(max_tokens=200, ignore_eos=True)
+        return [
+            engine.submit(Request(tuple(prompt), {name: 1.0} if name else {}, sampling))
+            for prompt, name in zip(self.prompts, self.names, strict=True)
+        ]
+
+    def read(self) -> None:
+        tickets = self._submitted(self.engines[1])
+        self.engines[1].step()
+        assert all(len(ticket.drawn) == 1 for ticket in tickets)
+        for ticket in tickets:
+            self.engines[1].cancel(ticket)
+
+    def logprobs(self) -> torch.Tensor:
+        return torch.tensor([ticket.logprobs[0] for ticket in self.tickets])
+
+
+class _Peft:
+    def __init__(self, model: Any, names: list[str], prompts: torch.Tensor) -> None:
+        self.model, self.names, self.prompts = model, names, prompts
+        self.cache = DynamicCache()
+        logits = self._run(prompts, self.cache)
+        self.logprobs = logits.log_softmax(-1).max(-1).values
+        self.next = logits.argmax(-1, keepdim=True)
+
+    @torch.inference_mode()
+    def _run(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        out = self.model(input_ids=ids, past_key_values=cache, adapter_names=self.names, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    def step(self) -> None:
+        self.next = self._run(self.next, self.cache).argmax(-1, keepdim=True)
+
+    def read(self) -> None:
+        self._run(self.prompts, DynamicCache()).argmax(-1)
+
+
+def _peft(modules: Any, made: Mapping[str, Adapter]) -> PeftModel:
+    """A model of PEFT's own with the same adapters."""
+    bare, _ = gs.load_base(BASE, dtype=torch.float32)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=modules, task_type="CAUSAL_LM")
+    model: Any = None
+    for name in made:
+        if model is None:
+            model = get_peft_model(bare, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    for full, value in model.named_parameters():
+        name = next((one for one in made if f".{one}." in full), None)
+        if name and "lora_" in full:
+            path, _, slot = canonical(full.replace(f".{name}.", ".default.")).rpartition(".")
+            with torch.no_grad():
+                value.copy_(made[name].tensors[path][slot])
+    return model.eval()
+
+
+def _adapter(model: Any, modules: Any, seed: int) -> Adapter:
+    gs.attach(model, gs.LoRA(r=RANK, alpha=2 * RANK, target_modules=modules), seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in gs.trainable_parameters(model, "default").values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+    made = gs.capture(model)
+    gs.detach(model)
+    return made
+
+
+if __name__ == "__main__":
+    report("serve", "What does another adapter in every row cost?", measure)

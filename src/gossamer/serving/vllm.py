@@ -1,0 +1,189 @@
+"""The same base and adapters served by vLLM, where one machine or one GPU is not enough.
+
+Nothing of vLLM is imported: its adapters are checked by what vLLM 0.32 accepts, its command and environment are written
+out, and it is started where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gossamer.adapter import Adapter
+from gossamer.errors import GossamerError, UnsupportedError, UsageError
+from gossamer.methods import LoRA
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The largest rank of a server is one of these; every slot is as large."""
+HEADS = ("classifier", "score")
+ENVIRONMENT = "GOSSAMER_VLLM"
+"""Names a virtual environment that has vLLM, when this one has not."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether vLLM takes an adapter.
+
+    Attributes:
+        reason: why not; "" where it does. remedy: what would make it fit, as far as anything would.
+        rank: its largest. modules: last parts of the paths that it changes.
+    """
+
+    name: str
+    path: Path
+    reason: str = ""
+    remedy: str = ""
+    rank: int = 0
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command and what has to stand in its environment."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " \\\n  ".join([*settings, shlex.join(self.arguments[:3]), *_pairs(self.arguments[3:])])
+
+
+def check(path: Path) -> Verdict:
+    """What vLLM 0.32 says of an adapter folder."""
+    name = path.name
+    try:
+        adapter = Adapter.load(path)
+    except GossamerError as error:
+        return Verdict(name, path, f"it cannot be read: {error.what}", "see `gossamer doctor` and the error's page")
+    spec = adapter.spec
+    merge = f"gossamer merge {path} --base ... --output DIR, and serve DIR as a base of its own"
+    if type(spec) is not LoRA:
+        return Verdict(name, path, f"vLLM knows LoRA, and this is {spec.name}", merge)
+    faults = {
+        "trained biases": spec.bias != "none",
+        f"a start that changes the base ({spec.start})": spec.start not in ("gaussian", "kaiming"),
+        "rows of an embedding": bool(spec.trainable_tokens),
+        "factors on stacked parameters": bool(spec.target_parameters),
+        "whole modules that are no head": any(one not in HEADS for one in spec.modules_to_save),
+    }
+    if reasons := [reason for reason, there in faults.items() if there]:
+        return Verdict(name, path, f"vLLM takes no {', '.join(reasons)}", merge)
+    slots = {slot for held in adapter.tensors.values() for slot in held}
+    if slots - {"lora_A", "lora_B", "weight", "bias"}:
+        return Verdict(name, path, f"vLLM takes no {', '.join(sorted(slots - {'lora_A', 'lora_B'}))}", merge)
+    rank = max((held["lora_B"].shape[1] for held in adapter.tensors.values() if "lora_B" in held), default=0)
+    if rank > RANKS[-1]:
+        remedy = f"gossamer resize {path} --rank {RANKS[-1]} --output DIR"
+        return Verdict(name, path, f"its rank is {rank:,}, and vLLM takes {RANKS[-1]} at most", remedy)
+    modules = tuple(sorted({one.rpartition(".")[2] for one, held in adapter.tensors.items() if "lora_A" in held}))
+    return Verdict(name, path, rank=rank, modules=modules)
+
+
+def command(
+    base: Path,
+    verdicts: Sequence[Verdict],
+    *,
+    name: str = "base",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    python: str = sys.executable,
+    cuda: bool = True,
+    slots: int = 32,
+    options: Sequence[str] = (),
+) -> Launch:
+    """How vLLM is started for a base folder and the adapters that it takes.
+
+    Args:
+        slots: adapters that may run in one batch.
+        cuda: whether there is a GPU; else the settings of the CPU build are written.
+        options: of vLLM's own, as they are.
+    """
+    taken = [one for one in verdicts if not one.reason]
+    arguments = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name", name]
+    arguments += ["--host", host, "--port", str(port)]
+    if taken:
+        rank = next(one for one in RANKS if one >= max(one.rank for one in taken))
+        modules = sorted({module for one in taken for module in one.modules})
+        arguments += ["--enable-lora", "--max-loras", str(min(slots, len(taken))), "--max-lora-rank", str(rank)]
+        arguments += ["--max-cpu-loras", str(max(2 * slots, len(taken)))]
+        arguments += ["--lora-target-modules", *modules]
+        arguments += ["--lora-modules", *(f"{one.name}={one.path.resolve()}" for one in taken)]
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    if not cuda:
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "2"}
+        library = Path(python).parent.parent / "lib" / "libiomp5.so"
+        if library.is_file():
+            environment |= {"LD_PRELOAD": str(library)}
+    return Launch((*arguments, *options), environment)
+
+
+def serve(
+    base: str,
+    adapters: Path | None,
+    host: str,
+    port: int,
+    dry_run: bool = False,
+    *,
+    name: str = "base",
+    say: Any = print,
+) -> None:
+    """Say which adapters vLLM takes, write its command, and become it.
+
+    Raises: UnsupportedError where vLLM is not installed; UsageError for a host that is not this machine, as vLLM's one
+        key knows no tenants.
+    """
+    from gossamer.models.locate import locate
+    from gossamer.serving.api.server import check_host
+
+    check_host(host, "VLLM_API_KEY" in os.environ)
+    if adapters is not None and not adapters.is_dir():
+        raise UsageError("adapters are a folder of adapters", where=str(adapters), got="no such folder")
+    folders = sorted(adapters.iterdir()) if adapters else []
+    verdicts = [check(one) for one in folders if (one / "adapter_config.json").is_file()]
+    for one in verdicts:
+        say(f"{one.name}: {'taken' if not one.reason else one.reason}")
+        if one.remedy:
+            say(f"  instead: {one.remedy}")
+    python = interpreter()
+    made = command(locate(base), verdicts, name=name, host=host, port=port, python=python or "python", cuda=_has_cuda())
+    say(str(made))
+    if dry_run:
+        return
+    if python is None:
+        hint = f"pip install vllm, or name an environment that has it in {ENVIRONMENT}"
+        raise UnsupportedError("vLLM is not installed here", hint=hint)
+    os.execve(python, made.arguments, {**os.environ, **made.environment})
+
+
+def interpreter() -> str | None:
+    """A Python that has vLLM: of the environment that GOSSAMER_VLLM names, or this one. Raises `UsageError`."""
+    if place := os.environ.get(ENVIRONMENT):
+        python = Path(place) / "bin" / "python"
+        if not python.is_file():
+            raise UsageError("no virtual environment", where=ENVIRONMENT, got=place, expected=str(python))
+        return str(python)
+    return sys.executable if importlib.util.find_spec("vllm") else None
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _pairs(words: Sequence[str]) -> list[str]:
+    """A line for each option with what belongs to it."""
+    lines: list[str] = []
+    for word in words:
+        if word.startswith("--") or not lines:
+            lines.append(shlex.quote(word))
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
+    return lines
