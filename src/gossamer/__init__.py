@@ -41,11 +41,13 @@ _HOME = {
     "attached": "attachment",
     "base_fingerprint": "attachment",
     "capture": "attachment",
+    "combine": "merging",
     "detach": "attachment",
     "eva": "attachment",
     "evaluate": "training",
     "fetch": "models",
     "generate": "serving",
+    "learned_weights": "merging",
     "load_base": "models",
     "loftq": "attachment",
     "merge": "attachment",
@@ -84,6 +86,8 @@ if TYPE_CHECKING:
     from gossamer.errors import SharedWeightError as SharedWeightError
     from gossamer.errors import SpecError as SpecError
     from gossamer.errors import TargetError as TargetError
+    from gossamer.merging import combine as combine
+    from gossamer.merging import learned_weights as learned_weights
     from gossamer.merging import merge_into_base as merge_into_base
     from gossamer.methods import IA3 as IA3
     from gossamer.methods import BitFit as BitFit

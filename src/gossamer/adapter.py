@@ -46,6 +46,12 @@ class Method(Spec):
     def summed(self, tensors: Tensors, other: Method, other_tensors: Tensors) -> tuple[Method, Tensors]:
         """Spec and tensors of the sum of two adapters; exact, or a typed refusal."""
 
+    @abstractmethod
+    def resized(
+        self, tensors: Tensors, r: int | None, energy: float | None, pooled: bool
+    ) -> tuple[Method, Tensors, dict[str, float], float]:
+        """Spec and tensors at a lower rank, the relative error at each path, and that of all; see `Adapter.resize`."""
+
     def to_dict(self) -> dict[str, Any]:
         """The fields together with the method's registered name."""
         return {"name": self.name} | super().to_dict()
@@ -120,8 +126,10 @@ class Adapter:
             raise StateError("adapters of different bases have no sum", got=str(other.base), expected=str(self.base))
         spec, tensors = self.spec.summed(self.tensors, other.spec, other.tensors)
         origin = {"operation": "sum", "of": [self.digest, other.digest]}
-        kept = {key: value for key, value in self.foreign.items() if key in _ABOUT_THE_BASE}
-        return Adapter(spec, tensors, self.base or other.base, origin, kept)
+        return Adapter(spec, tensors, self.base or other.base, origin, about_the_base(self.foreign))
+
+    def __radd__(self, other: object) -> Adapter:
+        return self if other == 0 else NotImplemented  # where Python's own sum() starts
 
     def __mul__(self, weight: float) -> Adapter:
         """`weight` times the adapter; `1 * a` is `a`. Raises `UnsupportedError` where none exists."""
@@ -143,6 +151,44 @@ class Adapter:
 
     def __sub__(self, other: Adapter) -> Adapter:
         return self + -other
+
+    def resize(self, r: int | None = None, *, energy: float | None = None, pooled: bool = False) -> Adapter:
+        """The nearest adapter of lower rank; `provenance` states its error.
+
+            D_r = U_r diag(s_1 .. s_r) V_r^T        error^2 = (s_(r+1)^2 + ...) / (s_1^2 + ...)
+
+        `scaling * B A = U diag(s) V^T` is found from the factors: QR of each and the SVD of the small core between
+        them. The (out, in) matrix is never formed; cost O(rank^2 (in + out)) a module. The factors come back evenly
+        balanced, with a scaling of 1, so that nothing of rsLoRA's alpha / sqrt(r) depends on the new rank.
+
+        Args:
+            r: the rank of every module; with `pooled`, the mean rank.
+            energy: instead of r, the share of s_1^2 + s_2^2 + ... that is kept, in (0, 1].
+            pooled: give the ranks to the largest singular values, whichever module they are in, rather than judge each
+                module by itself; each keeps at least one.
+
+        Returns:
+            An adapter; its `provenance` holds "error" (relative, Frobenius norm over all modules) and "errors" (of each
+            module). This adapter's own tensors where no module has a higher rank.
+
+        Raises:
+            UsageError: not exactly one of r and energy, or out of range.
+            UnsupportedError: a method whose change is no product of factors, or parameters trained whole.
+            NonFiniteError: factors that hold NaN or infinity.
+
+        Source: Eckart and Young 1936.
+        """
+        if (r is None) == (energy is None):
+            raise UsageError("resize takes a rank or an energy", got=f"r={r}, energy={energy}", expected="one of them")
+        if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+            raise UsageError("a rank is a whole number of at least 1", got=repr(r))
+        if energy is not None and not 0 < energy <= 1:
+            raise UsageError("an energy is a share of the squared singular values", got=repr(energy), expected="(0, 1]")
+        spec, tensors, errors, error = self.spec.resized(self.tensors, r, energy, pooled)
+        origin = {"operation": "resize", "of": self.digest, "r": r, "energy": energy, "pooled": pooled}
+        origin |= {"error": error, "errors": errors}
+        kept = self.foreign if spec is self.spec else about_the_base(self.foreign)
+        return replace(self, spec=spec, tensors=tensors, provenance=origin, foreign=kept)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Adapter) and self.digest == other.digest
@@ -169,6 +215,11 @@ class Adapter:
         from gossamer.files.peft import read_adapter
 
         return read_adapter(Path(folder))
+
+
+def about_the_base(foreign: Mapping[str, Any]) -> dict[str, Any]:
+    """What a PEFT config says of the base, which is still true of an adapter computed from the one it describes."""
+    return {key: value for key, value in foreign.items() if key in _ABOUT_THE_BASE}
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -48,3 +48,64 @@ def randomised_svd(
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
     return (basis @ left)[:, :rank], values[:rank], right[:rank]
+
+
+def factor_svd(inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of `B A`, through the small core of two QR decompositions.
+
+        B = Q R    A^T = P S    R S^T = X diag(s) Y^T    B A = (Q X) diag(s) (P Y)^T
+
+    Args:
+        inner: A, (..., r, in), float32 or wider. outer: B, (..., out, r), of the same dtype.
+
+    Returns:
+        U (..., out, k), s (..., k), V^T (..., k, in), largest first. Without leading dimensions k is at most
+        min(r, in, out). Cost: O(r^2 (in + out)); the (out, in) matrix is never formed.
+    """
+    left, core_left = torch.linalg.qr(outer)
+    right, core_right = torch.linalg.qr(inner.mT)
+    turn, values, turned = torch.linalg.svd(core_left @ core_right.mT, full_matrices=False)
+    return left @ turn, values, turned @ right.mT
+
+
+def product_norm(inner: Tensor, outer: Tensor) -> float:
+    """The Frobenius norm of `B A`, (..., r, in) and (..., out, r); formed only where the factors are no smaller."""
+    if inner.shape[-2] >= min(inner.shape[-1], outer.shape[-2]):
+        return (outer @ inner).norm().item()
+    cores = torch.linalg.qr(outer, mode="r").R @ torch.linalg.qr(inner.mT, mode="r").R.mT
+    return cores.norm().item()
+
+
+def truncated(inner: Tensor, outer: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The factors of rank at most `rank` that are nearest to `B A` in the Frobenius norm, evenly balanced.
+
+    Args:
+        inner: A, (r, in), float32 or wider. outer: B, (out, r).
+        seed: see `nearest_factors`, which serves where the factors are so wide that the matrix itself is smaller.
+
+    Returns: `diag(s)^(1/2) V^T` (rank, in) and `U diag(s)^(1/2)` (out, rank).
+
+    Source: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
+    """
+    if 2 * inner.shape[0] > min(inner.shape[1], outer.shape[0]):
+        return nearest_factors(outer @ inner, rank, seed)
+    left, values, right = factor_svd(inner, outer)
+    return _balanced(left[:, :rank], values[:rank], right[:rank])
+
+
+def nearest_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The same of a matrix (out, in): by a random subspace of that seed where the rank is small, else exactly.
+
+    Returns: A (rank, in) and B (out, rank), in float32 or the matrix's wider dtype; fewer where it has fewer.
+    """
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    if 4 * rank <= min(matrix.shape):
+        return _balanced(*randomised_svd(matrix, rank, torch.Generator().manual_seed(seed)))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return _balanced(left[:, :rank], values[:rank], right[:rank])
+
+
+def _balanced(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B with the root of the singular values in each."""
+    root = values.sqrt()
+    return root[:, None] * right, left * root

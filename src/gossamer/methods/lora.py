@@ -14,6 +14,7 @@ from gossamer.errors import StateError, UnsupportedError
 from gossamer.methods.base import Layer, Shape, wide
 from gossamer.methods.factored import RANDOM_STARTS, Factored, factors_in
 from gossamer.methods.lora_layers import LoRALayer, MatrixLoRA, product
+from gossamer.methods.pairs import Pair, added, only_factors, pairs_of, shrunk, slots_of
 from gossamer.methods.targeted import exactly
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
@@ -72,29 +73,35 @@ class LoRA(Factored):
     def scaled(self, tensors: Tensors, weight: float) -> tuple[Method, Tensors]:
         plain, tensors = self._plain(tensors)
         return plain, {
-            path: {"lora_A": slots["lora_A"], "lora_B": wide(slots["lora_B"]) * weight}
+            path: {name: wide(slot) * weight if name.endswith("_B") else slot for name, slot in slots.items()}
             for path, slots in tensors.items()
         }
 
     def summed(self, tensors: Tensors, other: Method, other_tensors: Tensors) -> tuple[Method, Tensors]:
         if not isinstance(other, LoRA):
             raise UnsupportedError("only LoRA adapters can be added to a LoRA adapter", got=other.name)
-        (mine, tensors), (theirs, other_tensors) = self._plain(tensors), other._plain(other_tensors)
-        total: dict[str, dict[str, Tensor]] = {}
-        for path in sorted({*tensors, *other_tensors}):
-            parts = [(spec, part[path]) for spec, part in ((mine, tensors), (theirs, other_tensors)) if path in part]
-            shapes = {(slots["lora_B"].shape[0], slots["lora_A"].shape[1]) for _, slots in parts}
-            if len(shapes) > 1:
-                raise StateError("weights of different shapes have no sum", where=path, got=str(sorted(shapes)))
-            total[path] = {
-                "lora_A": torch.cat([wide(slots["lora_A"]) for _, slots in parts]),
-                "lora_B": torch.cat([wide(slots["lora_B"]) * spec.scaling_at(path) for spec, slots in parts], dim=1),
-            }
-        return _unit_scaled(total), total
+        mine, theirs = pairs_of(self, tensors), pairs_of(other, other_tensors)
+        total: dict[str, Pair] = {}
+        for place in sorted({*mine, *theirs}):
+            parts = [pairs[place] for pairs in (mine, theirs) if place in pairs]
+            if len({part.form for part in parts}) > 1:
+                forms = " and ".join(str(part.form) for part in parts)
+                raise StateError("weights of different shapes have no sum", where=place, got=forms)
+            total[place] = added(parts)
+        return unit_scaled(total), slots_of(total)
+
+    def resized(
+        self, tensors: Tensors, r: int | None, energy: float | None, pooled: bool
+    ) -> tuple[Method, Tensors, dict[str, float], float]:
+        before = pairs_of(self, tensors)
+        after, errors, error = shrunk(before, r, energy, pooled)
+        if all(after[place] is before[place] for place in before):
+            return self, tensors, errors, error
+        return unit_scaled(after), slots_of(after), errors, error
 
     def _plain(self, tensors: Tensors) -> tuple[LoRA, Tensors]:
-        """The same change with the constants of its start among the factors; only for factors of linear modules."""
-        _only_factors(tensors)
+        """The same change with the constants of its start among the factors."""
+        only_factors(tensors)
         if self.start in RANDOM_STARTS:
             return self, tensors
         return plain_spec(self), {path: plain_slots(slots) for path, slots in tensors.items()}
@@ -119,26 +126,16 @@ def plain_slots(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def _only_factors(tensors: Tensors) -> None:
-    known = ("lora_A", "lora_B", "start_A", "start_B")
-    others = [
-        f"{path}.{slot}"
-        for path, slots in tensors.items()
-        for slot, tensor in slots.items()
-        if slot not in known or tensor.ndim != 2
-    ]
-    if others:
-        raise UnsupportedError(
-            "parameters trained whole (modules_to_save, biases) cannot be scaled or added without the base, and only "
-            "factors of linear modules can be",
-            got=", ".join(others[:3]) + (" ..." if len(others) > 3 else ""),
-        )
-
-
-def _unit_scaled(tensors: Tensors) -> LoRA:
-    """The spec of concatenated factors: each module at its own rank, every scaling exactly 1."""
-    ranks = {path: slots["lora_A"].shape[0] for path, slots in tensors.items()}
+def unit_scaled(pairs: Mapping[str, Pair]) -> LoRA:
+    """The spec of pairs with their scaling in the factors: each at its own rank, every scaling exactly 1."""
+    ranks = {place: pair.rank for place, pair in pairs.items()}
     common = max(ranks.values(), key=list(ranks.values()).count, default=1)
-    others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
-    alphas = {pattern: float(rank) for pattern, rank in others.items()}
-    return LoRA(r=common, alpha=float(common), target_modules=exactly(ranks), rank_pattern=others, alpha_pattern=alphas)
+    others = {f"^{re.escape(place)}": rank for place, rank in ranks.items() if rank != common}
+    return LoRA(
+        r=common,
+        alpha=float(common),
+        target_modules=exactly(place for place, pair in pairs.items() if not pair.parameter),
+        target_parameters=tuple(place for place, pair in pairs.items() if pair.parameter),
+        rank_pattern=others,
+        alpha_pattern={pattern: float(rank) for pattern, rank in others.items()},
+    )

@@ -16,6 +16,8 @@ from gossamer.errors import UnsupportedError
 from gossamer.methods.base import Base, Layer, Shape
 from gossamer.spec import Indices, Names, StrictInt, StrictStr
 
+_NEEDS_THE_BASE = "gossamer.combine adds the changes that it makes to a base's weights, where base= gives them"
+
 
 def _compiles(pattern: str) -> str:
     try:
@@ -83,10 +85,15 @@ class TargetedMethod(Method):
         )
 
     def scaled(self, tensors: Tensors, weight: float) -> tuple[Method, Tensors]:
-        raise UnsupportedError(f"adapters of {self.name} cannot be scaled")
+        raise UnsupportedError(f"adapters of {self.name} cannot be scaled", hint=_NEEDS_THE_BASE)
 
     def summed(self, tensors: Tensors, other: Method, other_tensors: Tensors) -> tuple[Method, Tensors]:
-        raise UnsupportedError(f"adapters of {self.name} cannot be added")
+        raise UnsupportedError(f"adapters of {self.name} cannot be added", hint=_NEEDS_THE_BASE)
+
+    def resized(
+        self, tensors: Tensors, r: int | None, energy: float | None, pooled: bool
+    ) -> tuple[Method, Tensors, dict[str, float], float]:
+        raise UnsupportedError(f"adapters of {self.name} cannot be resized", hint=_NEEDS_THE_BASE)
 
 
 def exactly(paths: Iterable[str]) -> tuple[str, ...] | str:

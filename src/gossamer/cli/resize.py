@@ -1,0 +1,37 @@
+"""gossamer resize"""
+
+from __future__ import annotations
+
+import click
+
+from gossamer.cli.shared import columns, emit, json_option
+
+
+@click.command("resize")
+@click.argument("adapter", metavar="ADAPTER_OR_RUN")
+@click.option("--rank", type=int, help="The rank of every module; with --pooled the mean rank.")
+@click.option("--energy", type=float, help="Instead: the share of the squared singular values to keep, 0.99 say.")
+@click.option("--pooled", is_flag=True, help="Give ranks to the modules that need them, out of one budget.")
+@click.option("--output", required=True, metavar="DIR", help="A folder that does not exist yet.")
+@json_option
+def command(adapter: str, rank: int | None, energy: float | None, pooled: bool, output: str, as_json: bool) -> None:
+    """Write the nearest adapter of lower rank, and say its error."""
+    from pathlib import Path
+
+    from gossamer.adapter import Adapter
+    from gossamer.errors import StateError
+    from gossamer.training import adapter_of
+
+    if Path(output).exists():
+        raise StateError("the output folder exists already", where=output, hint="choose a new folder")
+    before = Adapter.load(adapter_of(adapter))
+    after = before.resize(rank, energy=energy, pooled=pooled)
+    after.save(output)
+    told = after.provenance
+    if as_json:
+        emit({"output": output, "sha256": after.digest, "error": told["error"], "errors": told["errors"]})
+        return
+    click.echo(f"{output}: {before.num_parameters:,} numbers became {after.num_parameters:,}")
+    click.echo(f"error {told['error']:.3g} of the change (relative, Frobenius norm); the largest of single modules:")
+    worst = sorted(told["errors"].items(), key=lambda item: -item[1])[:5]
+    click.echo(columns([(path, f"{error:.3g}") for path, error in worst], indent="  "))

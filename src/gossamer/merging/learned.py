@@ -1,0 +1,114 @@
+"""How much of each adapter to take, learned from a few batches: LoRA Soups."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.adapter import Adapter
+from gossamer.errors import DataError, NonFiniteError, StateError, UnsupportedError, UsageError, nearest
+from gossamer.kernels import reference
+from gossamer.merging.combining.changes import Changes
+from gossamer.methods.pairs import Pair
+
+
+def learned_weights(
+    model: nn.Module,
+    adapters: Sequence[Adapter],
+    batches: Iterable[Any],
+    *,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    steps: int = 50,
+    lr: float = 5e-3,
+    per_module: bool = True,
+) -> list[dict[str, float]]:
+    """Weights for `combine`, one pattern a module, that make the combined adapter's loss small.
+
+        h = W x + sum_k w_k scaling_k B_k A_k x        only the w_k are trained, from 1 / n
+
+    One number for each adapter and module (or for each adapter alone), so a few dozen rows are enough. Nothing else
+    changes: the model gets its own call back, and adapters and base receive no gradient.
+
+    Args:
+        model: the base, as `load_base` gives it: no adapter active, every module called by its own name.
+        adapters: LoRA at linear modules.
+        batches: what `loss` takes, gone through again and again until `steps` are done.
+        loss: `loss(model, batch)` -> a scalar. None: `model(**batch).loss`.
+        steps, lr: of AdamW without weight decay.
+        per_module: whether each module has weights of its own.
+
+    Returns: one mapping an adapter, to be given to `combine(adapters, weights)` as they are.
+
+    Raises:
+        StateError: a module that the model lacks. UnsupportedError: adapters of other methods or at other modules.
+        UsageError, DataError: no adapters, steps or batches. NonFiniteError: a loss that is NaN or infinite.
+
+    Source: Prabhakar et al. 2024, arXiv:2410.13025, section 3.3 (CAT).
+    """
+    if not adapters or steps < 1:
+        raise UsageError("nothing to learn", got=f"{len(adapters)} adapters, {steps} steps")
+    known = [{place: _usable(model, source, place) for place in source.places} for source in map(_changes, adapters)]
+    places = sorted({place for pairs in known for place in pairs})
+    rows = {place: index if per_module else 0 for index, place in enumerate(places)}
+    start = torch.full((len(places) if per_module else 1, len(adapters)), 1 / len(adapters))
+    weights = start.to(next(model.parameters()).device).requires_grad_()
+    optimiser = torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
+    measure = loss or (lambda model, batch: model(**batch).loss)
+    with ExitStack() as stack:
+        for place in places:
+            parts = [(index, pairs[place]) for index, pairs in enumerate(known) if place in pairs]
+            handle = model.get_submodule(place).register_forward_hook(_added(weights, rows[place], parts))
+            stack.callback(handle.remove)
+        for batch in itertools.islice(_again(batches), steps):
+            with torch.enable_grad():
+                value = measure(model, batch)
+            if not value.isfinite():
+                raise NonFiniteError("the loss is NaN or infinite while weights are learned", got=str(value.item()))
+            (weights.grad,) = torch.autograd.grad(value, [weights])
+            optimiser.step()
+    found = weights.detach().tolist()
+    return [{f"^{re.escape(place)}": found[rows[place]][index] for place in pairs} for index, pairs in enumerate(known)]
+
+
+def _changes(adapter: Adapter) -> Changes:
+    return Changes(adapter, None)
+
+
+def _usable(model: nn.Module, source: Changes, place: str) -> Pair:
+    """The factors at a module, if they are those of a linear one."""
+    names = dict(model.named_modules())
+    if place not in names:
+        raise StateError("the model has no such module", where=place, hint=nearest(place, names))
+    pair = source.at(place)
+    if pair.stem != "lora_" or pair.kernel:
+        raise UnsupportedError(
+            "weights are learned at linear modules only", where=place, got=type(names[place]).__name__
+        )
+    return pair
+
+
+def _added(weights: Tensor, row: int, parts: list[tuple[int, Pair]]) -> Callable[..., Tensor]:
+    """A hook that adds the weighted changes to what a module gives."""
+
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        x = arguments[0]
+        for index, pair in parts:
+            term = reference.lora(x, pair.inner[0].to(x.device), pair.outer[0].to(x.device), 1.0)
+            out = out + (weights[row, index] * term).to(out.dtype)
+        return out
+
+    return hook
+
+
+def _again(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches over and over."""
+    kept = [*batches]
+    if not kept:
+        raise DataError("no batches to learn weights from")
+    return itertools.cycle(kept)

@@ -1,0 +1,187 @@
+"""Adapters made of factors, as plain pairs of matrices: what sums and truncations are computed on.
+
+Linear maps, embeddings, convolutions and stacks of experts differ in how a file lays their factors out and in nothing
+else. Here each is one pair, A (count, r, in) and B (count, out, r) with the scaling in it, and each way goes both ways.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gossamer.adapter import Tensors
+from gossamer.errors import NonFiniteError, UnsupportedError
+from gossamer.linalg import factor_svd
+from gossamer.methods.base import wide
+from gossamer.methods.factored import Factored
+
+_FACTOR = re.compile(r"(?P<prefix>(.+\.)?)(lora|lora_embedding|start)_[AB]")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The change `B A` of one matrix, or of a stack of them.
+
+    Attributes:
+        inner: A, (count, r, in * kernel), at least float32.
+        outer: B, (count, out, r), the scaling in it.
+        stem: its slots without "A" and "B", "lora_" or "experts.gate_up_proj.lora_".
+        kernel: of a convolution.
+        scaling: the one that is in B, where B came from an adapter's file.
+    """
+
+    inner: Tensor
+    outer: Tensor
+    stem: str = "lora_"
+    kernel: tuple[int, ...] = ()
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """r, of each matrix of the stack."""
+        return self.inner.shape[1]
+
+    @property
+    def parameter(self) -> bool:
+        """Whether `target_parameters` names its matrix, which its module uses without calling anything."""
+        return "." in self.stem
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What two pairs must share to be added."""
+        return self.stem, self.kernel, self.inner.shape[0], self.outer.shape[1], self.inner.shape[2]
+
+    def slots(self) -> dict[str, Tensor]:
+        """A and B as a layer holds them, under their names."""
+        inner, outer = self.inner.flatten(0, 1), self.outer.permute(1, 2, 0).flatten(1)
+        inner = inner.unflatten(1, (-1, *self.kernel)) if self.kernel else inner
+        outer = outer.reshape(*outer.shape, *(1 for _ in self.kernel))
+        return {f"{self.stem}A": inner.contiguous(), f"{self.stem}B": outer.contiguous()}
+
+    def checked(self, place: str) -> Pair:
+        """Itself. Raises `NonFiniteError` where it holds NaN or infinity."""
+        if not (self.inner.isfinite().all() and self.outer.isfinite().all()):
+            raise NonFiniteError("an adapter's change is NaN or infinite", where=place)
+        return self
+
+
+def only_factors(tensors: Tensors) -> None:
+    """Raise `UnsupportedError` where something else than factors was trained."""
+    others = [f"{path}.{slot}" for path, slots in tensors.items() for slot in slots if not _FACTOR.fullmatch(slot)]
+    if others:
+        raise UnsupportedError(
+            "parameters trained whole (modules_to_save, biases, tokens) cannot be scaled, added or resized without "
+            "the base",
+            got=", ".join(others[:3]) + (" ..." if len(others) > 3 else ""),
+        )
+
+
+def pairs_of(spec: Factored, tensors: Tensors) -> dict[str, Pair]:
+    """Every pair of an adapter by the path of its matrix. Raises `UnsupportedError` for what is no pair of factors."""
+    only_factors(tensors)
+    found: dict[str, Pair] = {}
+    for path, slots in tensors.items():
+        for first in (name for name in slots if name.endswith("_A") and not name.endswith("start_A")):
+            stem = first[:-1]
+            place = f"{path}.{stem.rpartition('lora_')[0]}".strip(".")
+            found[place] = _pair(spec, place, slots, stem)
+    return found
+
+
+def _pair(spec: Factored, place: str, slots: Mapping[str, Tensor], stem: str) -> Pair:
+    dtype = torch.promote_types(slots[f"{stem}A"].dtype, wide(slots[f"{stem}B"]).dtype)
+    first, second = slots[f"{stem}A"].to(dtype), slots[f"{stem}B"].to(dtype)
+    kernel = tuple(first.shape[2:])
+    count = first.shape[0] // spec.rank_at(place) if "." in stem else 1
+    if second.shape[1] != first.shape[0]:
+        raise UnsupportedError("the factors of a convolution with groups are no one matrix", where=place)
+    inner = first.flatten(1).unflatten(0, (count, -1))
+    outer = second.flatten(1).unflatten(1, (-1, count)).permute(2, 0, 1)
+    if "start_A" in slots:
+        inner = torch.cat([inner, slots["start_A"].to(dtype).flatten(1)[None]], 1)
+        outer = torch.cat([outer, -slots["start_B"].to(dtype).flatten(1)[None]], 2)
+    scaling = spec.scaling_at(place)
+    return Pair(inner, outer * scaling, stem, kernel, scaling)
+
+
+def added(pairs: list[Pair]) -> Pair:
+    """The sum of pairs of one form: factors side by side."""
+    return replace(
+        pairs[0],
+        inner=torch.cat([pair.inner for pair in pairs], 1),
+        outer=torch.cat([pair.outer for pair in pairs], 2),
+        scaling=1.0,
+    )
+
+
+def slots_of(pairs: Mapping[str, Pair]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of an adapter that holds these pairs."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for place, pair in pairs.items():
+        tensors.setdefault(module_of(place, pair), {}).update(pair.slots())
+    return tensors
+
+
+def module_of(place: str, pair: Pair) -> str:
+    """The path of the module in which a pair's matrix lies."""
+    prefix = pair.stem.rpartition("lora_")[0].rstrip(".")
+    return place.removesuffix(prefix).rstrip(".")
+
+
+def shrunk(
+    pairs: Mapping[str, Pair], r: int | None, energy: float | None, pooled: bool
+) -> tuple[dict[str, Pair], dict[str, float], float]:
+    """Every pair at its best approximation of lower rank; see `Adapter.resize`.
+
+    Returns: the pairs; the relative error of each; that of all together. Both are 0 where nothing was dropped.
+    """
+    parts = {place: factor_svd(pair.checked(place).inner, pair.outer) for place, pair in pairs.items()}
+    spectra = {place: values.double().square().sum(0) for place, (_, values, _) in parts.items()}
+    ranks = _pooled(spectra, r, energy) if pooled else {key: _own(one, r, energy) for key, one in spectra.items()}
+    found, errors, lost, total = {}, {}, 0.0, 0.0
+    for place, (left, values, right) in parts.items():
+        rank, pair, spectrum = ranks[place], pairs[place], spectra[place]
+        root = values[:, :rank].sqrt()
+        fresh = replace(pair, inner=root[..., None] * right[:, :rank], outer=left[..., :rank] * root[:, None])
+        found[place] = fresh if rank < pair.rank else pair
+        gone, whole = spectrum[rank:].sum().item(), spectrum.sum().item()
+        errors[place] = (gone / whole) ** 0.5 if whole else 0.0
+        lost, total = lost + gone, total + whole
+    return found, errors, (lost / total) ** 0.5 if total else 0.0
+
+
+def _own(spectrum: Tensor, r: int | None, energy: float | None) -> int:
+    """The rank that one matrix keeps for itself."""
+    if r is not None:
+        return min(r, len(spectrum))
+    assert energy is not None
+    return _enough(spectrum, energy * spectrum.sum().item())
+
+
+def _enough(sizes: Tensor, wanted: float) -> int:
+    """How many of the sizes, in their order and at least one, add up to what is wanted."""
+    below = int((sizes.cumsum(0) < wanted).sum())
+    return min(below + 1, len(sizes))
+
+
+def _pooled(spectra: Mapping[str, Tensor], r: int | None, energy: float | None) -> dict[str, int]:
+    """One budget for all matrices, spent on the largest singular values wherever they are; each keeps one."""
+    if not spectra:
+        return {}
+    heads = torch.stack([spectrum[0] for spectrum in spectra.values()])
+    owners = [place for place, spectrum in spectra.items() for _ in spectrum[1:]]
+    sizes, order = torch.cat([spectrum[1:] for spectrum in spectra.values()]).sort(descending=True, stable=True)
+    if r is not None:
+        more = len(spectra) * (r - 1)
+    else:
+        assert energy is not None
+        wanted = energy * (heads.sum() + sizes.sum()).item()
+        more = _enough(torch.cat([heads.sum()[None], sizes]), wanted) - 1
+    ranks = dict.fromkeys(spectra, 1)
+    for index in order[:more].tolist():
+        ranks[owners[index]] += 1
+    return ranks
