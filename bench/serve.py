@@ -21,7 +21,7 @@ from gossamer.adapter import Adapter
 from gossamer.serving import Engine, Limits, Request, Sampling
 
 BASE, RANK, PROMPT = "smollm2-135m", 8, 64
-DECODING, READING = 15, 5
+DECODING, READING = 11, 3
 """Rounds."""
 TARGETS: Mapping[str, Any] = {"q, v": ("q_proj", "v_proj"), "all linear": "all-linear"}
 CASES = ((1, 1), (8, 1), (8, 8), (32, 1), (32, 8), (32, 32))

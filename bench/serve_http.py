@@ -31,7 +31,7 @@ from bench.serve import BASE, MOST, TARGETS, _adapter
 from gossamer.models.locate import locate
 from gossamer.serving.vllm import ENVIRONMENT
 
-PROMPT, ANSWER, TURNS = 64, 33, 3
+PROMPT, ANSWER, TURNS = 64, 33, 2
 CASES = ((1, 1), (8, 1), (8, 8), (32, 1), (32, 8), (32, 32))
 PORT = 8123
 
