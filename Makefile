@@ -18,7 +18,8 @@ PYTHON      ?= $(shell for one in $(CANDIDATES); do if $$one $(IS_NEW) >/dev/nul
 
 PIP         := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -c constraints.txt
 PYTEST      := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
-QUICK       := not slow and not gpu and not browser and not vllm
+TOOLS       := vllm llama_cpp diffusers mlx torchtune
+QUICK       := not slow and not gpu and not browser $(foreach tool,$(TOOLS),and not $(tool))
 PARALLEL    := -n $(WORKERS) --dist loadfile
 BENCHES     := $(filter-out bench/__init__.py bench/common.py bench/numbers.py,$(wildcard bench/*.py))
 
@@ -40,8 +41,9 @@ test-all: $(VENV)/.dev ## every test that this machine can run
 	@marks="slow or not slow"; \
 	if ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	marks="($$marks) and not gpu"; echo "no CUDA device: tests marked gpu are left out"; fi; \
-	if [ -z "$$GOSSAMER_VLLM" ]; then marks="($$marks) and not vllm"; \
-	echo "GOSSAMER_VLLM names no environment with vLLM: tests marked vllm are left out"; fi; \
+	for tool in $(TOOLS); do name=GOSSAMER_$$(echo $$tool | tr a-z A-Z); \
+	if [ -z "$$(printenv $$name)" ]; then marks="($$marks) and not $$tool"; \
+	echo "$$name names no interpreter or environment with $$tool: tests marked $$tool are left out"; fi; done; \
 	set -x; $(PYTEST) $(PARALLEL) -m "$$marks"
 
 check: $(VENV)/.dev ## lint, format, types and the house rules

@@ -44,7 +44,8 @@ def main() -> None:
     run = gs.train(model, tokenizer, config)
 
     heading("merge into the weights; latency of base, adapter beside it, adapter merged")
-    merged = gs.merge_into_base(output / "adapter", config.base, output / "merged", dtype=config.dtype)
+    # in float32 the merged outputs are the adapter's own; bfloat16, as the base is stored, would round the change
+    merged = gs.merge_into_base(output / "adapter", config.base, output / "merged", dtype="float32")
     plain, _ = gs.load_base(config.base, dtype=config.dtype, device=config.device)
     folded, _ = gs.load_base(output / "merged", dtype=config.dtype, device=config.device)
     latency, ratio = latencies({"base": plain, "unmerged": model, "merged": folded})

@@ -37,6 +37,7 @@ _HOME = {
     "TrainConfig": "training",
     "VeRA": "methods",
     "active": "attachment",
+    "as_lora": "merging",
     "attach": "attachment",
     "attached": "attachment",
     "base_fingerprint": "attachment",
@@ -45,6 +46,7 @@ _HOME = {
     "detach": "attachment",
     "eva": "attachment",
     "evaluate": "training",
+    "extract": "merging",
     "fetch": "models",
     "generate": "serving",
     "learned_weights": "merging",
@@ -86,7 +88,9 @@ if TYPE_CHECKING:
     from gossamer.errors import SharedWeightError as SharedWeightError
     from gossamer.errors import SpecError as SpecError
     from gossamer.errors import TargetError as TargetError
+    from gossamer.merging import as_lora as as_lora
     from gossamer.merging import combine as combine
+    from gossamer.merging import extract as extract
     from gossamer.merging import learned_weights as learned_weights
     from gossamer.merging import merge_into_base as merge_into_base
     from gossamer.methods import IA3 as IA3

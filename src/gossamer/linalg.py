@@ -90,7 +90,7 @@ def truncated(inner: Tensor, outer: Tensor, rank: int, seed: int = 0) -> tuple[T
     if 2 * inner.shape[0] > min(inner.shape[1], outer.shape[0]):
         return nearest_factors(outer @ inner, rank, seed)
     left, values, right = factor_svd(inner, outer)
-    return _balanced(left[:, :rank], values[:rank], right[:rank])
+    return balanced(left[:, :rank], values[:rank], right[:rank])
 
 
 def nearest_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -100,12 +100,12 @@ def nearest_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, T
     """
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     if 4 * rank <= min(matrix.shape):
-        return _balanced(*randomised_svd(matrix, rank, torch.Generator().manual_seed(seed)))
+        return balanced(*randomised_svd(matrix, rank, torch.Generator().manual_seed(seed)))
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return _balanced(left[:, :rank], values[:rank], right[:rank])
+    return balanced(left[:, :rank], values[:rank], right[:rank])
 
 
-def _balanced(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """A and B with the root of the singular values in each."""
     root = values.sqrt()
     return root[:, None] * right, left * root

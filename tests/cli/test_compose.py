@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 import gossamer as gs
 from gossamer.cli import compose, resize
-from gossamer.errors import StateError
+from gossamer.errors import StateError, UsageError
+from gossamer.models import tiny, tiny_tokenizer, write_model_folder
 
 
 def folder(place: Path, seed: int) -> str:
@@ -55,6 +56,42 @@ def test_compose_by_another_method(tmp_path: Path):
     assert value.provenance["options"] == {"density": 0.5}
     assert value.tensors["m.a"]["lora_A"].shape[0] == 2
     assert f"distance from the exact sum {value.provenance['distance']:.3g}" in told
+
+
+def test_weights_by_module_and_what_is_no_weight(tmp_path: Path):
+    parts = [folder(tmp_path / "a", 1), folder(tmp_path / "b", 2)]
+    done = json.loads(
+        ran(compose, *parts, "--weights", r"m\..*=2;.*=7", "1", "--output", str(tmp_path / "c"), "--json")
+    )
+    a, b, value = (gs.Adapter.load(part) for part in (*parts, done["output"]))
+    torch.testing.assert_close(value.delta("m.a"), 2 * a.delta("m.a") + b.delta("m.a"))
+    for words in (["--weights=a=b"], ["--weights=heavy"]):
+        result = CliRunner().invoke(compose.command, [*parts, *words, "--output", str(tmp_path / "d")])
+        assert result.exit_code == 2
+        assert "neither a number nor PATTERN=NUMBER" in result.output
+    with pytest.raises(UsageError, match="learned on a base, or given"):
+        ran(compose, *parts, "--learn", "rows.jsonl", "--output", str(tmp_path / "d"))
+
+
+def test_weights_are_learned_from_rows(tmp_path: Path):
+    model, tokenizer = tiny("llama"), tiny_tokenizer()
+    base = write_model_folder(model, tokenizer, tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}:", "completion": "aaaa"}) + "\n" for n in range(4)))
+    config = gs.TrainConfig(data={"train": str(rows)}, max_steps=20, lr=2e-2, output=str(tmp_path / "run"))  # pyright: ignore[reportArgumentType]
+    gs.attach(model, gs.LoRA(r=2))
+    helps = str(gs.train(model, tokenizer, config).adapter.save(tmp_path / "helps"))
+    harms = str((-gs.Adapter.load(helps)).save(tmp_path / "harms"))
+    words = ["--learn", str(rows), "--base", str(base), "--steps", "20", "--lr", "0.1", "--output"]
+    told = ran(compose, helps, harms, *words, str(tmp_path / "both"))
+    value = gs.Adapter.load(tmp_path / "both")
+    (first, second) = (sum(numbers.values()) for numbers in value.provenance["weights"])
+    assert first > second, "the adapter that learned these rows gets more weight than its opposite"
+    assert f"{helps}: weights " in told
+    gs.detach(model)
+    before = gs.evaluate(model, tokenizer, rows)["loss"]
+    gs.attach(model, value)
+    assert gs.evaluate(model, tokenizer, rows)["loss"] < 0.8 * before
 
 
 def test_resize(tmp_path: Path):

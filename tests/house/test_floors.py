@@ -12,7 +12,7 @@ from tests.house import tree
 
 FLOORS = (
     {"errors", "spec", "adapter"},
-    {"linalg", "drawing", "kernels", "quant"},
+    {"linalg", "drawing", "progress", "kernels", "quant"},
     {"methods", "attachment"},
     {"files", "models", "planning"},
     {"training", "merging", "serving", "analysis", "studies"},

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import gossamer as gs
 from gossamer.adapter import Adapter
 from gossamer.attachment import host, layers, site, verbs
-from gossamer.kernels import reference
 from gossamer.kernels.linears import Term
 from gossamer.methods import LoRA
 from gossamer.methods.lora_layers import LoRALayer
@@ -53,8 +52,8 @@ def thaw(patch: pytest.MonkeyPatch) -> None:
 
 
 def merge_too_much(patch: pytest.MonkeyPatch) -> None:
-    delta = reference.lora_delta
-    patch.setattr(reference, "lora_delta", lambda *given: 1.01 * delta(*given))
+    added_to = LoRALayer.added_to
+    patch.setattr(LoRALayer, "added_to", lambda self, *given: added_to(self, *given) + 1e-3)
 
 
 def unmerge_by_subtracting(patch: pytest.MonkeyPatch) -> None:
@@ -129,8 +128,8 @@ def run_all_rows(patch: pytest.MonkeyPatch) -> None:
 def write_before_checking(patch: pytest.MonkeyPatch) -> None:
     merged = site.Site.merged
 
-    def merging(self: site.Site, names: Any) -> dict[str, Tensor]:
-        found = merged(self, names)
+    def merging(self: site.Site, *given: Any) -> dict[str, Tensor]:
+        found = merged(self, *given)
         for name, value in found.items():
             self.stored(name).data.copy_(value)
         return found

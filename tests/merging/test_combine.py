@@ -80,13 +80,14 @@ def ties(parts: list[tuple[float, Tensor]], density: float) -> Tensor:
     return elect([(weight, trim(part, density)) for weight, part in parts])
 
 
-def knots(parts: list[tuple[float, Tensor]], density: float) -> tuple[Tensor, Tensor, Tensor]:
+def knots(parts: list[tuple[float, Tensor]], density: float, scaled: bool) -> Tensor:
     side = torch.cat([part for _, part in parts], 1)
     left, values, right = torch.linalg.svd(side, full_matrices=False)
     rank = int((values > 1e-9 * values[0]).sum())
-    turned = right[:rank].split([part.shape[1] for _, part in parts], 1)
+    spread, right = values[:rank].diag(), right[:rank]
+    turned = (spread @ right if scaled else right).split([part.shape[1] for _, part in parts], 1)
     merged = ties([(weight, one) for (weight, _), one in zip(parts, turned, strict=True)], density)
-    return left[:, :rank] * values[:rank] @ merged, left, values
+    return left[:, :rank] @ (merged if scaled else spread @ merged)
 
 
 def total(parts: list[tuple[float, Tensor]]) -> Tensor:
@@ -187,15 +188,17 @@ def test_dare_keeps_the_sum_on_average():
     assert (torch.stack(draws).mean(0) - expected).norm() < 0.2 * expected.norm()
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("density", [0.3, 0.6])
 @pytest.mark.parametrize("path", ["m.a", "m.b"])
-def test_knots(density: float, path: str):
-    value = gs.combine(PARTS, WEIGHTS, method="knots", density=density)
-    near(value, knots(weighted(path), density)[0], path, tolerance=1e-5)
+def test_knots(density: float, path: str, scaled: bool):
+    value = gs.combine(PARTS, WEIGHTS, method="knots", density=density, scaled=scaled)
+    near(value, knots(weighted(path), density, scaled), path, tolerance=1e-5)
 
 
-def test_knots_without_trimming_is_the_sum():
-    assert gs.combine(PARTS, WEIGHTS, method="knots", inside="sum").provenance["distance"] <= 1e-6
+@pytest.mark.parametrize("scaled", [False, True])
+def test_knots_without_trimming_is_the_sum(scaled: bool):
+    assert gs.combine(PARTS, WEIGHTS, method="knots", inside="sum", scaled=scaled).provenance["distance"] <= 1e-6
 
 
 @pytest.mark.parametrize("path", ["m.a", "m.b"])

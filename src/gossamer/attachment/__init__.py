@@ -1,6 +1,6 @@
 """How adapters meet a model: find the modules, stand layers at them, choose who runs, fold in, take away."""
 
-from gossamer.attachment.merge import merge, unmerge
+from gossamer.attachment.merge import Group, merge, merge_groups, unmerge
 from gossamer.attachment.report import InjectionReport, SiteRow
 from gossamer.attachment.starting import eva, loftq
 from gossamer.attachment.verbs import (
@@ -18,6 +18,7 @@ from gossamer.attachment.verbs import (
 from gossamer.attachment.walk import base_fingerprint
 
 __all__ = [
+    "Group",
     "InjectionReport",
     "SiteRow",
     "active",
@@ -29,6 +30,7 @@ __all__ = [
     "eva",
     "loftq",
     "merge",
+    "merge_groups",
     "sites_of_parameters",
     "trainable_parameters",
     "unmerge",

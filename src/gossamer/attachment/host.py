@@ -38,9 +38,8 @@ class Host:
         self.adapters: dict[str, Attached] = {}
         self.sites: dict[str, Site] = {}
         self.active: Active | list[Active] | Spans = ()
-        self.stash: dict[str, dict[str, Tensor | None]] | None = (
-            None  # path -> parameter -> what it was before the merge
-        )
+        self.stash: list[tuple[str, str, Tensor | None]] | None = None
+        """While merged: path, parameter, and what it was before, in the order they were written."""
         self.merged: Active = ()
         self.size = walk.base_size(model)
         self.requires_grad = {name: parameter.requires_grad for name, parameter in walk.base_parameters(model)}

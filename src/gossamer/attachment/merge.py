@@ -12,15 +12,21 @@ in bfloat16, ten cycles of add and subtract move weights by 5e-3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.attachment import walk
+from gossamer.attachment.frozen import parameters_of
 from gossamer.attachment.host import Host, require_host
 from gossamer.attachment.site import Active, Site
 from gossamer.errors import NonFiniteError, SharedWeightError, StateError, UnsupportedError
+from gossamer.methods.base import wide
+
+Change = tuple[str, str, Tensor]
+"""Path of a module, name of its parameter, the parameter's new value."""
 
 
 @torch.no_grad()
@@ -44,27 +50,31 @@ def merge(model: nn.Module, *names: str, keep: bool = True) -> None:
             "the weights are spread over several processes", hint="save the adapter, and merge it into a whole base"
         )
     chosen = _chosen(host, names)
-    changes = _changes(host, chosen)
-    originals = {
-        path: {name: _copied(host.sites[path].stored(name)) for name in parameters}
-        for path, parameters in changes.items()
-        if keep
-    }  # all of them before any is written: two may be one tensor
-    for path, parameters in changes.items():
-        for name, value in parameters.items():
-            host.sites[path].store(name, value)
+    changes = [change for group in _groups(host, chosen) for change in group.changes()]  # all, before any is written
     if not keep:
-        for path in changes:
+        for path, name, value in changes:
+            host.sites[path].store(name, value)
+        for path, _, _ in changes:
             host.sites[path].forget_codes()
         host.remove(*chosen)
         return
+    host.stash = [(path, name, host.sites[path].exchange(name, value)) for path, name, value in changes]
+    host.merged = chosen
     for site in host.sites.values():
         site.disable()
-    host.stash, host.merged = originals, chosen
 
 
-def _copied(stored: Tensor | None) -> Tensor | None:
-    return None if stored is None else stored.detach().clone()
+def merge_groups(model: nn.Module, *names: str, dtype: torch.dtype | None = None) -> list[Group]:
+    """What `merge` would write, to be computed a group at a time; nothing is changed.
+
+    Args:
+        dtype: what the float32 sums are rounded to; None for each parameter's own.
+
+    Raises: StateError: already merged, or unknown names.
+    """
+    host = require_host(model)
+    host.refuse_while_merged("merge")
+    return _groups(host, _chosen(host, names), dtype)
 
 
 def _chosen(host: Host, names: tuple[str, ...]) -> Active:
@@ -78,39 +88,100 @@ def _chosen(host: Host, names: tuple[str, ...]) -> Active:
     return chosen  # pyright: ignore[reportReturnType]
 
 
-def _changes(host: Host, names: Active) -> dict[str, dict[str, Tensor]]:
-    """Every new parameter value, checked, before any is written."""
-    changes: dict[str, dict[str, Tensor]] = {}
-    for path, site in host.sites.items():
-        merged = site.merged(names)
-        for name, value in merged.items():
-            if not torch.isfinite(value).all():
-                raise NonFiniteError(
-                    "the merged weight would not be finite; nothing was merged", where=f"{path}.{name}"
-                )
-        _refuse_clipped(site, merged)
-        if merged:
-            changes[path] = merged
-    _refuse_shared(host, changes)
-    return changes
+@dataclass(frozen=True)
+class Group:
+    """Modules that must be merged together, because they use one stored weight; nearly always it is one module."""
+
+    host: Host
+    sites: tuple[Site, ...]
+    names: Active
+    dtype: torch.dtype | None
+    owners: Mapping[int, list[str]]
+
+    def parameters(self) -> list[str]:
+        """Canonical names of the parameters that may change."""
+        pairs = [(site.path, name) for site in self.sites for name in parameters_of(site.module)]
+        return [f"{path}.{name}" if path else name for path, name in pairs]
+
+    def row_wise(self) -> str | None:
+        """The canonical name of a weight that is all that changes, and that `rows` gives; None where there is none."""
+        (site, *others) = self.sites
+        weight = site.stored("weight") if site.shape.kind == "linear" else None
+        if others or weight is None or len(self.owners.get(weight.untyped_storage().data_ptr(), [])) > 1:
+            return None
+        return None if self._rows(site, weight.detach(), slice(0)) is None else f"{site.path}.weight".lstrip(".")
+
+    @torch.no_grad()
+    def rows(self, nbytes: int = 1 << 22) -> Iterator[Tensor]:
+        """The new weight of `row_wise`, checked, in blocks of rows that fit a cache: nothing large is allocated.
+
+        Raises `NonFiniteError`.
+        """
+        (site,) = self.sites
+        weight = site.frozen.value("weight").detach()
+        step = max(1, nbytes // (4 * weight.shape[1] or 1))
+        for start in range(0, len(weight), step):
+            block = self._rows(site, weight, slice(start, start + step))
+            assert block is not None, site.path
+            yield _finite(block, f"{site.path}.weight")
+
+    def _rows(self, site: Site, weight: Tensor, rows: slice) -> Tensor | None:
+        block: Tensor | None = wide(weight[rows])
+        for layer in site.standing(self.names):
+            block = None if block is None else layer.merged_rows(block, rows)
+        return block
+
+    @torch.no_grad()
+    def changes(self) -> list[Change]:
+        """Every new parameter value, checked. Raises what `merge` raises."""
+        found: list[Change] = []
+        for site in self.sites:
+            merged = site.merged(self.names, self.dtype)
+            for name, value in merged.items():
+                found.append((site.path, name, _finite(value, f"{site.path}.{name}")))
+            _refuse_clipped(site, merged)
+        _refuse_shared(self.host, found, self.owners)
+        return found
 
 
-def _refuse_shared(host: Host, changes: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """A weight that is stored once is merged only if every module that uses it gets the same new value."""
+def _finite(value: Tensor, where: str) -> Tensor:
+    if value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():
+        raise NonFiniteError("the merged weight would not be finite; nothing was merged", where=where)
+    return value
+
+
+def _groups(host: Host, names: Active, dtype: torch.dtype | None = None) -> list[Group]:
     owners = walk.owners_of_storage(host.model)
-    values = {f"{path}.{name}": value for path, merged in changes.items() for name, value in merged.items()}
-    for path, merged in changes.items():
-        for name, value in merged.items():
-            stored = host.sites[path].stored(name)
-            shared = owners[stored.untyped_storage().data_ptr()] if stored is not None else []
-            others = [values.get(other) for other in shared] if len(shared) > 1 else []
-            if any(other is None or not torch.equal(other, value) for other in others):
-                raise SharedWeightError(
-                    "this weight is stored once and used by several modules, so merging here would change them all",
-                    where=f"{path}.{name}",
-                    got=f"shared by {', '.join(shared)}",
-                    hint="keep the adapter unmerged, leave the module out, or untie the model first",
-                )
+    alone: list[list[Site]] = []
+    tied: list[tuple[set[str], list[Site]]] = []
+    for site in host.sites.values():
+        stored = [one for name in parameters_of(site.module) if (one := site.stored(name)) is not None]
+        storages = [owners.get(one.untyped_storage().data_ptr(), []) for one in stored]
+        keys, sites = {sharing[0] for sharing in storages if len(sharing) > 1}, [site]
+        if not keys:
+            alone.append(sites)
+            continue
+        for others in [one for one in tied if keys & one[0]]:
+            tied.remove(others)
+            keys, sites = keys | others[0], others[1] + sites
+        tied.append((keys, sites))
+    return [Group(host, tuple(sites), names, dtype, owners) for sites in [*alone, *(sites for _, sites in tied)]]
+
+
+def _refuse_shared(host: Host, changes: Sequence[Change], owners: Mapping[int, list[str]]) -> None:
+    """A weight that is stored once is merged only if every module that uses it gets the same new value."""
+    values = {f"{path}.{name}": value for path, name, value in changes}
+    for path, name, value in changes:
+        stored = host.sites[path].stored(name)
+        shared = owners.get(stored.untyped_storage().data_ptr(), []) if stored is not None else []
+        others = [values.get(other) for other in shared] if len(shared) > 1 else []
+        if any(other is None or not torch.equal(other, value) for other in others):
+            raise SharedWeightError(
+                "this weight is stored once and used by several modules, so merging here would change them all",
+                where=f"{path}.{name}",
+                got=f"shared by {', '.join(shared)}",
+                hint="keep the adapter unmerged, leave the module out, or untie the model first",
+            )
 
 
 def _refuse_clipped(site: Site, merged: Mapping[str, Tensor]) -> None:
@@ -133,9 +204,8 @@ def unmerge(model: nn.Module) -> None:
     host = require_host(model)
     if host.stash is None:
         raise StateError("nothing is merged")
-    for path, parameters in host.stash.items():
-        for name, original in parameters.items():
-            host.sites[path].store(name, original)
+    for path, name, original in reversed(host.stash):  # two may have been one tensor
+        host.sites[path].store(name, original)
     for site in host.sites.values():
         site.enable()
     host.stash, host.merged = None, ()

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gossamer.progress import amount
+
 
 @dataclass(frozen=True)
 class SiteRow:
@@ -67,5 +69,5 @@ class InjectionReport:
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        total = f"{self.trainable:,} trainable of {self.total:,} ({self.share:.2%}), {self.nbytes / 1e6:.1f} MB"
+        total = f"{self.trainable:,} trainable of {self.total:,} ({self.share:.2%}), {amount(self.nbytes)}"
         return "\n".join([f"adapter {self.name!r}: {len(self.sites)} modules", *lines, total, *self.notes])

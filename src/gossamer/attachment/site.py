@@ -179,8 +179,11 @@ class Site:
 
     # Merging ---------------------------------------------------------------------------------------------------
 
-    def merged(self, names: Active) -> dict[str, Tensor]:
-        """Those of the module's own parameters that change when the named layers are folded in, ready to be stored."""
+    def merged(self, names: Active, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Those of the module's own parameters that change when the named layers are folded in.
+
+        Rounded once: to each parameter's own dtype, or to the one given.
+        """
         stored = {name: self.frozen.value(name).detach() for name in parameters_of(self.module)}
         changed: dict[str, Tensor] = {}
         for layer in self.standing(names):
@@ -188,7 +191,7 @@ class Site:
                 changed |= layer.merged(stored | changed, stored)
             else:
                 changed |= self._oriented(layer.merged(self._oriented(stored | changed), self._oriented(stored)))
-        return {name: value.to(stored[name].dtype) for name, value in changed.items()}
+        return {name: value.to(dtype or stored[name].dtype) for name, value in changed.items()}
 
     def _oriented(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A Conv1D stores its weight as (in, out), an embedding too; this turns it round, there and back."""
@@ -210,10 +213,32 @@ class Site:
         else:
             place[last] = None if value is None else nn.Parameter(value, requires_grad=False)
 
+    def exchange(self, name: str, value: Tensor) -> Tensor | None:
+        """Store a value; what stood there before comes back in the memory that the value had."""
+        stored = self.stored(name)
+        if stored is None:
+            self.store(name, value)
+            return None
+        trained = (slot for layer in self.layers.values() for slot in (*layer.parameters(), *layer.buffers()))
+        if value.untyped_storage().data_ptr() in {slot.untyped_storage().data_ptr() for slot in trained}:
+            value = value.clone()  # what was trained whole stays what it is
+        _swap(stored.detach(), value)
+        return value
+
     def forget_codes(self) -> None:
         """Let a dense weight that stands in for codes be there for good."""
         if isinstance(self.module, QuantizedLinear) and self.stored("weight") is not None:
             self.module.forget_codes()
+
+
+def _swap(one: Tensor, other: Tensor) -> None:
+    """Exchange what two tensors hold, a piece that fits a cache at a time: new memory would cost more than the copy."""
+    rows = max(1, (1 << 18) * len(one) // max(1, one.numel())) if one.ndim else 1
+    pieces = zip(one.split(rows), other.split(rows), strict=True) if one.ndim else [(one, other)]
+    for here, there in pieces:
+        before = here.clone()
+        here.copy_(there)
+        there.copy_(before)
 
 
 def _picked(values: Any, index: Tensor, whole: int) -> Any:

@@ -16,6 +16,8 @@ CONTAINER = "gossamer"
 FINGERPRINT = "base_fingerprint"
 """Where the config of a model that is stored quantised notes what it was made of."""
 UNKNOWN = "unknown"
+NOTED = "_gossamer_fingerprint"
+"""Where a model notes its fingerprint, if its weights lie in files that nobody changes: to look again is slow."""
 
 
 def _visits(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -86,7 +88,10 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
         noted those down, "weights" and "shapes" are what the config says, or "unknown". Cost: a few milliseconds for
         hundreds of parameters.
     """
-    stored = {name: _identity(parameter) for name, parameter in base_parameters(model)}
+    noted = vars(model).get(NOTED)
+    if noted is not None:
+        return dict(noted)
+    stored = {name: identity(parameter) for name, parameter in base_parameters(model)}
     for path, module in _packed(model):
         if module.sampled is None:
             noted = getattr(getattr(model, "config", None), FINGERPRINT, None) or {}
@@ -94,6 +99,11 @@ def base_fingerprint(model: nn.Module) -> dict[str, str]:
                 part: str(noted.get(part, UNKNOWN)) for part in ("shapes", "weights")
             }
         stored[f"{path}.weight" if path else "weight"] = module.sampled
+    return fingerprint(model, stored)
+
+
+def fingerprint(model: nn.Module, stored: Mapping[str, tuple[tuple[int, ...], bytes]]) -> dict[str, str]:
+    """The same of parameters whose `identity` is known."""
     shapes, weights = hashlib.sha256(), hashlib.sha256()
     for name, (shape, words) in sorted(stored.items()):
         weights.update(name.encode() + words)
@@ -108,7 +118,8 @@ def _packed(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
             yield path, module
 
 
-def _identity(parameter: Tensor) -> tuple[tuple[int, ...], bytes]:
+def identity(parameter: Tensor) -> tuple[tuple[int, ...], bytes]:
+    """What a parameter gives to the fingerprint: its shape, and 32 of its values."""
     if parameter.is_meta or nn.parameter.is_lazy(parameter):
         raise StateError("the model's weights are not there yet", got="meta or lazy parameters", hint="load them first")
     return tuple(parameter.shape), sampled(parameter)

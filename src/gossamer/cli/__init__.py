@@ -19,7 +19,23 @@ from gossamer import __version__
 from gossamer.cli.shared import emit, warn
 from gossamer.errors import DiskError, GossamerError, ResourceError, UsageError
 
-VERBS = ("fetch", "plan", "quantize", "train", "eval", "generate", "serve", "merge", "compose", "resize", "doctor")
+VERBS = (
+    "fetch",
+    "plan",
+    "quantize",
+    "train",
+    "eval",
+    "generate",
+    "serve",
+    "merge",
+    "compose",
+    "resize",
+    "extract",
+    "convert",
+    "push",
+    "pull",
+    "doctor",
+)
 
 
 class _Verbs(click.Group):

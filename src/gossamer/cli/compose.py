@@ -6,33 +6,22 @@ from typing import Any
 
 import click
 
-from gossamer.cli.shared import emit, json_option
+from gossamer.cli.shared import ListedWeights, WeightType, emit, json_option
+from gossamer.progress import amount
 
 
-class _ListedWeights(click.Command):
-    """Takes `--weights 0.7 0.3`: every number after the option is one of its values."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        listing = False
-        for word in args:
-            listing = word == "--weights" or (listing and _is_number(word))
-            if word != "--weights":
-                spread.append(f"--weights={word}" if listing else word)
-        return super().parse_args(ctx, spread)
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-@click.command("compose", cls=_ListedWeights)
+@click.command("compose", cls=ListedWeights)
 @click.argument("adapters", metavar="A B ...", nargs=-1, required=True)
-@click.option("--weights", type=float, multiple=True, help="A number for each adapter; 1 / n each without it.")
+@click.option(
+    "--weights",
+    type=WeightType(),
+    multiple=True,
+    help="A number for each adapter, or 'PATTERN=NUMBER;PATTERN=NUMBER' by module; 1 / n each without it.",
+)
+@click.option("--learn", metavar="FILE", help="Learn weights for each module from these rows; needs --base.")
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Of learning weights.")
+@click.option("--lr", type=float, default=5e-3, show_default=True, help="Of learning weights.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Of learning weights.")
 @click.option(
     "--method",
     default="exact",
@@ -43,46 +32,24 @@ def _is_number(word: str) -> bool:
 @click.option("--density", type=float, help="Share of entries kept by ties, dare, dare_ties, magnitude_prune, knots.")
 @click.option("--common", type=float, help="Share of directions that iso_cts takes from the sum.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what dare and dare_ties draw.")
-@click.option("--base", metavar="B", help="The base, for DoRA, VeRA and IA3; catalog name, id, folder or .gguf file.")
+@click.option("--base", metavar="B", help="For --learn, DoRA, VeRA and IA3: a catalog name, id, folder or .gguf file.")
 @click.option("--output", required=True, metavar="DIR", help="A folder that does not exist yet.")
 @json_option
-def command(
-    adapters: tuple[str, ...],
-    weights: tuple[float, ...],
-    method: str,
-    rank: int | None,
-    density: float | None,
-    common: float | None,
-    seed: int,
-    base: str | None,
-    output: str,
-    as_json: bool,
-) -> None:
+def command(adapters: tuple[str, ...], output: str, as_json: bool, **given: Any) -> None:
     """Combine adapters into one, and say how far it is from their exact sum."""
     from pathlib import Path
 
-    from gossamer.adapter import Adapter
-    from gossamer.errors import StateError
-    from gossamer.merging import combine
-    from gossamer.models import load_base
-    from gossamer.training import adapter_of
+    from gossamer.errors import StateError, UsageError
 
     if Path(output).exists():
         raise StateError("the output folder exists already", where=output, hint="choose a new folder")
-    given: dict[str, Any] = {"density": density, "common": common}
-    combined = combine(
-        [Adapter.load(adapter_of(folder)) for folder in adapters],
-        weights or None,
-        method=method,
-        r=rank,
-        base=load_base(base, dtype="float32")[0] if base else None,
-        seed=seed,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    if given["learn"] and (given["weights"] or not given["base"]):
+        raise UsageError("weights are learned on a base, or given", got="--learn", expected="--base, and no --weights")
+    combined = _combined(adapters, given, as_json)
     combined.save(output)
     done = {
         "output": output,
-        "method": method,
+        "method": given["method"],
         "modules": len(combined.tensors),
         "bytes": combined.nbytes,
         "sha256": combined.digest,
@@ -91,6 +58,36 @@ def command(
     if as_json:
         emit(done)
         return
-    click.echo(f"{output}: {len(adapters)} adapters at {done['modules']} modules, {done['bytes'] / 1e6:.1f} MB")
+    click.echo(f"{output}: {len(adapters)} adapters at {done['modules']} modules, {amount(done['bytes'])}")
+    if given["learn"]:
+        for folder, numbers in zip(adapters, combined.provenance["weights"], strict=True):
+            found = [*numbers.values()]
+            click.echo(f"{folder}: weights {min(found):.2f} to {max(found):.2f}, mean {sum(found) / len(found):.2f}")
     distance = "no exact sum to compare with" if done["distance"] is None else f"{done['distance']:.3g}"
-    click.echo(f"{method}: distance from the exact sum {distance} (relative, Frobenius norm)")
+    click.echo(f"{given['method']}: distance from the exact sum {distance} (relative, Frobenius norm)")
+
+
+def _combined(folders: tuple[str, ...], given: dict[str, Any], quiet: bool) -> Any:
+    from gossamer.adapter import Adapter
+    from gossamer.merging import combine, learned_weights
+    from gossamer.models import load_base
+    from gossamer.progress import Silent, for_terminal
+    from gossamer.training import adapter_of, answer_batches, answer_loss
+
+    adapters = [Adapter.load(adapter_of(folder)) for folder in folders]
+    base, tokenizer = load_base(given["base"], dtype="float32") if given["base"] else (None, None)
+    weights = [*given["weights"]] or None
+    if given["learn"]:
+        assert base is not None
+        assert tokenizer is not None
+        weights = learned_weights(
+            base,
+            adapters,
+            answer_batches(base, tokenizer, given["learn"], batch_size=given["batch_size"]),
+            loss=answer_loss,
+            steps=given["steps"],
+            lr=given["lr"],
+            progress=Silent() if quiet else for_terminal(),
+        )
+    options = {name: given[name] for name in ("density", "common") if given[name] is not None}
+    return combine(adapters, weights, method=given["method"], r=given["rank"], base=base, seed=given["seed"], **options)

@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from gossamer.cli.shared import base_options, columns, emit, force_option, json_option
+from gossamer.cli.shared import ListedWeights, base_options, columns, emit, force_option, json_option
 
 
-@click.command("merge")
-@click.argument("adapter", metavar="ADAPTER_OR_RUN")
+@click.command("merge", cls=ListedWeights)
+@click.argument("adapters", metavar="ADAPTER_OR_RUN ...", nargs=-1, required=True)
 @base_options
 @click.option("--output", required=True, metavar="DIR", help="A folder that does not exist yet.")
+@click.option("--weights", type=float, multiple=True, help="A number for each adapter; 1 each without it.")
+@click.option("--undo", is_flag=True, help="Take the adapters out of a merged folder (--base) again.")
 @click.option("--requantize", is_flag=True, help="Write in the quantised base's own bits, whatever that loses.")
+@click.option(
+    "--check",
+    type=click.Choice(["auto", "outputs", "samples"]),
+    default="auto",
+    show_default=True,
+    help="Compare outputs with the base and adapters', or only read samples of the weights again.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @force_option
 @json_option
-def command(
-    adapter: str,
-    base: str,
-    quant: str | None,
-    dtype: str,
-    device: str,
-    output: str,
-    requantize: bool,
-    force_base: bool,
-    as_json: bool,
-) -> None:
-    """Write a plain model folder with the adapter folded into the weights."""
+def command(adapters: tuple[str, ...], as_json: bool, weights: tuple[float, ...], **options: Any) -> None:
+    """Write a plain model folder with adapters folded into the weights.
+
+    A folder of safetensors is merged file by file in the memory of one module; run the same line again to continue
+    what was interrupted.
+    """
     from gossamer.merging import merge_into_base
+    from gossamer.progress import Silent, for_terminal
     from gossamer.training import adapter_of
 
     done = merge_into_base(
-        adapter_of(adapter),
-        base,
-        output,
-        dtype=dtype,
-        device=device,
-        quant=quant,
-        requantize=requantize,
-        force_base=force_base,
+        [adapter_of(adapter) for adapter in adapters],
+        options.pop("base"),
+        options.pop("output"),
+        weights=weights or None,
+        progress=Silent() if as_json else for_terminal(),
+        **options,
     )
     if as_json:
         emit(done)
         return
-    click.echo(f"{done['output']}: {done['modules']} modules merged in {done['dtype']}, {done['seconds']:.1f} s")
-    click.echo(f"outputs differ by at most {done['max_error']:.2g} (largest output {done['max_logit']:.3g})")
+    size = f", {done['bytes'] / 1e9:.2f} GB in {done['files']} files" if done["streamed"] else ""
+    if options["dry_run"]:
+        what = f"{done['modules']} modules would be merged{size}" if done["streamed"] else "would be merged in memory"
+        click.echo(f"{done['output']}: {what}")
+        return
+    click.echo(f"{done['output']}: {done['modules']} modules merged in {done['dtype']}{size}, {done['seconds']:.1f} s")
+    if done.get("continued"):
+        click.echo(f"{done['continued']} files were there from an interrupted merge")
+    if "rounding" in done:
+        click.echo(f"rounding to {done['dtype']} takes {done['rounding']:.2%} of the adapters' change")
+    if "max_error" in done:
+        click.echo(f"outputs differ by at most {done['max_error']:.2g} (largest output {done['max_logit']:.3g})")
     if done["choices"]:
         click.echo(_table(done["choices"]))
 

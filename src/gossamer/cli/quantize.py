@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from gossamer.cli.shared import device_option, dtype_option, emit, json_option
+from gossamer.progress import amount
 
 
 @click.command("quantize")
@@ -24,5 +25,5 @@ def command(base: str, output: str, quant: str, dtype: str, device: str, as_json
         return
     click.echo(
         f"{done['output']}: {done['modules']} weights of {done['parameters']:,} parameters in {quant}, "
-        f"{done['bits']:.3f} bits each, {done['bytes'] / 1e6:.1f} MB, {done['seconds']:.1f} s"
+        f"{done['bits']:.3f} bits each, {amount(done['bytes'])}, {done['seconds']:.1f} s"
     )

@@ -19,6 +19,48 @@ dtype_option = click.option("--dtype", default="auto", show_default=True, help="
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 
 
+class ListedWeights(click.Command):
+    """Takes `--weights 0.7 0.3`: every weight after the option is one of its values."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the option's name before each of its values, as click wants it."""
+        spread: list[str] = []
+        listing = False
+        for word in args:
+            listing = word == "--weights" or (listing and _is_weight(word))
+            if word != "--weights":
+                spread.append(f"--weights={word}" if listing else word)
+        return super().parse_args(ctx, spread)
+
+
+class WeightType(click.ParamType):
+    """A number, or numbers by module: `PATTERN=NUMBER;PATTERN=NUMBER`."""
+
+    name = "weight"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | dict[str, float]:
+        """0.7, or {"self_attn": 1.0, ".*": 0.2}."""
+        try:
+            return _weight(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor PATTERN=NUMBER;PATTERN=NUMBER", param, ctx)
+
+
+def _weight(word: str) -> float | dict[str, float]:
+    if "=" not in word:
+        return float(word)
+    pairs = [part.rpartition("=") for part in word.split(";")]
+    return {pattern: float(number) for pattern, _, number in pairs}
+
+
+def _is_weight(word: str) -> bool:
+    try:
+        _weight(word)
+    except ValueError:
+        return False
+    return not word.startswith("--")
+
+
 def base_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every verb that loads a base: --base, --quant, --dtype, --device."""
     options = (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gossamer.cli.shared import columns, emit, json_option, wants_colour, warn
+from gossamer.progress import amount
 
 if TYPE_CHECKING:
     from gossamer.training.runs import Rehearsal
@@ -39,9 +40,9 @@ def command(
     With --sweep or --fleet, train many on one base, each in its own folder under the config's output.
     """
     from gossamer.errors import UsageError
+    from gossamer.progress import Silent, for_terminal
     from gossamer.training import RunConfig, runs
     from gossamer.training import sweep as several
-    from gossamer.training.progress import Silent, for_terminal
 
     overrides = (*overrides, "--train.packing", "false") if no_packing else overrides
     progress = Silent() if as_json else for_terminal()
@@ -106,8 +107,6 @@ def show_report(output: str, report: dict[str, Any]) -> None:
     share = report["trainable_params"] / report["total_params"]
     if after:
         click.echo(columns(rows))
-    click.echo(
-        f"{report['trainable_params']:,} trainable parameters ({share:.2%}), {report['adapter_bytes'] / 1e6:.1f} MB"
-    )
+    click.echo(f"{report['trainable_params']:,} trainable parameters ({share:.2%}), {amount(report['adapter_bytes'])}")
     click.echo(f"{report['seconds']:.0f} s, {report['tokens_per_second']:.0f} tokens/s")
     click.echo(f"{output}/report.html")

@@ -74,6 +74,24 @@ def new_file(path: str | Path, *, needed: int | None = None) -> Iterator[BinaryI
 
 
 @contextmanager
+def written_path(path: str | Path) -> Iterator[Path]:
+    """The same for libraries that open files themselves: a path to write to that becomes `path` when the block ends."""
+    path = Path(path)
+    temporary = _beside(path)
+    with _as_disk_error(path, temporary, None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+@contextmanager
 def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder to fill that becomes `path` when the block ends, or nothing at all when it raises.
 
@@ -85,27 +103,58 @@ def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     _refuse_existing(path, replace)
-    temporary, old = _beside(path), _beside(path)
+    temporary = _beside(path)
     with _as_disk_error(path, temporary, None):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         try:
             yield temporary
-            _settle_tree(temporary)
-            _refuse_existing(path, replace)  # someone else may have finished first
-            if _exists(path):
-                os.rename(path, old)
-            try:
-                os.rename(temporary, path)
-            except OSError:
-                if _exists(old):
-                    os.rename(old, path)
-                raise
+            _put(temporary, path, replace)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _remove(old)
-        _sync_folder(path.parent)
+
+
+@contextmanager
+def continued_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path` when the block ends, and stays under another name when it raises.
+
+    It is called like `path` with TEMPORARY_SUFFIX, so whoever comes again finds what is there already; the block says
+    what of that can be trusted.
+
+    Raises `StateError` when `path` exists; `DiskError` when writing, flushing or renaming fails.
+    """
+    path = Path(path)
+    _refuse_existing(path, replace=False)
+    temporary = path.parent / f"{path.name}{TEMPORARY_SUFFIX}"
+    with _as_disk_error(path, temporary, None):
+        temporary.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _put(temporary, path, replace=False)
+
+
+def _put(temporary: Path, path: Path, replace: bool) -> None:
+    """Make a folder that is ready the one at `path`."""
+    old = _beside(path)
+    _settle_tree(temporary)
+    _refuse_existing(path, replace)  # someone else may have finished first
+    if _exists(path):
+        os.rename(path, old)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        if _exists(old):
+            os.rename(old, path)
+        raise
+    _remove(old)
+    _sync_folder(path.parent)
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raise `DiskError` when the disk that `path` lies on has fewer bytes free than are needed."""
+    free = _free_bytes(path.parent)
+    if free is not None and free < needed:
+        raise _disk_error(path, errno.ENOSPC, needed)
 
 
 def sha256_file(path: str | Path) -> str:

@@ -1,8 +1,9 @@
-"""Write a plain model with an adapter folded in: `W' = W + scaling * B A`, in float32, rounded once."""
+"""Write a plain model with adapters folded in: `W' = W + sum_i w_i scaling_i B_i A_i`, in float32, rounded once."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,67 +11,201 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.adapter import Adapter
-from gossamer.attachment import attach, merge, unmerge
-from gossamer.errors import StateError, UsageError
+from gossamer.attachment import attach, base_fingerprint, merge, unmerge, use
+from gossamer.errors import BaseMismatchError, StateError, UsageError
+from gossamer.files.folder import read_json
 from gossamer.merging.losses import losses
+from gossamer.merging.streamed import NOTE, merge_streamed, outlined, stand, streamable
 from gossamer.models import load_base, make_dense, write_model_folder
+from gossamer.models.locate import locate
+from gossamer.models.mapped import Mapped, mapped_model
 from gossamer.models.quantizer import packed_modules
+from gossamer.models.scrutiny import read_config
+from gossamer.planning.devices import this_machine
+from gossamer.progress import Progress
 
-_NAME = "merged"
-_DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16}
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+CHECKS = ("auto", "outputs", "samples")
 
 
 def merge_into_base(
-    adapter: str | Path,
+    adapters: str | Path | Sequence[str | Path],
     base: str | Path,
     output: str | Path,
     *,
+    weights: Sequence[float] | None = None,
+    undo: bool = False,
     dtype: str = "auto",
     device: str = "auto",
     quant: str | None = None,
     requantize: bool = False,
     force_base: bool = False,
+    check: str = "auto",
+    dry_run: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Merge an adapter folder into a base and write a transformers folder with its tokenizer, whole or not at all.
+    """Merge adapter folders into a base and write a transformers folder with its tokenizer, whole or not at all.
 
-    A base that is quantised is rebuilt, merged in float32 and written dense, because 4 bits do not hold the change:
-    `choices` says what each way of storing it loses.
+    Long because it is the one door: each argument is explained here and used once.
+
+        W' = W + sum_i w_i scaling_i B_i A_i
+
+    A folder of safetensors is merged file by file in the memory of one module, and goes on where it was interrupted.
+    What cannot be streamed (a GGUF file, a quantised base, experts that the model stacks) is loaded. A base that is
+    quantised is rebuilt, merged in float32 and written dense, because 4 bits do not hold the change: `choices` says
+    what each way of storing it loses.
 
     Args:
-        adapter: an adapter folder.
+        adapters: an adapter folder, or several.
         base: catalog name, Hugging Face id, folder or .gguf file.
         output: a folder that does not exist yet.
-        dtype, device: how the base is loaded, and so how the result is stored; see `load_base`. Of a quantised base
-            "auto" is float32.
+        weights: a number for each adapter; 1 each without it.
+        undo: take away what a merge has added. `base` is a merged folder, and the result is the model before, within
+            the rounding of both; refused for methods that are no sum.
+        dtype: what is written; "auto" is what the weights are stored in (float32 for a GGUF file or a quantised base).
+        device: where the model is loaded for what is not streamed, and for the check.
         quant: merge into the base as it is when quantised so (the base that a QLoRA adapter was trained on).
         requantize: write the merged weights in the base's own 4 or 8 bits all the same.
-        force_base: merge although the adapter says it was made for another base.
+        force_base: merge although an adapter says it was made for another base.
+        check: "outputs" compares the written model's outputs with the base's with the adapters beside it; "samples"
+            reads 64 numbers of every changed weight again; "auto" does the first where the model fits a quarter of
+            this machine's memory in float32. Samples are always looked at where the merge is streamed.
+        dry_run: only say what would be written: "modules", "files" and "bytes" where the merge would be streamed.
+        progress: who watches; see `gossamer.progress`.
 
     Returns:
-        {"output", "modules", "dtype", "max_error", "max_logit", "seconds", "choices"}: `max_error` is the largest
-        difference between the written model's output and the base's with the adapter beside it, over a fixed sample of
-        tokens; `max_logit` the largest output, to compare it with; `choices`, of a quantised base: storage ->
-        {"of_weight", "of_change"}, what rounding to it takes from the merged weights, relative to them and to the
-        adapter's change of them (Frobenius norms over all modules).
+        {"output", "modules", "dtype", "streamed", "seconds", "choices"}, and where outputs were compared "max_error",
+        the largest difference over a fixed sample of tokens, and "max_logit", the largest output. Of a streamed merge
+        also "files", "continued" (how many of them an interrupted merge had finished), "bytes", and "rounding": what
+        rounding to the dtype takes from the change, relative to it, estimated from the samples. `choices`, of a
+        quantised base: storage -> {"of_weight", "of_change"}, what rounding to it takes from the merged weights.
 
     Raises:
         StateError: output exists. BaseMismatchError, AdapterFileError, BaseFileError: files that do not fit.
-        UsageError: requantize on a base that is not quantised.
-        SharedWeightError, NonFiniteError: a merge that is refused; nothing is written then.
+        UsageError: weights that are not one for each adapter; requantize on a base that is not quantised.
+        SharedWeightError, NonFiniteError, UnsupportedError: a merge that is refused; nothing is left then.
+        DiskError: no space; what was finished stays beside `output`, to be continued.
     """
-    output = Path(output)
+    output, start = Path(output), time.monotonic()
     if output.exists():
         raise StateError("the output folder exists already", where=str(output), hint="choose a new folder")
-    start = time.monotonic()
-    value = Adapter.load(adapter)
+    if dtype not in ("auto", *_DTYPES) or check not in CHECKS:
+        raise UsageError("unknown dtype or check", got=f"{dtype}, {check}", expected=", ".join(("auto", *_DTYPES)))
+    values = _weighted(adapters, weights)
+    folder = locate(base)
+    if undo:
+        values = [(adapter, -weight) for adapter, weight in reversed(values)]
+        force_base = _made_of(folder, values, force_base)
+    scaled = [weight * adapter for adapter, weight in values]
+    done: dict[str, Any] = {"output": str(output), "choices": {}}
+    mapped = _mapped(folder, quant, requantize)
+    groups = stand(mapped, scaled, force_base=force_base) if mapped else []
+    streams = mapped is not None and streamable(mapped, groups)
+    if dry_run:
+        done |= {"streamed": streams}
+        return done | (outlined(mapped, groups, _DTYPES.get(dtype)) if mapped and streams else {})
+    if mapped and streams:
+        done |= merge_streamed(mapped, groups, output, _note(mapped, values, dtype), _DTYPES.get(dtype), progress)
+        done |= {"streamed": True, "dtype": _dtype_of(output)}
+        if check == "outputs" or (check == "auto" and _fits(mapped)):
+            done |= _compared(scaled, base, output, device, force_base)
+    else:
+        done |= _in_memory(scaled, base, output, dtype, device, quant, requantize, force_base)
+    return done | {"seconds": time.monotonic() - start}
+
+
+def _weighted(
+    adapters: str | Path | Sequence[str | Path], weights: Sequence[float] | None
+) -> list[tuple[Adapter, float]]:
+    folders = [adapters] if isinstance(adapters, str | Path) else [*adapters]
+    given = [1.0] * len(folders) if weights is None else [*weights]
+    if len(given) != len(folders) or not folders:
+        raise UsageError("one weight for each adapter", got=f"{len(given)} weights, {len(folders)} adapters")
+    return [(Adapter.load(folder), weight) for folder, weight in zip(folders, given, strict=True)]
+
+
+def _mapped(folder: Path, quant: str | None, requantize: bool) -> Mapped | None:
+    """The base as views of its files; None where it has to be loaded."""
+    if quant or requantize or folder.suffix == ".gguf" or read_config(folder).get("quantization_config") is not None:
+        return None
+    return mapped_model(folder)
+
+
+def _note(mapped: Mapped, values: Sequence[tuple[Adapter, float]], dtype: str) -> dict[str, Any]:
+    merged = [{"sha256": adapter.digest, "weight": weight} for adapter, weight in values]
+    return {"format": 1, "base": base_fingerprint(mapped.model), "merged": merged, "dtype": dtype}
+
+
+def _made_of(folder: Path, values: Sequence[tuple[Adapter, float]], force_base: bool) -> bool:
+    """Whether a folder says that exactly these adapters were merged into it. Raises `BaseMismatchError`."""
+    noted = read_json(folder / NOTE).get("merged") if (folder / NOTE).is_file() else None
+    wanted = [{"sha256": adapter.digest, "weight": -weight} for adapter, weight in reversed(values)]
+    if noted != wanted and not force_base:
+        raise BaseMismatchError(
+            "this folder does not say that it was made by merging these adapters",
+            where=str(folder / NOTE),
+            got=str(noted),
+            expected=str(wanted),
+            hint="force_base=True (--force-base) subtracts them all the same",
+        )
+    return True
+
+
+def _fits(mapped: Mapped) -> bool:
+    """Whether the model in float32 takes no more than a quarter of the memory."""
+    return 4 * sum(parameter.numel() for parameter in mapped.model.parameters()) <= this_machine().memory // 4
+
+
+def _dtype_of(folder: Path) -> str:
+    return str(mapped_model(folder).model.dtype).removeprefix("torch.")
+
+
+def _compared(
+    adapters: Sequence[Adapter], base: str | Path, output: Path, device: str, force_base: bool
+) -> dict[str, float]:
+    """The written model beside the base with its adapters, one after the other in memory."""
+    model, _ = load_base(base, device=device)
+    _stand(model, adapters, force_base)
+    before = _sampled_output(model)
+    del model
+    written = _sampled_output(load_base(output, device=device)[0])
+    return {"max_error": (written - before).abs().max().item(), "max_logit": before.abs().max().item()}
+
+
+def _stand(model: nn.Module, adapters: Sequence[Adapter], force_base: bool) -> int:
+    """Attach the adapters, all of them active; how many modules carry any."""
+    names = [f"adapter-{number}" for number in range(len(adapters))]
+    paths: set[str] = set()
+    for name, adapter in zip(names, adapters, strict=True):
+        paths |= {row.path for row in attach(model, adapter, name, force_base=force_base).sites}
+    use(model, *names)
+    return len(paths)
+
+
+def _in_memory(
+    adapters: Sequence[Adapter],
+    base: str | Path,
+    output: Path,
+    dtype: str,
+    device: str,
+    quant: str | None,
+    requantize: bool,
+    force_base: bool,
+) -> dict[str, Any]:
     model, tokenizer = load_base(base, dtype=dtype, device=device, quant=quant)
     stored = packed_modules(model)
     if requantize and not stored:
         raise UsageError("only what was quantised can be quantised again", where=str(base), hint="--quant nf4")
     if stored:  # the merge is done in float32, whatever it is stored as in the end
         model.float()
-    done: dict[str, Any] = {"output": str(output)}
-    done["modules"] = len(attach(model, value, _NAME, force_base=force_base).sites)
+    done: dict[str, Any] = {"streamed": False, "modules": _stand(model, adapters, force_base)}
     before = _sampled_output(model)
     done["choices"] = _fold(model, requantize)
     if stored:
@@ -78,7 +213,7 @@ def merge_into_base(
     done["max_error"] = (_sampled_output(model) - before).abs().max().item()
     done["max_logit"] = before.abs().max().item()
     write_model_folder(model, tokenizer, output)
-    return done | {"dtype": str(model.dtype).removeprefix("torch."), "seconds": time.monotonic() - start}
+    return done | {"dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def _settle(model: nn.Module, dtype: torch.dtype, requantize: bool) -> None:
@@ -89,7 +224,7 @@ def _settle(model: nn.Module, dtype: torch.dtype, requantize: bool) -> None:
 
 
 def _fold(model: nn.Module, requantize: bool) -> dict[str, dict[str, float]]:
-    """Fold the adapter in for good; what each storage of the merged weights would lose, if they were quantised."""
+    """Fold the adapters in for good; what each storage of the merged weights would lose, if they were quantised."""
     merge(model)
     changed = [one for one in packed_modules(model).values() if not one.runs_packed]
     choices = losses((one.dequantized(), one.weight) for one in changed)

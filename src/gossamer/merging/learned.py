@@ -16,6 +16,7 @@ from gossamer.errors import DataError, NonFiniteError, StateError, UnsupportedEr
 from gossamer.kernels import reference
 from gossamer.merging.combining.changes import Changes
 from gossamer.methods.pairs import Pair
+from gossamer.progress import Progress, Silent
 
 
 def learned_weights(
@@ -27,13 +28,14 @@ def learned_weights(
     steps: int = 50,
     lr: float = 5e-3,
     per_module: bool = True,
+    progress: Progress | None = None,
 ) -> list[dict[str, float]]:
     """Weights for `combine`, one pattern a module, that make the combined adapter's loss small.
 
         h = W x + sum_k w_k scaling_k B_k A_k x        only the w_k are trained, from 1 / n
 
     One number for each adapter and module (or for each adapter alone), so a few dozen rows are enough. Nothing else
-    changes: the model gets its own call back, and adapters and base receive no gradient.
+    changes: adapters and base receive no gradient.
 
     Args:
         model: the base, as `load_base` gives it: no adapter active, every module called by its own name.
@@ -42,6 +44,7 @@ def learned_weights(
         loss: `loss(model, batch)` -> a scalar. None: `model(**batch).loss`.
         steps, lr: of AdamW without weight decay.
         per_module: whether each module has weights of its own.
+        progress: who watches; see `gossamer.progress`.
 
     Returns: one mapping an adapter, to be given to `combine(adapters, weights)` as they are.
 
@@ -53,18 +56,20 @@ def learned_weights(
     """
     if not adapters or steps < 1:
         raise UsageError("nothing to learn", got=f"{len(adapters)} adapters, {steps} steps")
-    known = [{place: _usable(model, source, place) for place in source.places} for source in map(_changes, adapters)]
+    known = [_known(model, adapter) for adapter in adapters]
     places = sorted({place for pairs in known for place in pairs})
     rows = {place: index if per_module else 0 for index, place in enumerate(places)}
     start = torch.full((len(places) if per_module else 1, len(adapters)), 1 / len(adapters))
     weights = start.to(next(model.parameters()).device).requires_grad_()
     optimiser = torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
-    measure = loss or (lambda model, batch: model(**batch).loss)
+    measure, told = loss or (lambda model, batch: model(**batch).loss), progress or Silent()
     with ExitStack() as stack:
+        stack.callback(told.finish)
         for place in places:
             parts = [(index, pairs[place]) for index, pairs in enumerate(known) if place in pairs]
             handle = model.get_submodule(place).register_forward_hook(_added(weights, rows[place], parts))
             stack.callback(handle.remove)
+        told.start(steps, "learning weights")
         for batch in itertools.islice(_again(batches), steps):
             with torch.enable_grad():
                 value = measure(model, batch)
@@ -72,12 +77,15 @@ def learned_weights(
                 raise NonFiniteError("the loss is NaN or infinite while weights are learned", got=str(value.item()))
             (weights.grad,) = torch.autograd.grad(value, [weights])
             optimiser.step()
+            told.step(loss=value.item())
     found = weights.detach().tolist()
     return [{f"^{re.escape(place)}": found[rows[place]][index] for place in pairs} for index, pairs in enumerate(known)]
 
 
-def _changes(adapter: Adapter) -> Changes:
-    return Changes(adapter, None)
+def _known(model: nn.Module, adapter: Adapter) -> dict[str, Pair]:
+    """The factors of an adapter by module."""
+    source = Changes(adapter, None)
+    return {place: _usable(model, source, place) for place in source.places}
 
 
 def _usable(model: nn.Module, source: Changes, place: str) -> Pair:

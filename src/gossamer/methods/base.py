@@ -132,15 +132,17 @@ class Layer(nn.Module):
 
     @abstractmethod
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters that change when this layer is folded in, at least float32.
+        """The parameters that change when this layer is folded in, at least float32, or `UnsupportedError`.
 
         Args:
             current: the module's direct parameters with earlier layers folded in; a "weight" of an affine map as
                 (out, in, *kernel), unless the layer is an innermost one, which sees parameters as they are stored.
             frozen: the same as stored in the base.
-
-        Raises `UnsupportedError` where the layer has no equivalent weight.
         """
+
+    def merged_rows(self, weight: Tensor, rows: slice) -> Tensor | None:
+        """`weight`, those rows of a linear module's, with this layer folded in; None where it changes more."""
+        return None
 
     def replaces(self) -> list[str]:
         """Parameters of the module that have another value with this layer, whatever they were."""
@@ -184,13 +186,6 @@ def hold(layer: nn.Module, slots: Mapping[str, Tensor]) -> None:
 def wide(tensor: Tensor) -> Tensor:
     """At least float32: what is trained and what deltas are computed in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def bias_shift(trained: Tensor, base: Base) -> Tensor:
-    """What a trained bias adds to the output of a module that has already added its own."""
-    frozen = base.bias()
-    assert frozen is not None, "a bias is trained only where there is one"
-    return trained - frozen
 
 
 def check_slots(path: str, slots: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from gossamer.kernels import fused, reference
 from gossamer.kernels.routing import Share
-from gossamer.methods.base import AFFINE_KINDS, LINEAR_KINDS, Base, Layer, Shape, bias_shift, wide
+from gossamer.methods.base import AFFINE_KINDS, LINEAR_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.factored import Factored
 from gossamer.methods.lora_layers import FactorLayer
+from gossamer.methods.replacement import bias_shift
 
 MAGNITUDE = "lora_magnitude_vector"
 

@@ -12,9 +12,9 @@ from gossamer.errors import UnsupportedError
 from gossamer.kernels import reference
 from gossamer.kernels.linears import Term, linears
 from gossamer.kernels.routing import Share
-from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, bias_shift, hold, wide
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, hold, wide
 from gossamer.methods.factored import factor_names
-from gossamer.methods.replacement import ParameterLayer
+from gossamer.methods.replacement import ParameterLayer, bias_shift
 
 
 class FactorLayer(Layer):
@@ -87,6 +87,16 @@ class FactorLayer(Layer):
             change = change - product(self.start_A, self.start_B)
         return self.scaling * change
 
+    def added_to(self, weight: Tensor) -> Tensor:
+        """`W + scaling * (B A - B0 A0)`; for a plain matrix in one pass over it, because memory is what that costs."""
+        if weight.ndim != 2 or "start_A" in self._buffers:
+            return weight + self.change()
+        return self._plainly_added_to(weight, slice(None))
+
+    def _plainly_added_to(self, weight: Tensor, rows: slice) -> Tensor:
+        inner, outer = (factor.detach().to(weight.dtype) for factor in self.factors)
+        return torch.addmm(weight, outer[rows], inner, alpha=self.scaling)
+
 
 class LoRALayer(FactorLayer):
     """`h = W x + scaling * B A x`."""
@@ -107,10 +117,15 @@ class LoRALayer(FactorLayer):
         return Term(*self.factors, self.scaling)
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        folded = {"weight": wide(current["weight"]) + self.change()}
+        folded = {"weight": self.added_to(wide(current["weight"]))}
         if "bias" in self._parameters:
             folded["bias"] = current["bias"] + (self.bias.detach() - frozen["bias"])
         return folded
+
+    def merged_rows(self, weight: Tensor, rows: slice) -> Tensor | None:
+        if weight.ndim != 2 or self._buffers or "bias" in self._parameters:
+            return None
+        return self._plainly_added_to(weight, rows)
 
 
 class MatrixLoRA(ParameterLayer):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gossamer.kernels.routing import Share
-from gossamer.methods.base import LINEAR_KINDS, Base, Layer, bias_shift, hold
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer, hold
 
 
 class ParameterLayer(Layer):
@@ -58,3 +58,10 @@ class Replacement(ParameterLayer):
     def presented(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         borrowed = {name: layer.get_parameter(there) for name, (layer, there) in self.borrowed.items()}
         return dict(parameters) | dict(self.named_parameters()) | borrowed
+
+
+def bias_shift(trained: Tensor, base: Base) -> Tensor:
+    """What a trained bias adds to the output of a module that has already added its own."""
+    frozen = base.bias()
+    assert frozen is not None, "a bias is trained only where there is one"
+    return trained - frozen

@@ -35,7 +35,7 @@ _DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_base(
@@ -70,9 +70,9 @@ def load_base(
     wanted = _dtype(dtype, place)
     path = locate(base)
     load = _load_gguf if path.suffix == ".gguf" else _load_folder
-    with _as_base_error(path), without_bars(), _without_load_report():
+    with as_base_error(path), without_bars(), without_load_report():
         model, tokenizer, info = load(path, wanted, quant)
-    _require_exact(info, path)
+    require_exact(info, path)
     forget_quantisation(model)
     return _moved(model, place).eval(), tokenizer
 
@@ -83,19 +83,19 @@ def _load_folder(
     config = read_config(folder)
     require_plain_weights(folder)
     require_tokenizer(folder)
-    kind = _model_class(config)
-    # weights of another shape are let through here to be named by `_require_exact`
+    kind = model_class(config)
+    # weights of another shape are let through here to be named by `require_exact`
     options: dict[str, Any] = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     stored = config.get("quantization_config")
     if stored is not None:
         require_same(stored, quant, folder)
-        plain = AutoConfig.from_pretrained(folder, **_LOCAL)
+        plain = AutoConfig.from_pretrained(folder, **LOCAL)
         plain.quantization_config = {"quant_method": METHOD}
         options["config"] = plain
     elif quant is not None:
         options["quantization_config"] = LoadingConfig(quant)
     with faults_as_found():
-        model, info = kind.from_pretrained(folder, dtype=dtype, **options, **_LOCAL)
+        model, info = kind.from_pretrained(folder, dtype=dtype, **options, **LOCAL)
     forget_reading(model)
     if stored is not None and not packed_modules(model):
         raise BaseFileError("the config says that weights are quantised, but none is", where=str(folder))
@@ -103,7 +103,7 @@ def _load_folder(
 
 
 def _load_gguf(file: Path, dtype: torch.dtype | str, quant: str | None) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
-    options: dict[str, Any] = {"gguf_file": file.name} | _LOCAL
+    options: dict[str, Any] = {"gguf_file": file.name} | LOCAL
     if hasattr(transformers, "GgufConfig"):
         # without it newer transformers may keep the blocks packed, in layers that cannot be trained, and fetch kernels
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -118,13 +118,13 @@ def _load_gguf(file: Path, dtype: torch.dtype | str, quant: str | None) -> tuple
 
 
 def _tokenizer(folder: Path, **options: Any) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options, **_LOCAL)
-    for name in _LOCAL:  # it keeps how it was loaded, and would save it with itself
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options, **LOCAL)
+    for name in LOCAL:  # it keeps how it was loaded, and would save it with itself
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
 
-def _model_class(config: dict[str, Any]) -> Any:
+def model_class(config: dict[str, Any]) -> Any:
     """The transformers class that the config names, else the causal language model of its type."""
     for name in config.get("architectures") or ():
         kind = getattr(transformers, str(name), None)
@@ -174,7 +174,7 @@ def _too_large(where: str, error: Exception) -> ResourceError:
     return ResourceError("the model does not fit into memory", where=where, got=str(error).split(". ")[0], hint=hint)
 
 
-def _require_exact(info: dict[str, Any], path: Path) -> None:
+def require_exact(info: dict[str, Any], path: Path) -> None:
     """Every weight in the file, every weight of the file used: a head drawn at random is a silent bug."""
     faults = {
         "missing_keys": "weights of the model are not in the file",
@@ -194,7 +194,7 @@ def _require_exact(info: dict[str, Any], path: Path) -> None:
 
 
 @contextmanager
-def _as_base_error(path: Path) -> Iterator[None]:
+def as_base_error(path: Path) -> Iterator[None]:
     """A damaged folder shows as any exception there is (tokenizers raises bare `Exception`s); here they are one."""
     try:
         yield
@@ -208,7 +208,7 @@ def _as_base_error(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
+def without_load_report() -> Iterator[None]:
     """No table of missing weights on the terminal: what it warns of is an error here."""
     level = noise.get_verbosity()
     noise.set_verbosity(max(level, logging.ERROR))

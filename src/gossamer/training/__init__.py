@@ -5,7 +5,7 @@ loop repeats the one step for one trainee or many, checkpoint makes it resumable
 """
 
 from gossamer.training.config import DataFiles, LoopConfig, RunConfig, TrainConfig
-from gossamer.training.evaluate import evaluate
+from gossamer.training.evaluate import answer_batches, answer_loss, evaluate
 from gossamer.training.loop import train
 from gossamer.training.many import Job, Runs, train_many
 from gossamer.training.run_folder import adapter_of
@@ -20,6 +20,8 @@ __all__ = [
     "Runs",
     "TrainConfig",
     "adapter_of",
+    "answer_batches",
+    "answer_loss",
     "evaluate",
     "train",
     "train_many",

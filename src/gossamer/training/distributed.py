@@ -34,8 +34,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from gossamer.errors import GossamerError, ResourceError, StateError, UsageError
+from gossamer.progress import Progress, Silent, for_terminal
 from gossamer.training.interrupt import StopRequest
-from gossamer.training.progress import Progress, Silent, for_terminal
 
 PATIENCE = timedelta(minutes=30)
 """How long one process waits for the others; the first one may be writing or evaluating meanwhile."""

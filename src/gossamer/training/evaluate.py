@@ -80,6 +80,24 @@ def read_data(path: str | Path, format: str | None = None) -> Rows:
     return read_rows(data_file(path), format=format)
 
 
+def answer_batches(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Path,
+    *,
+    batch_size: int = 8,
+    **encoding: Any,
+) -> list[Batch]:
+    """The rows of a data file as batches for `answer_loss`, in the file's order. Raises `DataError`."""
+    examples = encode(read_data(data), tokenizer, **encoding)
+    return [batch for _, batch in _batches(model, examples, tokenizer, batch_size, None)]
+
+
+def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean over the supervised tokens of `-ln p(token)`, in nats; gradients flow."""
+    return supervised_nll(model, batch).mean()
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Encoded rows, ready to be measured any number of times: `evaluation(model)`."""

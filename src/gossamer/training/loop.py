@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gossamer.attachment import active, using_spans
 from gossamer.errors import GossamerError, Interrupted
+from gossamer.progress import Progress
 from gossamer.training.audit import adapter_to_train, refuse_misfits
 from gossamer.training.batches import collate, joined
 from gossamer.training.config import RunConfig, TrainConfig
@@ -35,7 +36,6 @@ from gossamer.training.loss import refuse_unless_causal, supervised_nll
 from gossamer.training.material import Material
 from gossamer.training.memory import agreed, checkpointing
 from gossamer.training.outcome import run_config
-from gossamer.training.progress import Progress
 from gossamer.training.run_folder import open_run
 from gossamer.training.trainee import Batches, Parts, Run, Trainee
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gossamer.attachment import attach, attached, detach, trainable_parameters, use, using
 from gossamer.errors import CheckpointError, GossamerError, StateError, UnsupportedError, UsageError
 from gossamer.methods import TargetedMethod
+from gossamer.progress import Progress
 from gossamer.training.audit import refuse_misfits
 from gossamer.training.config import RunConfig, TrainConfig
 from gossamer.training.distributed import World
@@ -25,7 +26,6 @@ from gossamer.training.loop import Loop
 from gossamer.training.loss import refuse_unless_causal
 from gossamer.training.material import Material
 from gossamer.training.outcome import run_config
-from gossamer.training.progress import Progress
 from gossamer.training.run_folder import open_run
 from gossamer.training.trainee import Run, Trainee
 

@@ -19,6 +19,7 @@ from typing import Any
 from gossamer import drawing
 from gossamer.errors import ArtefactError
 from gossamer.files.atomic import write_text
+from gossamer.progress import amount
 
 _MOST_POINTS = 400  # a curve of more points shows no more
 _MOST_EXAMPLES = 20
@@ -125,11 +126,11 @@ def _key_figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if trainable and total:
         figures.append((f"trainable of {total / 1e6:.1f} M", f"{trainable / total:.2%}"))
     if report.get("adapter_bytes"):
-        figures.append(("adapter", _bytes(report["adapter_bytes"])))
+        figures.append(("adapter", amount(report["adapter_bytes"])))
     if report.get("seconds"):
         figures.append(("time", duration(report["seconds"])))
     if report.get("peak_memory_bytes"):
-        figures.append(("peak memory", _bytes(report["peak_memory_bytes"])))
+        figures.append(("peak memory", amount(report["peak_memory_bytes"])))
     return figures
 
 
@@ -280,14 +281,6 @@ def _identity(report: Mapping[str, Any]) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _bytes(count: float) -> str:
-    """In the largest decimal unit that leaves a figure before the point."""
-    for size, unit, digits in ((1e9, "GB", 2), (1e6, "MB", 1), (1e3, "kB", 1)):
-        if count >= size:
-            return f"{count / size:.{digits}f} {unit}"
-    return f"{count:.0f} bytes"
 
 
 def duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gossamer.attachment import InjectionReport, attach
 from gossamer.models import load_base
+from gossamer.progress import Progress
 from gossamer.training.config import RunConfig
 from gossamer.training.distributed import World
 from gossamer.training.loop import train
@@ -16,7 +17,6 @@ from gossamer.training.masks import preview
 from gossamer.training.material import Material, Steps
 from gossamer.training.memory import decide
 from gossamer.training.optim import auto_lr
-from gossamer.training.progress import Progress
 from gossamer.training.sharding import shard
 from gossamer.training.trainee import Run
 

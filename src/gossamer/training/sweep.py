@@ -20,6 +20,7 @@ from gossamer.attachment import attach
 from gossamer.errors import DataError, GossamerError, SpecError, nearest
 from gossamer.files.atomic import write_json, write_text
 from gossamer.models import load_base
+from gossamer.progress import Progress
 from gossamer.spec import read_yaml, write_yaml
 from gossamer.training.config import Draft, RunConfig
 from gossamer.training.containers import SUFFIXES
@@ -27,7 +28,6 @@ from gossamer.training.distributed import World
 from gossamer.training.loss import refuse_unless_causal
 from gossamer.training.many import Materials, Runs, train_many
 from gossamer.training.material import Steps
-from gossamer.training.progress import Progress
 from gossamer.training.run_folder import open_run
 from gossamer.training.sweep_report import train_loss, write_sweep_report
 

@@ -23,6 +23,7 @@ from gossamer.adapter import Adapter
 from gossamer.attachment import capture, sites_of_parameters, trainable_parameters, using
 from gossamer.errors import NonFiniteError
 from gossamer.files.atomic import write_text
+from gossamer.progress import Progress
 from gossamer.training.audit import audit_gradients
 from gossamer.training.checkpoint import (
     checkpoint_at,
@@ -38,7 +39,6 @@ from gossamer.training.material import Material, Steps
 from gossamer.training.memory import decide, stored_as
 from gossamer.training.optim import auto_lr, lr_factor, make_optimizer, set_lr, usable_optimizer, warmup_steps
 from gossamer.training.outcome import peak_memory, read_outcome, sampled, write_outcome
-from gossamer.training.progress import Progress
 from gossamer.training.run_folder import RunFolder
 from gossamer.training.stopping import Stopping
 

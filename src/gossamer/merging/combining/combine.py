@@ -51,8 +51,8 @@ def combine(
         r: keep the nearest of this rank; "full": keep all that the method gives. None: the sum of the adapters' ranks.
         base: the model, or its weights: "<module path>.weight" -> (out, in), and "<module path>.bias".
         seed: of what is drawn at random (dare, dare_ties).
-        options: the method's own: `density` of ties, dare, dare_ties, magnitude_prune and knots, `inside` of knots,
-            `common` of iso_cts.
+        options: the method's own: `density` of ties, dare, dare_ties, magnitude_prune and knots, `inside` and
+            `scaled` of knots, `common` of iso_cts.
 
     Returns:
         A LoRA adapter, float32 or wider. Its `provenance` holds "distance", over all modules (Frobenius norms), and

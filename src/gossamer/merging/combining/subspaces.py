@@ -11,13 +11,14 @@ from gossamer.merging.combining.sparse import merged_as
 
 
 @way("knots")
-def knots(matrix: Matrix, *, density: float = 0.2, inside: str = "ties") -> Result:
+def knots(matrix: Matrix, *, density: float = 0.2, inside: str = "ties", scaled: bool = False) -> Result:
     """Bring all changes into one basis of outputs, and merge there how each reads its inputs.
 
         [D_1 ... D_n] = U diag(s) [V_1^T ... V_n^T]        D = U diag(s) merged(V_1^T, ..., V_n^T)
 
     `inside` is the way in which the V_k are merged: "ties" as in the paper (trimmed to `density`), or "sum", which
-    gives the exact sum back. The rank is that of all B side by side.
+    gives the exact sum back. The rank is that of all B side by side. `scaled` merges the diag(s) V_k^T instead, as the
+    authors' own program does: strong directions then keep more of their entries than weak ones.
 
     Source: Stoica et al. 2024, arXiv:2410.19735, section 4.
     """
@@ -27,11 +28,13 @@ def knots(matrix: Matrix, *, density: float = 0.2, inside: str = "ties") -> Resu
     left, values, turned = factor_svd(torch.block_diag(*(core.T for _, core in inners)), outer)
     keep = _rank(values, matrix.shape)
     sizes = [basis.shape[1] for basis, _ in inners]
+    left, values = left[:, :keep], values[:keep]
+    turned = values[:, None] * turned[:keep] if scaled else turned[:keep]
     directions = [
-        part @ basis.T for part, (basis, _) in zip(turned[:keep].split(sizes, 1), inners, strict=True)
-    ]  # V_k^T, (rank, in)
-    weighted = zip([change.weight for change in matrix.changes], directions, strict=True)
-    return merged_as(inside, weighted, density), left[:, :keep] * values[:keep]
+        (change.weight, part @ basis.T)  # V_k^T, (rank, in)
+        for change, part, (basis, _) in zip(matrix.changes, turned.split(sizes, 1), inners, strict=True)
+    ]
+    return merged_as(inside, directions, density), left if scaled else left * values
 
 
 @way("iso_c")

@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from gossamer.training import progress
-from gossamer.training.progress import Bar, Lines, Silent, duration
+from gossamer import progress
+from gossamer.progress import Bar, Lines, Silent, amount, duration
 
 
 def test_lines_come_every_few_seconds_and_at_the_end() -> None:
@@ -26,6 +26,13 @@ def test_lines_come_every_few_seconds_and_at_the_end() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75.2, "1:15"), (3725.0, "1:02:05")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(12, "12 bytes"), (1460, "1.5 kB"), (9.8e6, "9.8 MB"), (1.34e9, "1.34 GB")]
+)
+def test_amounts(nbytes: float, text: str) -> None:
+    assert amount(nbytes) == text
 
 
 def test_a_bar_only_on_a_terminal_that_wants_one(monkeypatch: pytest.MonkeyPatch) -> None:

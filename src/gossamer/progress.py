@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 
 
 class Progress(Protocol):
-    """What training tells whoever watches; any object with these four methods will do."""
+    """What long work tells whoever watches; any object with these four methods will do."""
 
     def start(self, total: int, what: str) -> None:
         """A stretch of work with `total` steps begins; one runs at a time."""
@@ -32,10 +32,17 @@ class Progress(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def start(self, total: int, what: str) -> None: ...
-    def step(self, **metrics: float) -> None: ...
-    def say(self, line: str) -> None: ...
-    def finish(self) -> None: ...
+    def start(self, total: int, what: str) -> None:
+        """Nothing."""
+
+    def step(self, **metrics: float) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
 
 
 class Lines:
@@ -47,10 +54,12 @@ class Lines:
         self.started = self.shown = clock()
 
     def start(self, total: int, what: str) -> None:
+        """See `Progress`."""
         self.what, self.total, self.done = what, total, 0
         self.started = self.shown = self.clock()
 
     def step(self, **metrics: float) -> None:
+        """See `Progress`."""
         self.done += 1
         now = self.clock()
         if now - self.shown >= self.every or self.done == self.total:
@@ -61,9 +70,11 @@ class Lines:
             )
 
     def say(self, line: str) -> None:
+        """See `Progress`."""
         print(line, file=self.stream, flush=True)
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Nothing."""
 
 
 class Bar:
@@ -86,19 +97,23 @@ class Bar:
         self.live: RichProgress | None = None
 
     def start(self, total: int, what: str) -> None:
+        """See `Progress`."""
         self.finish()
         self.live = self.make()
         self.task = self.live.add_task(what, total=total, figures="")
         self.live.start()
 
     def step(self, **metrics: float) -> None:
+        """See `Progress`."""
         if self.live:
             self.live.update(self.task, advance=1, figures="  ".join(describe(metrics)))
 
     def say(self, line: str) -> None:
+        """See `Progress`."""
         self.console.print(line, markup=False, highlight=False)
 
     def finish(self) -> None:
+        """See `Progress`."""
         if self.live:
             self.live.stop()
             self.live = None
@@ -114,13 +129,21 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "loss": lambda value: f"loss {value:.4f}",
     "lr": lambda value: f"lr {value:.2e}",
     "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
-    "memory_bytes": lambda value: f"{value / 1e9:.2f} GB",
+    "memory_bytes": lambda value: f"{value / 1e9:.2f} GB",  # one unit, so that a line does not jump
 }
 
 
 def describe(metrics: dict[str, float]) -> list[str]:
     """The figures that are shown of a step, in their units."""
     return [form(metrics[name]) for name, form in _FORMATS.items() if name in metrics]
+
+
+def amount(nbytes: float) -> str:
+    """In the largest decimal unit that leaves a figure before the point: 1460 -> "1.5 kB"."""
+    for size, unit, digits in ((1e9, "GB", 2), (1e6, "MB", 1), (1e3, "kB", 1)):
+        if nbytes >= size:
+            return f"{nbytes / size:.{digits}f} {unit}"
+    return f"{nbytes:.0f} bytes"
 
 
 def duration(seconds: float) -> str:

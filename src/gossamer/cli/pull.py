@@ -1,0 +1,23 @@
+"""gossamer pull"""
+
+from __future__ import annotations
+
+import click
+
+from gossamer.cli.shared import emit, json_option
+
+
+@click.command("pull")
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--revision", metavar="R", help="A branch, tag or commit; the newest when left out.")
+@click.option("--output", required=True, metavar="DIR", help="A folder that does not exist yet.")
+@json_option
+def command(repository: str, revision: str | None, output: str, as_json: bool) -> None:
+    """Fetch an adapter from the Hugging Face hub and check it."""
+    from gossamer.files.hub import pull
+
+    adapter = pull(repository, output, revision)
+    if as_json:
+        emit({"output": output, "sha256": adapter.digest, "parameters": adapter.num_parameters})
+        return
+    click.echo(f"{output}: {adapter!r}")

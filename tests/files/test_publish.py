@@ -1,0 +1,123 @@
+"""Model cards, and a hub that is a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from click.testing import CliRunner
+from ruamel.yaml import YAML
+
+import gossamer as gs
+from gossamer.cli import convert as convert_verb
+from gossamer.cli import pull as pull_verb
+from gossamer.cli import push as push_verb
+from gossamer.errors import AdapterFileError, DownloadError, UsageError
+from gossamer.files.card import model_card, spectrum_picture
+from gossamer.files.hub import pull, push
+
+
+class FakeHub:
+    """What HfApi does, in a folder."""
+
+    root: Path
+    calls: list[str]
+
+    def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> None:
+        self.calls.append(f"create {repository} private={private}")
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
+        self.calls.append(f"upload {repo_id}")
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+        return f"fake://{repo_id}"
+
+    def snapshot_download(self, repository: str, *, local_dir: str, **_: Any) -> str:
+        if not (self.root / repository).is_dir():
+            raise OSError("404 not found")
+        return str(shutil.copytree(self.root / repository, local_dir, dirs_exist_ok=True))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
+    FakeHub.root, FakeHub.calls = tmp_path / "hub", []
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    return FakeHub
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> gs.Adapter:
+    slots = {"lora_A": torch.randn(2, 8), "lora_B": torch.randn(4, 2)}
+    value = gs.Adapter(gs.LoRA(r=2, alpha=4.0, target_modules=("q_proj",)), {"model.layers.0.q_proj": slots})
+    value.save(tmp_path / "adapter")
+    (tmp_path / "adapter" / "secret.txt").write_text("not to be sent")
+    return value
+
+
+def test_a_card_is_valid_and_cannot_be_broken_out_of(adapter: gs.Adapter):
+    card = model_card(
+        adapter,
+        base="a: b | <x>",
+        licence="apache-2.0",
+        data=["- one"],
+        report={"loss": {"held_out": 1.5}, "flag": True},
+    )
+    _, front, body = card.split("---\n", 2)
+    read = YAML(typ="safe").load(front)
+    assert read["base_model"] == "a: b | <x>"
+    assert read["datasets"] == ["- one"]
+    assert read["license"] == "apache-2.0"
+    assert adapter.digest in body
+    assert "| loss.held_out | 1.5 |" in body
+    assert "flag" not in body
+    assert "<x>" not in body
+    with pytest.raises(UsageError):
+        model_card(adapter, base="a\nb", licence="mit")
+    assert spectrum_picture(adapter).startswith("<svg")
+
+
+def test_there_and_back(hub: type[FakeHub], adapter: gs.Adapter, tmp_path: Path):
+    done = push(tmp_path / "adapter", "me/thing", "card", "<svg/>")
+    assert hub.calls == ["create me/thing private=True", "upload me/thing"]
+    assert "secret.txt" not in done["files"]
+    assert not (hub.root / "me/thing/secret.txt").exists()
+    assert pull("me/thing", tmp_path / "again") == adapter
+    assert (tmp_path / "again" / "README.md").read_text() == "card"
+
+
+def test_a_dry_run_uses_no_network(hub: type[FakeHub], adapter: gs.Adapter, tmp_path: Path):
+    done = push(tmp_path / "adapter", "me/thing", "card", dry_run=True)
+    assert hub.calls == []
+    assert done["files"]["README.md"] == 4
+
+
+def test_what_goes_wrong_is_said(hub: type[FakeHub], adapter: gs.Adapter, tmp_path: Path):
+    with pytest.raises(UsageError):
+        push(tmp_path / "adapter", "../x", "card")
+    with pytest.raises(DownloadError, match="did not"):
+        pull("me/nothing", tmp_path / "again")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(AdapterFileError):
+        push(tmp_path / "adapter", "me/thing", "card")
+    assert hub.calls == []
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_verbs(hub: type[FakeHub], adapter: gs.Adapter, tmp_path: Path):
+    def run(command: Any, *arguments: object) -> dict[str, Any]:
+        words = [*map(str, arguments), "--json"]
+        return json.loads(CliRunner().invoke(command, words, catch_exceptions=False).output)
+
+    names = ("--base", "me/base", "--licence", "mit", "--data", "mine")
+    assert run(push_verb.command, tmp_path / "adapter", "me/thing", *names, "--dry-run")["url"] == ""
+    assert run(push_verb.command, tmp_path / "adapter", "me/thing", *names)["url"] == "fake://me/thing"
+    assert run(pull_verb.command, "me/thing", "--output", tmp_path / "again")["sha256"] == adapter.digest
+    told = run(convert_verb.command, tmp_path / "again", tmp_path / "mlx", "--to", "mlx")
+    assert told["exact"]
+    run(convert_verb.command, tmp_path / "mlx", tmp_path / "back", "--to", "peft")
+    back = gs.Adapter.load(tmp_path / "back")
+    assert torch.equal(back.delta("model.layers.0.q_proj"), adapter.delta("model.layers.0.q_proj"))
