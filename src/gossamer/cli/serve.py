@@ -17,6 +17,7 @@ from gossamer.errors import UnsupportedError, UsageError
 @click.command("serve")
 @base_options
 @click.option("--adapters", metavar="DIR", type=click.Path(path_type=Path), help="A folder of adapter folders.")
+@click.option("--hub", metavar="OWNER/NAME", multiple=True, help="Ids of the hub that may be fetched: owner/*, ...")
 @click.option("--name", help="What clients call the base; by default the last part of --base.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Others than this machine's own need --keys.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
@@ -38,6 +39,8 @@ def command(**options: Any) -> None:
     if ":" in name:
         raise UsageError("a name without a colon", where="--name", got=name)
     if options["engine"] == "vllm":
+        if options["hub"]:
+            raise UsageError("--hub goes with --engine embedded")
         _vllm(name, options)
         return
     if options["dry_run"]:
@@ -61,10 +64,12 @@ def _serve(name: str, options: dict[str, Any]) -> None:
     from gossamer.serving.api.vectors import Vectors
     from gossamer.serving.embedding import Embedder
     from gossamer.serving.engine import Engine
+    from gossamer.serving.hub import Hub
     from gossamer.serving.scheduler import Limits
 
     check_host(options["host"], bool(options["keys"]))
     keyring = Keyring.read(options["keys"]) if options["keys"] else Keyring()
+    hub = Hub(options["hub"]) if options["hub"] else None
     limits = Limits(rows=options["rows"], tokens=options["tokens"], waiting=options["waiting"])
     loading = {field: options[field] for field in ("quant", "dtype", "device")}
     folder = options["adapters"]
@@ -86,7 +91,7 @@ def _serve(name: str, options: dict[str, Any]) -> None:
     elif options["embedding_adapters"]:
         raise UsageError("--embedding-adapters goes with --embeddings")
     bounds = Bounds(answering=options["timeout"])
-    app = create_app(engine, name=name, keyring=keyring, folder=folder, bounds=bounds, vectors=vectors)
+    app = create_app(engine, name=name, keyring=keyring, folder=folder, bounds=bounds, vectors=vectors, hub=hub)
     serve(app, options["host"], options["port"], options["drain"])
     click.echo("stopped")
 

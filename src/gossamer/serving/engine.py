@@ -22,6 +22,7 @@ from gossamer.models import load_base
 from gossamer.models.cached import CachedDecoder
 from gossamer.models.steps import Decoder, Piece, Step
 from gossamer.models.whole_steps import TransformersDecoder, refusal
+from gossamer.serving.folder import Folder
 from gossamer.serving.guidance import Guide
 from gossamer.serving.prefixes import LEAST, Prefixes, common
 from gossamer.serving.request import Finish, Reply, Request, Sampling
@@ -286,8 +287,5 @@ def _named(adapters: str | Path | Mapping[str, Adapter | str | Path] | None) -> 
     if adapters is None:
         return {}
     if isinstance(adapters, str | Path):
-        folder = Path(adapters)
-        if not folder.is_dir():
-            raise UsageError("adapters are a folder of adapters", where=str(folder), got="no such folder")
-        return {one.name: one for one in sorted(folder.iterdir()) if (one / "adapter_config.json").is_file()}
+        return dict(Folder(adapters).adapters())
     return {name: source if isinstance(source, Adapter) else Path(source) for name, source in adapters.items()}

@@ -65,7 +65,7 @@ class Sampling:
             "min_p": (0 <= self.min_p <= 1, "0 to 1"),
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2"),
-            "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0, at most 100"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
             "logit_bias": (
                 len(biases) <= 1024 and all(key >= 0 and abs(bias) <= 100 for key, bias in biases.items()),
                 "at most 1,024 token ids, each with -100 to 100",

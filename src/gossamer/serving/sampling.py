@@ -95,7 +95,8 @@ class Sampler:
         if self.repeated:
             own = torch.tensor(sorted(self.repeated))
             before, penalty = changed[own], sampling.repetition_penalty
-            changed[own] = torch.where(before > 0, before / penalty, before * penalty)
+            after = torch.where(before > 0, before / penalty, before * penalty)
+            changed[own] = after.clamp(max=torch.finfo(after.dtype).max)  # what overflows must not become NaN later
         return changed
 
     def _drawn(self, below: Tensor) -> int:
@@ -122,6 +123,8 @@ def _nucleus(chances: Tensor, top_p: float) -> Tensor:
         if before[-1] >= top_p or count == len(chances):
             break
     kept = torch.zeros_like(chances)
-    inside = order[before < top_p]  # what stands before it is not enough yet
+    enough = before >= top_p  # what stands before it; never so before the first, though top_p may be 0 in float32
+    enough[0] = False
+    inside = order[~enough]
     kept[inside] = chances[inside]
     return kept

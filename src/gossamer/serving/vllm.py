@@ -18,6 +18,7 @@ from typing import Any
 from gossamer.adapter import Adapter
 from gossamer.errors import GossamerError, UnsupportedError, UsageError
 from gossamer.methods import LoRA
+from gossamer.serving.folder import Folder
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The largest rank of a server is one of these; every slot is as large."""
@@ -55,9 +56,9 @@ class Launch:
         return " \\\n  ".join([*settings, shlex.join(self.arguments[:3]), *_pairs(self.arguments[3:])])
 
 
-def check(path: Path) -> Verdict:
-    """What vLLM 0.32 says of an adapter folder."""
-    name = path.name
+def check(path: Path, name: str = "") -> Verdict:
+    """What vLLM 0.32 says of an adapter folder, known by its own name where no other is given."""
+    name = name or path.name
     try:
         adapter = Adapter.load(path)
     except GossamerError as error:
@@ -143,10 +144,8 @@ def serve(
     from gossamer.serving.api.server import check_host
 
     check_host(host, "VLLM_API_KEY" in os.environ)
-    if adapters is not None and not adapters.is_dir():
-        raise UsageError("adapters are a folder of adapters", where=str(adapters), got="no such folder")
-    folders = sorted(adapters.iterdir()) if adapters else []
-    verdicts = [check(one) for one in folders if (one / "adapter_config.json").is_file()]
+    named = Folder(adapters).adapters() if adapters else {}
+    verdicts = [check(path, called) for called, path in named.items()]
     for one in verdicts:
         say(f"{one.name}: {'taken' if not one.reason else one.reason}")
         if one.remedy:

@@ -12,7 +12,8 @@ from openai.types import Model
 from starlette.testclient import TestClient
 
 import gossamer as gs
-from tests.serving.api.conftest import adapter, bearer
+from gossamer.serving.api.app import create_app
+from tests.serving.api.conftest import adapter, bearer, engine
 
 ASKED: dict[str, Any] = {"prompt": "abc", "temperature": 0, "max_tokens": 4}
 
@@ -100,6 +101,22 @@ def test_only_what_lies_in_the_folder_is_loaded(client: TestClient, folder: Path
     assert client.post("/v1/completions", json=ASKED | {"model": "x"}).status_code == 404
     for name in ("../x", "x/y", "", "x" * 200, "a:b", "é"):
         assert load(client, name, "sql").status_code == 400
+
+
+def test_names_mean_the_same_after_a_restart(client: TestClient, folder: Path, learned: dict[str, gs.Adapter]) -> None:
+    new = adapter(5)
+    new.save(folder / "new")
+    assert load(client, "fresh", "new").json()["kept"]
+    assert load(client, "sql", "new", load_inplace=True).json()["kept"]
+    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "french"}).json()["kept"]
+    with TestClient(create_app(engine(folder), name="toy", folder=folder), "http://localhost") as again:
+        assert digest(again, "fresh") == digest(again, "sql") == new.digest
+        assert again.post("/v1/completions", json=ASKED | {"model": "french"}).status_code == 404
+        assert load(again, "french", "french").status_code == 200
+        assert load(again, "sql", "sql", load_inplace=True).status_code == 200
+    with TestClient(create_app(engine(folder), name="toy", folder=folder), "http://localhost") as again:
+        assert digest(again, "french") == learned["french"].digest
+        assert digest(again, "sql") == learned["sql"].digest
 
 
 def test_tenants_load_nothing(guarded: TestClient) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import json
 import logging
+import os
 import re
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -29,7 +34,7 @@ FIELDS: list[tuple[str, Any]] = [
     *[("min_p", value) for value in (-1, 2)],
     *[("presence_penalty", value) for value in (-2.1, 2.1)],
     *[("frequency_penalty", value) for value in (-2.1, float("-inf"))],
-    *[("repetition_penalty", value) for value in (0, -1, 1000)],
+    *[("repetition_penalty", value) for value in (0, -1, 1000, 1e-40)],
     *[("seed", value) for value in (-1, 2**63, 0.5, "x")],
     *[("stop", value) for value in (["x"] * 100_000, "", [""], ["x" * 257], 7, [[]], {"a": 1})],
     *[("logit_bias", value) for value in ({"x": 1}, {"-1": 1}, {"1": 101}, {"1": None}, {"9" * 400: 1}, [1, 2])],
@@ -121,6 +126,44 @@ def test_bodies_that_are_too_large(shared: TestClient) -> None:
         assert post(shared, "{}", **{"content-length": length}).status_code == 413
 
 
+def test_bodies_of_all_together(folder: Path, listening: Callable[[Any], str]) -> None:
+    """Sixty-four clients hold 2 MiB each and do not finish: the server keeps 16 MiB of them and turns the rest away."""
+    bounds = Bounds(body=4 * 2**20, bodies=16 * 2**20, reading=3)
+    address = listening(create_app(engine(folder), name="toy", folder=folder, bounds=bounds))
+    port, body = int(address.rpartition(":")[2]), b" " * 2**21
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body) + 1}\r\n\r\n".encode()
+
+    async def hold() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            writer.write(head + body)
+            return (await reader.readline())[9:12]
+        except ConnectionError:  # turned away while he still sends
+            return b"429"
+        finally:
+            writer.close()
+
+    async def together() -> tuple[list[bytes], int]:
+        holding = [asyncio.ensure_future(hold()) for _ in range(64)]
+        while sum(one.done() for one in holding) < 40:
+            await asyncio.sleep(0.01)
+        most = resident()
+        return await asyncio.gather(*holding), most
+
+    before = resident()
+    statuses, most = asyncio.run(together())
+    heard = collections.Counter(statuses)
+    assert most - before < 80 * 2**20
+    assert set(heard) == {b"408", b"429"}
+    assert 0 < heard[b"408"] <= 8
+    assert httpx.post(f"{address}/v1/completions", json=GOOD, timeout=30).status_code == 200, "all of it was let go"
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())])) * 1024
+
+
 def test_other_ways(shared: TestClient) -> None:
     assert post(shared, GOOD, **{"content-encoding": "gzip"}).status_code == 415
     assert post(shared, GOOD, **{"content-type": "text/plain"}).status_code in (400, 415, 422)
@@ -135,6 +178,21 @@ def test_depth_is_of_brackets_not_of_text() -> None:
     assert not deeper(json.dumps({"x": "[" * 1000 + '"\\'}).encode(), 4)
     assert deeper(b'[[[["]]]]"]]]]', 3)
     assert not deeper(b"[[[]]]" * 1000, 3)
+
+
+@pytest.mark.parametrize(
+    "edge",
+    [
+        {"temperature": 5e-324},
+        {"temperature": 1, "top_p": 5e-324},
+        {"temperature": 1, "top_p": 1e-30, "top_k": 1, "min_p": 1},
+        {"temperature": 2, "repetition_penalty": 0.01, "presence_penalty": -2, "frequency_penalty": -2},
+    ],
+)
+def test_the_smallest_numbers(shared: TestClient, edge: dict[str, Any]) -> None:
+    """What float32 takes for 0 must not stop the engine for everybody."""
+    assert post(shared, GOOD | {"max_tokens": 6, "ignore_eos": True} | edge).status_code == 200
+    assert shared.get("/ready").status_code == 200
 
 
 @pytest.mark.parametrize("role", ["tool", "function", "", "x" * 1000, None])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,25 @@ def test_it_starts_serves_and_drains(tmp_path: Path, folder: Path) -> None:
         assert re.search(r"^adapters +2 in ", out, re.MULTILINE)
         assert out.rstrip().endswith("stopped")
         assert "Traceback" not in error
+
+
+def test_who_is_not_done_in_time_hears_it(tmp_path: Path, folder: Path) -> None:
+    with process(tmp_path, free_port(), "--adapters", str(folder), "--drain", "0.5", "--dtype", "fp32") as (
+        one,
+        address,
+    ):
+        until(lambda: status(address, "/ready") == 200 or one.poll() is not None, 60)
+        body = {"model": "sql", "prompt": ["abc"] * 8, "n": 16, "max_tokens": 500, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            one.send_signal(signal.SIGTERM)
+            asked = time.monotonic()
+            last = [line for line in lines if line][-1]
+        assert '"stopped"' in last, "not as if it were the end"
+        assert one.wait(20) == 0
+        assert 0.4 < time.monotonic() - asked < 8
+        assert one.communicate()[0].rstrip().endswith("stopped")
 
 
 def test_a_base_that_is_not_there_ends_it(tmp_path: Path) -> None:

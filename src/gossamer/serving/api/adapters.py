@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request as HttpRequest
 
 from gossamer.errors import ArtefactError, NonFiniteError
+from gossamer.serving.api import told
 from gossamer.serving.api.faults import Refusal, missing
 from gossamer.serving.api.schema import Load, Unload
 from gossamer.serving.api.service import Service, digests_of
@@ -18,7 +19,7 @@ from gossamer.serving.engine import Engine
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", response_model=told.Models, response_model_exclude_unset=True)
 async def models(request: HttpRequest) -> dict[str, Any]:
     """The base, and the adapters that whoever asks may use."""
     service, tenant = _service(request), request.state.tenant
@@ -35,7 +36,7 @@ async def models(request: HttpRequest) -> dict[str, Any]:
     return {"object": "list", "data": [_base(service), *listed]}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", response_model=told.Model, response_model_exclude_unset=True)
 async def model(name: str, request: HttpRequest) -> dict[str, Any]:
     """One of them."""
     service = _service(request)
@@ -51,7 +52,7 @@ async def model(name: str, request: HttpRequest) -> dict[str, Any]:
     return await service.worker.call(look)
 
 
-@router.post("/v1/load_lora_adapter")
+@router.post("/v1/load_lora_adapter", response_model=told.Changed)
 async def load(asked: Load, request: HttpRequest) -> Response:
     """Read, check and offer an adapter from the server's folder. A failed load leaves what was there."""
     service, name = _service(request), asked.lora_name
@@ -71,10 +72,11 @@ async def load(asked: Load, request: HttpRequest) -> Response:
         except (ArtefactError, NonFiniteError) as error:
             raise Refusal(400, f"The adapter cannot be used: {error.what}", error.code, param="lora_path") from None
         await service.worker.call(lambda engine: engine.store.put(loaded), renames=True)
-    return JSONResponse({"status": "ok", "id": name, "digest": loaded.digest})
+        kept = await service.keep(name, folder)
+    return JSONResponse({"status": "ok", "id": name, "digest": loaded.digest, "kept": kept})
 
 
-@router.post("/v1/unload_lora_adapter")
+@router.post("/v1/unload_lora_adapter", response_model=told.Changed)
 async def unload(asked: Unload, request: HttpRequest) -> Response:
     """Forget an adapter. Requests that use it go on with it."""
     service, name = _service(request), asked.lora_name
@@ -84,7 +86,10 @@ async def unload(asked: Unload, request: HttpRequest) -> Response:
         if name not in service.worker.names:
             raise missing(name)
         await service.worker.call(lambda engine: engine.store.unregister(name), renames=True)
-    return JSONResponse({"status": "ok", "id": name})
+        if service.fetching:
+            service.fetching.revisions.pop(name, None)
+        kept = await service.keep(name, None)
+    return JSONResponse({"status": "ok", "id": name, "kept": kept})
 
 
 def _service(request: HttpRequest) -> Service:
@@ -103,4 +108,6 @@ def _base(service: Service) -> dict[str, Any]:
 
 def _model(service: Service, engine: Engine, name: str) -> dict[str, Any]:
     about = digests_of(engine.store.describe(name))
+    if service.fetching and name in service.fetching.revisions:
+        about["revision"] = service.fetching.revisions[name]
     return _base(service) | {"id": name, "root": about["digest"], "parent": service.name, "gossamer": about}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
@@ -19,13 +19,17 @@ from gossamer.errors import GossamerError
 from gossamer.serving.api import adapters, completions, routes
 from gossamer.serving.api import vectors as embeddings
 from gossamer.serving.api.faults import Refusal, refusal
+from gossamer.serving.api.fetching import Fetching
 from gossamer.serving.api.keys import Keyring
 from gossamer.serving.api.limits import Bounds, Gate
 from gossamer.serving.api.metrics import Metrics
-from gossamer.serving.api.service import Service
+from gossamer.serving.api.service import Gone, Service
+from gossamer.serving.api.told import ERRORS
 from gossamer.serving.api.vectors import Vectors
 from gossamer.serving.api.worker import Worker
 from gossamer.serving.engine import Engine
+from gossamer.serving.folder import Folder
+from gossamer.serving.hub import Hub
 
 
 def create_app(
@@ -36,6 +40,7 @@ def create_app(
     folder: str | Path | None = None,
     bounds: Bounds | None = None,
     vectors: Vectors | None = None,
+    hub: Hub | None = None,
 ) -> FastAPI:
     """An ASGI app that serves an engine; its life is the app's.
 
@@ -44,17 +49,20 @@ def create_app(
             /health says yes and /ready no.
         name: of the base, for clients.
         keyring: who may do what. Without one, everybody who reaches the app by a name of this machine may do all.
-        folder: where adapters that are loaded while serving must lie; without one, none can be loaded.
+        folder: where adapters that are loaded while serving must lie, and where it is kept what their names mean;
+            without one, none can be loaded.
         bounds: of requests.
         vectors: answers /v1/embeddings.
+        hub: which adapters may be asked for by their id on the Hugging Face hub; without one, none.
     """
     ring, limits, metrics = keyring or Keyring(), bounds or Bounds(), Metrics()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         worker = Worker(lambda: engine if isinstance(engine, Engine) else engine())
+        fetching = Fetching(hub, worker) if hub else None
         app.state.service = service = Service(
-            worker, ring, limits, metrics, name, Path(folder) if folder else None, vectors
+            worker, ring, limits, metrics, name, Folder(folder) if folder else None, vectors, fetching
         )
         worker.start()
         service.loading = asyncio.ensure_future(_loaded(worker, vectors))
@@ -66,16 +74,19 @@ def create_app(
             service.draining = True
             service.loading.cancel()
             await worker.close()
+            if fetching:
+                fetching.close()
             if vectors:
                 vectors.close()
 
-    app = FastAPI(title="Gossamer", version=__version__, docs_url=None, redoc_url=None, lifespan=life)
+    app = FastAPI(title="Gossamer", version=__version__, docs_url=None, redoc_url=None, lifespan=life, responses=ERRORS)
     for room in (completions, adapters, embeddings, routes):
         app.include_router(room.router)
     app.add_middleware(Gate, keyring=ring, bounds=limits, count=metrics.answered)
     for kind, handler in ((GossamerError, _known), (Refusal, _known), (RequestValidationError, _invalid)):
         app.add_exception_handler(kind, handler)
     app.add_exception_handler(HTTPException, _plain)
+    app.add_exception_handler(Gone, _gone)
     return app
 
 
@@ -90,6 +101,12 @@ async def _loaded(worker: Worker, vectors: Vectors | None) -> None:
 
 async def _known(_: HttpRequest, error: Exception) -> JSONResponse:
     return refusal(error).response()
+
+
+async def _gone(request: HttpRequest, _: Exception) -> Response:
+    """Nobody hears it; the metrics count it."""
+    request.app.state.service.metrics.cancelled.inc()
+    return Response(status_code=499)
 
 
 async def _invalid(_: HttpRequest, error: Exception) -> JSONResponse:

@@ -13,11 +13,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import Request as HttpRequest
 from starlette.types import Receive, Scope, Send
 
+from gossamer.serving.api import told
 from gossamer.serving.api.answers import Answer, Form, Usage, named
 from gossamer.serving.api.faults import Refusal, refusal
 from gossamer.serving.api.keys import Tenant, Visit
 from gossamer.serving.api.schema import Chat, Completion, Generation
-from gossamer.serving.api.service import Gone, Service
+from gossamer.serving.api.service import Service
 from gossamer.serving.api.worker import Job, Progress
 from gossamer.serving.guidance import check_schema
 from gossamer.serving.request import Request
@@ -25,22 +26,22 @@ from gossamer.serving.request import Request
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", response_model=told.ChatCompletion, responses=told.STREAMS)
 async def chat(asked: Chat, request: HttpRequest) -> Response:
     """Go on with a conversation."""
     service: Service = request.app.state.service
     service.check_ready()
-    adapters = service.chosen(request.state.tenant, asked.model, asked.lora)
+    adapters = await service.found(request, asked.model, asked.lora)
     prompt = await service.encode_chat(asked.messages)
     return await _answer(request, asked, adapters, [prompt], asked.max_completion_tokens or asked.max_tokens)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", response_model=told.TextCompletion, responses=told.STREAMS)
 async def completions(asked: Completion, request: HttpRequest) -> Response:
     """Go on with texts, or with token ids."""
     service: Service = request.app.state.service
     service.check_ready()
-    adapters = service.chosen(request.state.tenant, asked.model, asked.lora)
+    adapters = await service.found(request, asked.model, asked.lora)
     prompts = [await service.encode(one) if isinstance(one, str) else tuple(one) for one in asked.prompts]
     most = len(service.tokenizer)
     if any(token >= most for prompt in prompts for token in prompt):
@@ -73,11 +74,8 @@ async def _answer(
         if not asked.stream:
             answers = await service.until_gone(request, run.collect(first))
             return JSONResponse(form.whole(answers, run.usage, run.digests), headers=named(run.digests))
-    except BaseException as error:
+    except BaseException:
         run.leave()
-        if isinstance(error, Gone):
-            service.metrics.cancelled.inc()
-            return Response(status_code=499)
         raise
     finally:
         if not asked.stream:

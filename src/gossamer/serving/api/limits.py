@@ -25,10 +25,12 @@ class Bounds:
 
     Attributes:
         body: bytes of a request. depth: of its JSON. headers: how many of them.
+        bodies: bytes of all requests that are there at a time, from their first byte to the end of their answer.
         reading: seconds until a body must be there. answering: seconds until an answer must be done.
     """
 
     body: int = 4 * 2**20
+    bodies: int = 256 * 2**20
     depth: int = 64
     headers: int = 64
     reading: float = 15.0
@@ -42,19 +44,30 @@ class Gate:
         keyring: who may. Without keys, only a browser's or program's own machine may, by the name of the host it asks.
         bounds: of what may be sent.
         count: told the route and the status of each answer.
+
+    Attributes:
+        held: bytes of the bodies of all who are being answered.
     """
 
     def __init__(self, app: ASGIApp, keyring: Keyring, bounds: Bounds, count: Callable[[str, int], None]) -> None:
         self.app, self.keyring, self.bounds, self.count = app, keyring, bounds, count
+        self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
+        parts: list[bytes] = []
+        try:
+            await self._answer(scope, receive, send, parts)
+        finally:
+            self.held -= sum(map(len, parts))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, parts: list[bytes]) -> None:
         try:
             self._look(scope)
-            body = await self._read(scope, receive)
+            body = await self._read(receive, parts)
         except Refusal as refused:
             await refused.response()(scope, receive, _Answer(send))
             self.count("(refused)", refused.status)
@@ -91,9 +104,9 @@ class Gate:
         if not length.isdecimal() or len(length) > 18 or int(length) > self.bounds.body:
             raise Refusal(413, f"At most {self.bounds.body:,} bytes.", "body_too_large")
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body, counted as it comes. Raises `Refusal`."""
-        parts, size, more = [], 0, True
+    async def _read(self, receive: Receive, parts: list[bytes]) -> bytes:
+        """The whole body, counted as it comes, which is what `parts` hold in the end. Raises `Refusal`."""
+        size, more = 0, True
         try:
             async with asyncio.timeout(self.bounds.reading):
                 while more:
@@ -102,12 +115,15 @@ class Gate:
                         raise _Gone
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
+                    self.held += len(parts[-1])
                     more = message.get("more_body", False)
                     if size > self.bounds.body:
                         raise Refusal(413, f"At most {self.bounds.body:,} bytes.", "body_too_large")
+                    if self.held > self.bounds.bodies:
+                        raise Refusal(429, "Too much is being sent at a time.", "server_full", after=1)
         except TimeoutError:
             raise Refusal(408, "The body did not come in time.", "body_too_slow") from None
-        body = b"".join(parts)
+        parts[:] = [body := b"".join(parts)]
         if deeper(body, self.bounds.depth):
             raise Refusal(400, f"JSON of more than {self.bounds.depth} levels.", "too_deep")
         return body

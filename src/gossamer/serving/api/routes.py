@@ -10,11 +10,12 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request as HttpRequest
 
 from gossamer import __version__
+from gossamer.serving.api import told
 from gossamer.serving.api.faults import Refusal
 from gossamer.serving.api.metrics import of_store
 from gossamer.serving.api.schema import Detokenize, Tokenize
@@ -23,26 +24,26 @@ from gossamer.serving.api.service import Service
 router = APIRouter()
 
 
-@router.get("/health")
+@router.get("/health", response_model=told.Status)
 async def health() -> dict[str, str]:
     """That the server lives; `/ready` says whether it serves."""
     return {"status": "ok"}
 
 
-@router.get("/ready")
+@router.get("/ready", response_model=told.Status)
 async def ready(request: HttpRequest) -> dict[str, str]:
     """Whether requests are taken."""
     _service(request).check_ready()
     return {"status": "ok"}
 
 
-@router.get("/version")
+@router.get("/version", response_model=told.Version)
 async def version() -> dict[str, str]:
     """Of gossamer."""
     return {"version": __version__}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse, responses=told.ERRORS_OF_TEXTS)
 async def metrics(request: HttpRequest) -> Response:
     """For Prometheus. Names adapters of all tenants, hence for admins."""
     service = _service(request)
@@ -57,7 +58,7 @@ async def metrics(request: HttpRequest) -> Response:
     return Response(service.metrics.write(values), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", response_model=told.Tokens)
 async def tokenize(asked: Tokenize, request: HttpRequest) -> dict[str, Any]:
     """Token ids of a text, or of a conversation as the chat template writes it."""
     service = _service(request)
@@ -73,7 +74,7 @@ async def tokenize(asked: Tokenize, request: HttpRequest) -> dict[str, Any]:
     return {"tokens": tokens, "count": len(tokens), "max_model_len": most}
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", response_model=told.Detokenized)
 async def detokenize(asked: Detokenize, request: HttpRequest) -> dict[str, str]:
     """The text of token ids."""
     service = _service(request)
@@ -83,7 +84,7 @@ async def detokenize(asked: Detokenize, request: HttpRequest) -> dict[str, str]:
     return {"prompt": await service.decode(asked.tokens)}
 
 
-@router.get("/")
+@router.get("/", response_class=HTMLResponse, responses=told.ERRORS_OF_TEXTS)
 async def page() -> HTMLResponse:
     """A page to try adapters side by side. It talks to the routes above, with the key that is typed into it."""
     text, policy = _page()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from gossamer.serving.request import Sampling
 
@@ -18,6 +18,7 @@ MOST_SEQUENCES = 128
 Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)]
 Text = Annotated[str, StringConstraints(strict=True, max_length=MOST_TEXT)]
 Integer = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_IDS)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -28,15 +29,6 @@ Digits = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
 def several(given: Any) -> list[Any]:
     """Texts or lists of token ids, of what may be one of them or several."""
     return [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool | str):
-        raise ValueError("a number is wanted")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_number)]
 
 
 class Asked(BaseModel):
@@ -102,7 +94,7 @@ class Generation(Asked):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=2)] | None = None
     logit_bias: Annotated[dict[Digits, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
@@ -197,7 +189,12 @@ class Chat(Generation):
 class Completion(Generation):
     """/v1/completions"""
 
-    prompt: Text | Ids | Annotated[list[Text] | list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompt: (
+        Text
+        | Ids
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
     logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
@@ -224,7 +221,12 @@ class Embedding(Asked):
     """/v1/embeddings"""
 
     model: Name
-    input: Text | Ids | Annotated[list[Text] | list[Ids], Field(min_length=1, max_length=2048)]
+    input: (
+        Text
+        | Ids
+        | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=2048)]
+    )
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[Integer, Field(ge=1, le=65_536)] | None = None
     user: Annotated[str, StringConstraints(max_length=256)] | None = None

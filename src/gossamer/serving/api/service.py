@@ -13,12 +13,14 @@ from starlette.requests import Request as HttpRequest
 
 from gossamer.errors import UsageError
 from gossamer.serving.api.faults import Refusal, missing
+from gossamer.serving.api.fetching import Fetching
 from gossamer.serving.api.keys import Keyring, Tenant
 from gossamer.serving.api.limits import Bounds
 from gossamer.serving.api.metrics import Metrics
 from gossamer.serving.api.schema import Message, Weighted
 from gossamer.serving.api.vectors import Vectors
 from gossamer.serving.api.worker import Worker
+from gossamer.serving.folder import Folder
 
 Result = TypeVar("Result")
 
@@ -35,6 +37,7 @@ class Service:
         name: of the base, for clients.
         folder: where adapters that are loaded while serving must lie; None allows none.
         vectors: answers /v1/embeddings, if anything does.
+        fetching: brings adapters of the hub, if any are allowed.
     """
 
     def __init__(
@@ -44,11 +47,12 @@ class Service:
         bounds: Bounds,
         metrics: Metrics,
         name: str,
-        folder: Path | None,
+        folder: Folder | None,
         vectors: Vectors | None,
+        fetching: Fetching | None = None,
     ) -> None:
         self.worker, self.keyring, self.bounds, self.name, self.folder = worker, keyring, bounds, name, folder
-        self.vectors, self.metrics = vectors, metrics
+        self.vectors, self.metrics, self.fetching = vectors, metrics, fetching
         self.draining = False
         self.answering = 0
         self.started = int(time.time())
@@ -69,11 +73,27 @@ class Service:
         if self.draining:
             raise Refusal(503, "The server is about to stop.", "stopping", after=5)
 
+    async def found(self, request: HttpRequest, model: str, lora: Sequence[Weighted] | None = None) -> dict[str, float]:
+        """What `chosen` gives, after those that only the hub has were fetched. Raises `Refusal`; Gone."""
+        tenant, known = request.state.tenant, self.worker.names
+        names = self._wanted(model, lora).keys() - known
+        if self.fetching and names and all(tenant.may(name) & self.fetching.hub.allows(name) for name in names):
+            for name in sorted(names):
+                await self.until_gone(request, self.fetching.fetch(name))
+        return self.chosen(tenant, model, lora)
+
     def chosen(self, tenant: Tenant, model: str, lora: Sequence[Weighted] | None = None) -> dict[str, float]:
         """Adapter -> weight of a request. Unknown ones and those that are not his are the same to a tenant.
 
         Raises: Refusal.
         """
+        wanted = self._wanted(model, lora)
+        for name in wanted:
+            if not (name in self.worker.names) & tenant.may(name):
+                raise missing(name if model == self.name else model)
+        return wanted
+
+    def _wanted(self, model: str, lora: Sequence[Weighted] | None) -> dict[str, float]:
         if model == self.name:
             wanted = {one.id: one.scale for one in lora or ()}
             if len(wanted) < len(lora or ()):
@@ -82,9 +102,6 @@ class Service:
             raise Refusal(400, f"A mix goes with the base's name, {self.name!r}.", "two_choices", param="lora")
         else:
             wanted = {model.removeprefix(self.name + ":"): 1.0}
-        for name in wanted:
-            if not (name in self.worker.names) & tenant.may(name):
-                raise missing(name if model == self.name else model)
         return wanted
 
     # Texts -----------------------------------------------------------------------------------------------------
@@ -161,22 +178,15 @@ class Service:
 
     def inside(self, path: str) -> Path:
         """The folder of an adapter, if it lies inside the server's own. Raises `Refusal`: the same for all others."""
-        refused = Refusal(
-            400, "No adapter there, inside the server's folder of adapters.", "no_adapter", param="lora_path"
-        )
-        if self.folder is None:
-            raise refused
-        try:
-            root = self.folder.resolve(strict=True)
-            found = (root / path).resolve(strict=True)
-            fine = found != root and found.is_relative_to(root) and (found / "adapter_config.json").is_file()
-            # nor may a link in it lead out
-            fine = fine and all(one.resolve().is_relative_to(root) for one in found.iterdir())
-        except (OSError, ValueError):
-            fine = False
-        if not fine:
-            raise refused
+        found = self.folder and self.folder.inside(path)
+        if not found:
+            message = "No adapter there, inside the server's folder of adapters."
+            raise Refusal(400, message, "no_adapter", param="lora_path")
         return found
+
+    async def keep(self, name: str, folder: Path | None) -> bool:
+        """Let a name mean this after a restart too, or nothing; whether that could be done."""
+        return bool(self.folder) and await asyncio.to_thread(self.folder.keep, name, folder)
 
 
 async def _left(request: HttpRequest) -> None:

@@ -13,6 +13,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request as HttpRequest
 
+from gossamer.serving.api import told
 from gossamer.serving.api.answers import named
 from gossamer.serving.api.faults import Refusal, missing
 from gossamer.serving.api.keys import Tenant
@@ -69,7 +70,7 @@ class Vectors:
             self.waiting -= 1
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", response_model=told.Embeddings)
 async def embeddings(asked: Embedding, request: HttpRequest) -> Response:
     """Vectors of texts or token ids, from the base or from one of its adapters."""
     service, tenant = request.app.state.service, request.state.tenant

@@ -1,0 +1,65 @@
+"""Adapters of the hub that are asked for by their id: fetched once, then known like all others."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from gossamer.errors import ArtefactError, DownloadError, NonFiniteError
+from gossamer.serving.api.faults import Refusal, missing
+from gossamer.serving.api.worker import Worker
+from gossamer.serving.hub import Hub
+
+WAITING = 64
+"""Ids that may be under way, or refused a moment ago, at a time."""
+MEMORY = 60.0
+"""Seconds for which a refusal is remembered: the hub is not asked for the same again and again."""
+
+
+class Fetching:
+    """Brings adapters from the hub into an engine's store.
+
+    Args:
+        hub: what may be fetched, and how.
+        worker: has the engine.
+
+    Attributes:
+        revisions: name -> the commit that it stands for.
+    """
+
+    def __init__(self, hub: Hub, worker: Worker) -> None:
+        self.hub, self.worker = hub, worker
+        self.threads = ThreadPoolExecutor(2, "hub")  # not the store's: nobody else waits for the network
+        self.asked: dict[str, asyncio.Task[None]] = {}
+        self.revisions: dict[str, str] = {}
+
+    def close(self) -> None:
+        """Fetch nothing more."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+    async def fetch(self, name: str) -> None:
+        """Until an allowed id is known to the store; goes on when whoever asked leaves. Raises `Refusal`."""
+        if name not in self.asked:
+            if len(self.asked) >= WAITING:
+                raise Refusal(429, "Too many adapters are being fetched.", "queue_full", after=5)
+            self.asked[name] = task = asyncio.ensure_future(self._fetch(name))
+            task.add_done_callback(lambda done: self._forget(name, done))
+        await asyncio.shield(self.asked[name])
+
+    async def _fetch(self, name: str) -> None:
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self.threads, self.hub.fetch, name)
+            if found is None or self.worker.engine is None:
+                raise missing(name)
+            store = self.worker.engine.store
+            loaded = await asyncio.wrap_future(store.reader.submit(store.prepare, name, found.folder))
+        except DownloadError:
+            raise Refusal(503, "The hub does not answer.", "hub_unreachable", after=int(MEMORY)) from None
+        except (ArtefactError, NonFiniteError) as error:
+            raise Refusal(400, f"The adapter cannot be used: {error.what}", error.code, param="model") from None
+        self.revisions[name] = found.revision
+        await self.worker.call(lambda engine: engine.store.put(loaded), renames=True)
+
+    def _forget(self, name: str, done: asyncio.Task[None]) -> None:
+        failed = not done.cancelled() and done.exception()
+        done.get_loop().call_later(MEMORY if failed else 0, self.asked.pop, name, None)
