@@ -21,9 +21,9 @@ from bench.common import Row, interleaved, report
 from gossamer.serving import Engine, Limits, Request, Sampling
 
 BASE = "smollm2-135m"
-REQUESTS, ROWS, TOKENS = 48, 16, 512
+REQUESTS, ROWS, TOKENS = 24, 16, 512
 """TOKENS: at most so many in a step of those that count them."""
-ROUNDS = 3
+ROUNDS = 2
 PAGE = 32
 
 

@@ -1,4 +1,7 @@
-"""Renders bench/results/*.json as docs/numbers.md, so that no figure in the documentation is typed by hand."""
+"""Renders bench/results/*.json as docs/numbers.md, so that no figure in the documentation is typed by hand.
+
+What was measured elsewhere, and has no result here, stays on the page as it is.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,11 @@ counts only when the ranges part.
 EMPTY = "\nNothing has been measured yet: run `make bench`.\n"
 
 
-def render(results: Sequence[Mapping[str, Any]]) -> str:
-    """The whole page, sections in the order of their names."""
-    sections = [_section(result) for result in sorted(results, key=lambda one: one["name"])]
-    return HEADER + ("".join(sections) or EMPTY)
+def render(results: Sequence[Mapping[str, Any]], before: str = "") -> str:
+    """The whole page: the sections of the page before, in their order, each replaced by its result; then new ones."""
+    sections = {part.split("\n", 1)[0]: f"\n## {part.rstrip()}\n" for part in before.split("\n## ")[1:]}
+    sections |= {result["question"]: _section(result) for result in sorted(results, key=lambda one: one["name"])}
+    return HEADER + ("".join(sections.values()) or EMPTY)
 
 
 def _section(result: Mapping[str, Any]) -> str:
@@ -50,7 +54,8 @@ def _cell(value: Any) -> str:
 def main(folder: Path = RESULTS, page: Path = PAGE) -> None:
     """Read every result and write the page."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    page.write_text(render(results), encoding="utf-8")
+    before = page.read_text(encoding="utf-8") if page.is_file() else ""
+    page.write_text(render(results, before), encoding="utf-8")
     print(f"{page}: {len(results)} questions")
 
 

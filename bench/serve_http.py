@@ -1,17 +1,20 @@
-"""Tokens a second over HTTP with another adapter in every request, beside vLLM.
+"""Tokens a second over HTTP with another adapter in every request, beside vLLM and llama.cpp.
 
-Both servers run the same base in the same dtype on the same cores, one at a time in turns, and answer the same bursts:
+The servers run the same base in the same dtype on the same cores, one at a time in turns, and answer the same bursts:
 prompts of 64 random tokens, greedy answers of 33. No figure is given unless their answers agree; greedy texts may part
 where two tokens are nearly as likely, so nearly all have to begin alike.
 
 The servers are started and stopped for every turn. vLLM is looked for where GOSSAMER_VLLM says (a virtual environment
-that has it); without it ours is measured alone.
+that has it), llama.cpp where GOSSAMER_LLAMA_CPP does (an interpreter with xllamacpp); without them ours is measured
+alone. llama.cpp has one adapter a batch, so requests of different adapters take turns: there is no time in which all of
+them decode, and only their tokens a second in all can be told.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import statistics
@@ -25,6 +28,7 @@ import torch
 
 import gossamer as gs
 from bench.common import Row, report
+from bench.peers import llama_cpp
 from bench.peers.load import Load, burst
 from bench.peers.vllm_server import running, vllm_server
 from bench.serve import BASE, MOST, TARGETS, _adapter
@@ -67,20 +71,24 @@ def ours(adapters: Path, rows: int) -> Iterator[str]:
 
 
 def measure() -> list[Row]:
-    """Both servers in turns, for every case."""
+    """All servers in turns, for every case."""
     gs.fetch(BASE)
     servers: dict[str, Callable[[Path], Any]] = {"Gossamer": lambda folder: ours(folder, MOST)}
     if os.environ.get(ENVIRONMENT):
         servers["vLLM"] = lambda folder: vllm_server(locate(BASE), folder, PORT + 1)
+    if llama_cpp.program():
+        servers["llama.cpp"] = lambda folder: llama_cpp.llama_server(locate(BASE), folder, PORT + 2, MOST)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         targets, modules = "q, v", TARGETS["q, v"]
-        names = _adapters(Path(folder), modules)
+        adapters = Path(folder) / "adapters"
+        names = _adapters(adapters, modules)
+        fields = {"llama.cpp": llama_cpp.chosen(names)}
         loads: dict[str, dict[Any, list[Load]]] = {name: {} for name in servers}
         for _ in range(TURNS):
             for name, server in servers.items():
-                with server(Path(folder)) as url:
-                    _turn(url, names, loads[name])
+                with server(adapters) as url:
+                    _turn(url, names, loads[name], fields.get(name))
         _alike(loads)
         for case in next(iter(loads.values())):
             rows += _rows(targets, case, {name: found[case] for name, found in loads.items()})
@@ -95,16 +103,17 @@ def _adapters(folder: Path, modules: Any) -> list[str]:
     return names
 
 
-def _turn(url: str, names: Sequence[str], loads: dict[Any, list[Load]]) -> None:
+def _turn(url: str, names: Sequence[str], loads: dict[Any, list[Load]], more: Any) -> None:
     draw = random.Random(1)
     prompts = [[draw.randrange(40_000) for _ in range(PROMPT)] for _ in range(MOST)]
-    asyncio.run(burst(url, names, prompts, 2))  # every adapter in memory
+    asyncio.run(burst(url, names, prompts, 2, more=more))  # every adapter in memory
     kinds = [(*case, "uniform") for case in CASES] + [(32, 32, "skewed"), (32, 0, "base alone"), (8, 0, "base alone")]
     for requests, many, kind in kinds:
         chosen = popularity(kind, requests, many) if many else []
         models = [names[number] for number in chosen] if many else ["base"] * requests
         fresh = [[draw.randrange(40_000) for _ in range(PROMPT)] for _ in range(requests)]  # nobody's prefix
-        loads.setdefault((requests, many, kind), []).append(asyncio.run(burst(url, models, fresh, ANSWER)))
+        found = asyncio.run(burst(url, models, fresh, ANSWER, more=more))
+        loads.setdefault((requests, many, kind), []).append(found)
 
 
 def _alike(loads: Mapping[str, Mapping[Any, list[Load]]]) -> None:
@@ -126,6 +135,7 @@ def _rows(targets: str, case: tuple[int, int, str], loads: Mapping[str, list[Loa
     best = {name: requests / statistics.median(load.between for load in turns) for name, turns in loads.items()}
     for name, turns in loads.items():
         steps = [1e3 * load.between for load in turns]
+        apart = any(map(math.isnan, steps))
         found.append(
             {
                 "adapters on": targets,
@@ -133,10 +143,10 @@ def _rows(targets: str, case: tuple[int, int, str], loads: Mapping[str, list[Loa
                 "adapters": many,
                 "popularity": kind,
                 "server": name,
-                "tokens/s while decoding": round(best[name]),
-                "of vLLM's": round(best[name] / best["vLLM"], 2) if "vLLM" in best else "",
-                "ms between tokens": round(statistics.median(steps), 1),
-                "min..max": f"{min(steps):.0f}..{max(steps):.0f}",
+                "tokens/s while decoding": "" if apart else round(best[name]),
+                "of vLLM's": round(best[name] / best["vLLM"], 2) if "vLLM" in best and not apart else "",
+                "ms between tokens": "" if apart else round(statistics.median(steps), 1),
+                "min..max": "" if apart else f"{min(steps):.0f}..{max(steps):.0f}",
                 "ms to the first": round(1e3 * statistics.median(load.first for load in turns)),
                 "tokens/s in all": round(statistics.median(load.throughput for load in turns)),
             }
@@ -145,4 +155,4 @@ def _rows(targets: str, case: tuple[int, int, str], loads: Mapping[str, list[Loa
 
 
 if __name__ == "__main__":
-    report("serve_http", "How many tokens a second come over HTTP, beside vLLM?", measure)
+    report("serve_http", "How many tokens a second come over HTTP, beside vLLM and llama.cpp?", measure)

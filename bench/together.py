@@ -16,8 +16,8 @@ import gossamer as gs
 from bench.common import Row, report
 from bench.plan import Live
 from gossamer.models import data_file
+from gossamer.progress import Silent
 from gossamer.training import Job, Run, train
-from gossamer.training.progress import Silent
 
 BASE, DATA, COUNT, STEPS, ROUNDS = "smollm2-135m", "reviews/train.jsonl", 8, 1, 5
 RANKS = (4, 8, 8, 12)

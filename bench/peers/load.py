@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -48,7 +50,10 @@ class Load:
 
     @property
     def between(self) -> float:
-        """Median seconds between tokens, once all have begun and while none has ended: what a decoding step takes."""
+        """Median seconds between tokens, once all have begun and while none has ended: what a decoding step takes.
+
+        NaN where there is no such time, as they were answered one after the other.
+        """
         begun, ended = max(stream.came[0] for stream in self.streams), min(stream.came[-1] for stream in self.streams)
         gaps = [
             later - earlier
@@ -56,19 +61,29 @@ class Load:
             for earlier, later in zip(stream.came, stream.came[1:], strict=False)
             if begun <= earlier and later <= ended
         ]
-        return statistics.median(gaps)
+        return statistics.median(gaps) if gaps else math.nan
 
 
 async def burst(
-    url: str, models: Sequence[str], prompts: Sequence[Sequence[int]], max_tokens: int, key: str = "none"
+    url: str,
+    models: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    key: str = "none",
+    more: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Load:
-    """Ask each model its prompt, all at once, greedily and past ends of sequences. Raises RuntimeError for a fault."""
+    """Ask each model its prompt, all at once, greedily and past ends of sequences. Raises RuntimeError for a fault.
+
+    Args:
+        more: model -> further fields of its requests, for servers that choose an adapter otherwise.
+    """
     limits = httpx.Limits(max_connections=len(models) + 1)
     headers = {"authorization": f"Bearer {key}"}
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, headers=headers) as client:
         start = time.perf_counter()
         asked = [
-            _stream(client, model, prompt, max_tokens, start) for model, prompt in zip(models, prompts, strict=True)
+            _stream(client, model, prompt, max_tokens, start, (more or {}).get(model, {}))
+            for model, prompt in zip(models, prompts, strict=True)
         ]
         streams = await asyncio.gather(*asked)
         seconds = time.perf_counter() - start
@@ -78,7 +93,12 @@ async def burst(
 
 
 async def _stream(
-    client: httpx.AsyncClient, model: str, prompt: Sequence[int], max_tokens: int, start: float
+    client: httpx.AsyncClient,
+    model: str,
+    prompt: Sequence[int],
+    max_tokens: int,
+    start: float,
+    more: Mapping[str, Any],
 ) -> Stream:
     found = Stream(model, sent=time.perf_counter() - start)
     body = {
@@ -89,6 +109,7 @@ async def _stream(
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **more,
     }
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         if answer.status_code != 200:

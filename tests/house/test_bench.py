@@ -43,6 +43,9 @@ def test_a_result_reaches_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "| a\\|b |  |  | True |" in text
     assert "python -m bench.toy" in text
 
+    numbers.main(tmp_path / "nowhere", page)
+    assert page.read_text() == text, "what was measured on another machine stays"
+
 
 def test_the_page_without_results(tmp_path: Path):
     numbers.main(tmp_path, tmp_path / "numbers.md")
