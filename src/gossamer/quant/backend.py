@@ -47,11 +47,17 @@ def quantize(weight: Tensor, form: Format) -> Packed:
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) that the codes stand for, in `dtype`, rounded once. Keeps nothing."""
+    """The matrix (out, in) that the codes stand for, in `dtype`, rounded once. Keeps nothing.
+
+    Where the CPU rounds to bfloat16 itself (AVX512_BF16), numbers below 1.2e-38 become zero.
+    """
     library = bitsandbytes() if packed.table != "int8" and packed.codes.device.type in ("cpu", "cuda") else None
-    odd = packed.shape[1] % 2 == 1  # for these it has no kernel, and compiles one for every shape it meets
+    count = packed.shape[0] * packed.shape[1]
+    odd = count % 2 == 1  # for these it has no kernel, and compiles one for every shape it meets
     if library is None or odd or dtype not in _FLOATS:
         return reference.dequantize(packed, dtype)
+    # Its AVX512 kernel begins a block with every row, which gives wrong numbers where a block spans two of them.
+    shape = packed.shape if packed.shape[1] % BLOCK == 0 else (1, count)
     absmax, device = packed.absmax, packed.codes.device
     if packed.nested_absmax is not None:
         nested = library.functional.QuantState(
@@ -60,10 +66,10 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
         absmax = library.functional.dequantize_blockwise(absmax, nested) + packed.offset
     state = library.functional.QuantState(
         absmax=absmax,
-        shape=torch.Size(packed.shape),
+        shape=torch.Size(shape),
         code=table(packed.table, device),
         blocksize=BLOCK,
         quant_type=packed.table,
         dtype=dtype,
     )
-    return library.functional.dequantize_4bit(packed.codes, state)
+    return library.functional.dequantize_4bit(packed.codes, state).view(packed.shape)
