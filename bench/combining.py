@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -130,7 +131,8 @@ def compared(model: Any, tokenizer: Any, given: dict[str, Task], work: Path, ste
     rows = [_row("the base", "", base, base, alone), _row("its own adapter", "", alone, base, alone)]
     rows.append(_row("one adapter for all", "", figures("multitask", multitask), base, alone))
     for method, options in METHODS.items():
-        mean = gs.combine([*single.values()], **{"method": method} | options)
+        given_to: dict[str, Any] = {"method": method} | options
+        mean = gs.combine([*single.values()], **given_to)
         scale = kept(f"{method}: scale", lambda mean=mean: chosen(model, tokenizer, mean, given))
         found = figures(method, scale * mean)
         distance = mean.provenance.get("distance")
@@ -159,7 +161,8 @@ class Kept:
 def trained(model: Any, tokenizer: Any, rows: Pairs, steps: int, folder: Path) -> gs.Adapter:
     """An adapter that learned these rows; read where it was trained before."""
     if not (folder / "adapter").is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of a training that was cut off
+        folder.mkdir(parents=True)
         data = folder / "train.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         gs.attach(model, gs.LoRA(r=RANK))

@@ -67,8 +67,7 @@ def learned_weights(
         stack.callback(told.finish)
         for place in places:
             parts = [(index, pairs[place]) for index, pairs in enumerate(known) if place in pairs]
-            handle = model.get_submodule(place).register_forward_hook(_added(weights, rows[place], parts))
-            stack.callback(handle.remove)
+            stack.callback(model.get_submodule(place).register_forward_hook(_added(weights, rows[place], parts)).remove)
         told.start(steps, "learning weights")
         for batch in itertools.islice(_again(batches), steps):
             with torch.enable_grad():
