@@ -23,12 +23,12 @@ CONTEXT = 256
 SERVER = """
 import os, sys, time
 import xllamacpp as llama
-base, port, rows, context, *adapters = sys.argv[1:]
+base, port, rows, context, kept, *adapters = sys.argv[1:]
 params, cores = llama.CommonParams(), os.cpu_count()
 params.model.path, params.port, params.n_parallel = base, int(port), int(rows)
 params.n_ctx, params.cache_prompt, params.verbosity = int(rows) * int(context), False, 0
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = cores
-params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+params.cache_type_k = params.cache_type_v = getattr(llama.ggml_type, kept)
 params.lora_adapters = [llama.CommonAdapterLoraInfo(path, 1.0) for path in adapters]
 params.lora_init_without_apply = True
 server = llama.Server(params)
@@ -42,11 +42,15 @@ def program() -> str | None:
     return os.environ.get(ENVIRONMENT)
 
 
-def converted(base: Path, adapters: Path, output: Path) -> tuple[Path, list[Path]]:
+TYPES = {"float32": ("f32", "GGML_TYPE_F32"), "bfloat16": ("bf16", "GGML_TYPE_BF16")}
+"""Dtype -> what the matrices, and the keys and values, are stored in."""
+
+
+def converted(base: Path, adapters: Path, output: Path, dtype: str) -> tuple[Path, list[Path]]:
     """The base and its adapters, in the order of their names, as files of GGUF; what is there already is kept."""
     output.mkdir(exist_ok=True)
-    whole = output / "base.gguf"
-    _convert(base, whole, "--type", "f32")
+    whole = output / f"{dtype}.gguf"
+    _convert(base, whole, "--type", TYPES[dtype][0])
     parts = []
     for folder in sorted(adapters.iterdir()):
         parts.append(output / f"{folder.name}.gguf")
@@ -54,9 +58,10 @@ def converted(base: Path, adapters: Path, output: Path) -> tuple[Path, list[Path
     return whole, parts
 
 
-def command(program: str, base: Path, adapters: Sequence[Path], port: int, rows: int) -> list[str]:
+def command(program: str, base: Path, adapters: Sequence[Path], port: int, rows: int, dtype: str) -> list[str]:
     """With as many slots as rows, each with a context of its own, on all cores."""
-    return [program, "-c", SERVER, str(base), str(port), str(rows), str(CONTEXT), *map(str, adapters)]
+    words = [program, "-c", SERVER, str(base), str(port), str(rows), str(CONTEXT), TYPES[dtype][1]]
+    return [*words, *map(str, adapters)]
 
 
 def chosen(names: Sequence[str], base: str = "base") -> Mapping[str, Mapping[str, Any]]:
@@ -69,13 +74,13 @@ def chosen(names: Sequence[str], base: str = "base") -> Mapping[str, Mapping[str
 
 
 @contextlib.contextmanager
-def llama_server(base: Path, adapters: Path, port: int, rows: int) -> Iterator[str]:
+def llama_server(base: Path, adapters: Path, port: int, rows: int, dtype: str) -> Iterator[str]:
     """Gives its address. Raises `RuntimeError` with the end of its log when it does not start."""
     found = program()
     assert found, f"name an interpreter with xllamacpp in {ENVIRONMENT}"
-    whole, parts = converted(base, adapters, adapters.parent / f"{adapters.name}-gguf")
+    whole, parts = converted(base, adapters, adapters.parent / f"{adapters.name}-gguf", dtype)
     address = f"http://127.0.0.1:{port}"
-    with running(command(found, whole, parts, port, rows), f"{address}/health"):
+    with running(command(found, whole, parts, port, rows, dtype), f"{address}/health"):
         yield address
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gossamer.serving import vllm
 
-TUNED = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "32", "--no-enable-prefix-caching")
+TUNED = ("--max-model-len", "1024", "--max-num-seqs", "32", "--no-enable-prefix-caching")
 
 
 @contextlib.contextmanager
@@ -39,11 +39,11 @@ def running(command: Sequence[str], ready: str, environment: Mapping[str, str] |
 
 
 @contextlib.contextmanager
-def vllm_server(base: Path, adapters: Path, port: int, options: Sequence[str] = TUNED) -> Iterator[str]:
+def vllm_server(base: Path, adapters: Path, port: int, dtype: str) -> Iterator[str]:
     """Gives its address. Raises `RuntimeError` with the end of its log when it does not start."""
     verdicts = [vllm.check(one) for one in sorted(adapters.iterdir())]
     python = vllm.interpreter()
     assert python, f"name an environment that has vLLM in {vllm.ENVIRONMENT}"
-    made = vllm.command(base, verdicts, port=port, python=python, cuda=False, options=options)
+    made = vllm.command(base, verdicts, port=port, python=python, cuda=False, options=[*TUNED, "--dtype", dtype])
     with running(made.arguments, f"http://127.0.0.1:{port}/health", made.environment):
         yield f"http://127.0.0.1:{port}"
