@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.kernels import reference
-from gossamer.kernels.linears import ACTIVATIONS, Norm, Term, gated_mlp, linears, mapped, normed_linears
+from gossamer.kernels.linears import ACTIVATIONS, Norm, Term, gated_mlp, linears, normed_linears
 
 DOUBLE = torch.float64
 
@@ -129,13 +129,3 @@ def test_float32_factors_beside_a_narrower_base(dtype: torch.dtype) -> None:
     slack = 64 * torch.finfo(dtype).eps
     for got, right in zip([*outs, *grads], [*expected, *referee], strict=True):
         assert (got.double() - right).norm() < slack * right.norm()
-
-
-@pytest.mark.parametrize("rows", [1, 2, 8, 64, 65])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_product_turned_round_is_the_same(rows: int, bias: bool) -> None:
-    module = nn.Linear(24, 40, bias=bias).requires_grad_(False)
-    x = torch.randn(rows, 24, generator=torch.Generator().manual_seed(rows))
-    out = mapped(module, x)
-    assert out.is_contiguous()
-    torch.testing.assert_close(out, module(x), rtol=1e-5, atol=1e-5)

@@ -136,3 +136,27 @@ def test_what_was_gathered_before_is_used_again(batches: list[list[int]], seed: 
         before.after(x, outs)
         for got, right in zip(outs, reference(x, there, stacked, routing), strict=True):
             torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("way", "length"), [("segmented", 3), ("segmented", 70), ("concatenated", 3), ("gathered", 1)])
+def test_beside_sixteen_bits_a_cpu_adds_in_float32(way: str, length: int, dtype: torch.dtype) -> None:
+    """Terms of few rows are rounded once, with the sum; those of long runs as the maps' own outputs are."""
+    draw = torch.Generator().manual_seed(0)
+    like = torch.zeros(1, INNER, dtype=dtype)
+    shares = {number: [drawn_share(draw, out, number < 2) for out in OUTS] for number in range(3)}
+    narrow = {number: Stack.of(each, OUTS, like) for number, each in shares.items()}
+    assert all(one.dtype == torch.float32 for stack in narrow.values() for one in (stack.lora_A, *stack.lora_B))
+    assert all(
+        one.dtype == dtype for stack in narrow.values() for share in stack.rest for one in share if one is not None
+    )
+    x = torch.randn(3 * length, INNER, generator=draw).to(dtype)
+    there = [(weight.to(dtype), None) for weight, _ in maps(draw)]
+    routing = Routing((((0, 1.0),), ((1, 0.5), (0, 1.0)), ((2, 1.0),)), (length,) * 3)
+    outs = routed(x, there, narrow, routing, way)
+    wide = {number: Stack.of(each, OUTS, like.double()) for number, each in shares.items()}
+    exact = reference(x.double(), [(weight.double(), None) for weight, _ in there], wide, routing)
+    slack = 16 * torch.finfo(dtype).eps
+    for got, right in zip(outs, exact, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), right, rtol=slack, atol=slack)

@@ -26,11 +26,13 @@ def run(decoder: CachedDecoder, cache: Any, given: list[tuple[int, int, list[int
     return decoder(Step(tokens, pieces, tuple(range(len(pieces)))), cache)
 
 
+@pytest.mark.parametrize("prepack", [False, True])
 @pytest.mark.parametrize("family", [*FAMILIES, "windowed"])
-def test_every_token_has_the_logits_of_transformers(family: str) -> None:
+def test_every_token_has_the_logits_of_transformers(family: str, prepack: bool) -> None:
     """Prompts read whole and in pieces, rows continued in any order, one resting: as alone, without a cache."""
     model = made("mistral", sliding_window=5) if family == "windowed" else made(family)
-    decoder = CachedDecoder(model)
+    decoder = CachedDecoder(model, prepack)
+    assert bool(decoder.copied) == prepack
     cache = decoder.cache(4)
     texts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26, 27, 28], [31, 32, 33]]
     right = [alone(model, text) for text in texts]

@@ -203,12 +203,6 @@ def test_models_that_cannot(tmp_path: Path, make: Callable[[], Any], reason: str
     assert reason in report["checkpointing_rule"]
 
 
-def test_memory_of_a_cpu() -> None:
-    free = memory.free_bytes(torch.device("cpu"))
-    assert free is None or 2**20 < free < 2**50
-    assert memory.free_bytes(torch.device("meta")) is None
-
-
 @pytest.mark.parametrize(
     ("thrifty", "rows", "hint"),
     [

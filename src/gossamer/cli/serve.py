@@ -27,6 +27,7 @@ from gossamer.errors import UnsupportedError, UsageError
 @click.option("--tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens a step.")
 @click.option("--waiting", type=click.IntRange(0), default=1024, show_default=True, help="Sequences that may wait.")
 @click.option("--memory", type=click.IntRange(1), default=1024, show_default=True, help="MiB of adapters in memory.")
+@click.option("--prepack/--no-prepack", default=None, help="Copy the weights as this CPU reads them best, or not.")
 @click.option("--embeddings", metavar="B", help="A second base that answers /v1/embeddings.")
 @click.option("--embedding-adapters", metavar="DIR", type=click.Path(path_type=Path), help="Adapters of that base.")
 @click.option("--drain", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds to finish in.")
@@ -72,11 +73,13 @@ def _serve(name: str, options: dict[str, Any]) -> None:
     hub = Hub(options["hub"]) if options["hub"] else None
     limits = Limits(rows=options["rows"], tokens=options["tokens"], waiting=options["waiting"])
     loading = {field: options[field] for field in ("quant", "dtype", "device")}
-    folder = options["adapters"]
+    loading["prepack"], folder = options["prepack"], options["adapters"]
 
     def engine() -> Engine:
         made = Engine(options["base"], folder, limits=limits, memory=options["memory"] * 2**20, **loading)
         click.echo(f"base      {name}")
+        if made.decoder.copied:
+            click.echo(f"weights   prepacked for this CPU: {made.decoder.copied / 1e6:,.0f} MB beside the base")
         click.echo(f"adapters  {len(made.store.names()):,}" + (f" in {folder}" if folder else ""))
         click.echo(f"keys      {len(keyring.entries) or 'none: this machine only'}")
         click.echo(f"listening http://{options['host']}:{options['port']}")

@@ -57,22 +57,6 @@ def linears(x: Tensor, maps: Sequence[Frozen], terms: Terms) -> tuple[Tensor, ..
     return tuple(out.view(*x.shape[:-1], -1) for out in outs)  # pyright: ignore[reportOptionalIterable]
 
 
-FEW = range(2, 65)
-"""Rows of which a product is the faster on a CPU for being turned round."""
-
-
-def mapped(module: nn.Module, x: Tensor) -> Tensor:
-    """What a frozen map makes of x (N, in), where N may be as few as the rows of a decoding step.
-
-    On a CPU `(W x^T)^T` takes half to nine tenths of the time of `x W^T` then: BLAS cuts W into pieces for its threads,
-    where it would cut the few rows.
-    """
-    if type(module) is nn.Linear and len(x) in FEW and x.device.type == "cpu":
-        out = torch.mm(module.weight, x.T).T.contiguous()
-        return out if module.bias is None else out.add_(module.bias)
-    return module(x)
-
-
 def normed_linears(x: Tensor, norm: Norm, maps: Sequence[Frozen], terms: Terms) -> tuple[Tensor, ...]:
     """`linears(rms_norm(x))`: keeps x, which the residual stream keeps anyway, and one number a row for the norm.
 

@@ -25,6 +25,9 @@ from gossamer.kernels import elementwise
 from gossamer.kernels.routing import Mix, Routing, Share, Stack, mixed
 from gossamer.kernels.slots import Gathered, Slotted
 
+FEW = 64
+"""Rows up to which a product in float32 beats one in 16 bits, which is why factors on a CPU are held so."""
+
 
 class Routed:
     """The adapters of a batch beside maps that read the same input, laid out once and used at every call.
@@ -68,15 +71,17 @@ class Routed:
             self.rest.after(x, outs)
         if self.way == "segmented":
             for rows, stack in self.parts:
-                down = x[rows] @ stack.lora_A.T
+                given = x[rows] if rows.stop - rows.start > FEW else x[rows].to(stack.lora_A.dtype)
+                down = given @ stack.lora_A.to(given.dtype).T
                 for out, outer, columns in zip(outs, stack.lora_B, stack.columns, strict=True):
                     if outer.shape[1]:
-                        out[rows].addmm_(down[:, columns], outer.T)
+                        add_product(out[rows], down[:, columns], outer.to(down.dtype))
         elif self.way == "concatenated":
-            down = (x @ self.inner.T).masked_fill_(self.others, 0.0)  # not times 0: another's overflow stays his own
+            down = x.to(self.inner.dtype) @ self.inner.T
+            down.masked_fill_(self.others, 0.0)  # not times 0: another's overflow stays his own
             for out, outer, columns in zip(outs, self.outer, self.columns, strict=True):
                 if outer.shape[1]:
-                    out.addmm_(down[:, columns], outer.T)
+                    add_product(out, down[:, columns], outer)
         elif self.slots is not None:
             self.slots.add(x, outs)
 
@@ -110,6 +115,14 @@ class Routed:
         self.others = (of_row.unsqueeze(1) != torch.tensor(owners)).to(self.inner.device)
 
 
+def add_product(out: Tensor, down: Tensor, outer: Tensor) -> None:
+    """`out += down outer^T` in place, rounded once."""
+    if out.dtype == down.dtype:
+        out.addmm_(down, outer.T)
+    else:
+        out.add_(down @ outer.T)
+
+
 class _Rest:
     """What is not a sum of low-rank terms: vectors looked up for each row, whole weights run by run."""
 
@@ -122,10 +135,9 @@ class _Rest:
         self.index = of_row.to(first.lora_A.device)
         shares = [stack.rest or (Share(),) * len(first.lora_B) for stack in made.values()]
         each = [[one[place] for one in shares] for place in range(len(first.lora_B))]  # for each map, of all mixes
-        like = first.lora_A
-        self.given = _table([one.given for one in each[0]], like, 1.0)
-        self.gains = [_table([one.gain for one in shares], like, 1.0) for shares in each]
-        self.shifts = [_table([one.shift for one in shares], like, 0.0) for shares in each]
+        self.given = _table([one.given for one in each[0]], 1.0)
+        self.gains = [_table([one.gain for one in shares], 1.0) for shares in each]
+        self.shifts = [_table([one.shift for one in shares], 0.0) for shares in each]
         self.wholes = [
             [(rows, share) for rows, mix in routing.runs if (share := shares[number[mix] - 1]).weight is not None]
             for shares in each
@@ -145,12 +157,12 @@ class _Rest:
                 out.add_(shift[self.index])
 
 
-def _table(vectors: Sequence[Tensor | None], like: Tensor, neutral: float) -> Tensor | None:
+def _table(vectors: Sequence[Tensor | None], neutral: float) -> Tensor | None:
     """A row for each vector, after one of nothing but the neutral number; None where there are no vectors."""
-    width = next((len(one) for one in vectors if one is not None), None)
-    if width is None:
+    first = next((one for one in vectors if one is not None), None)
+    if first is None:
         return None
-    none = like.new_full((width,), neutral)
+    none = torch.full_like(first, neutral)
     return torch.stack([none, *(none if one is None else one for one in vectors)])
 
 
@@ -173,7 +185,8 @@ def reference(
                 out = out if share.shift is None else share.shift + out
                 for number, much in mix:
                     stack = stacks[number]
-                    out = out + much * (stack.lora_B[place] @ (stack.lora_A[stack.columns[place]] @ x[here]))
+                    down = stack.lora_A[stack.columns[place]] @ x[here].to(stack.lora_A.dtype)
+                    out = out + much * (stack.lora_B[place] @ down)
                 outs[place][here] = out
         row += length
     return outs

@@ -67,11 +67,14 @@ class Gathered(Slots):
     def add(self, x: Tensor, outs: Sequence[Tensor]) -> None:
         """Add the terms, in place."""
         # a row vector times a matrix: four times as fast on a CPU as the matrix times a column
-        down = torch.bmm(x.unsqueeze(1), self.inner[: self.rows].transpose(1, 2))
+        down = torch.bmm(x.to(self.inner.dtype).unsqueeze(1), self.inner[: self.rows].transpose(1, 2))
         for out, outer, columns in zip(outs, self.outer, self.columns, strict=True):
             if outer.shape[1]:
                 kept = None if self.without is None else out[self.without]
-                out.unsqueeze(1).baddbmm_(down[:, :, columns], outer[: self.rows])
+                if out.dtype == down.dtype:
+                    out.unsqueeze(1).baddbmm_(down[:, :, columns], outer[: self.rows])
+                else:
+                    out.add_(torch.bmm(down[:, :, columns], outer[: self.rows]).squeeze(1))
                 if kept is not None:
                     out[self.without] = kept
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.kernels import elementwise
-from gossamer.kernels.linears import ACTIVATIONS, mapped
+from gossamer.kernels.frozen_maps import Map, map_of, prepacked_bytes
+from gossamer.kernels.linears import ACTIVATIONS
 from gossamer.models.blocks import ATTENTION, FAMILIES, FEEDFORWARD, norm_of
 from gossamer.models.steps import Part, Piece, Site, Step, Terms
 
@@ -92,17 +93,24 @@ class KeptRow:
 
 
 class CachedDecoder:
-    """A causal model of the Llama family, one step at a time. Reads the model's weights where they are."""
+    """A causal model of the Llama family, one step at a time.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        prepack: copy the weights into the layout that products on this CPU read best; else they are read where they
+            are.
+    """
+
+    def __init__(self, model: Any, prepack: bool = False) -> None:
         inner = model.model
         self.model, self.inner = model, inner
-        self.layers = [_Layer(index, layer) for index, layer in enumerate(inner.layers)]
+        self.layers = [_Layer(index, layer, prepack) for index, layer in enumerate(inner.layers)]
+        self.head = map_of(model.lm_head, prepack)
         self.norm = norm_of(inner.norm, self.layers[0].offset)
+        self.copied = self.prepacked_bytes(model) if prepack else 0
         self.like: Tensor = self.norm.weight
         """Of the dtype and on the device that steps run in."""
         names = {module: path for path, module in model.named_modules()}
-        maps = [layer.group(group) for layer in self.layers for group in GROUPS] + [(model.lm_head,)]
+        maps = [layer.modules(group) for layer in self.layers for group in GROUPS] + [(model.lm_head,)]
         self.sites = tuple(Site(tuple(names[one] for one in group), group) for group in maps)
 
     @staticmethod
@@ -115,6 +123,11 @@ class CachedDecoder:
             return False
         known: list[Any] = [one for one in layers if type(one).__name__ in FAMILIES]
         return len(known) == len(layers) and all(one.self_attn.config.hidden_act in ACTIVATIONS for one in known)
+
+    @staticmethod
+    def prepacked_bytes(model: nn.Module) -> int:
+        """What the copies of the weights would take; 0 where nothing can be prepacked."""
+        return prepacked_bytes(model.modules())
 
     def cache(self, rows: int) -> Cache:
         """An empty cache with so many rows."""
@@ -140,7 +153,7 @@ class CachedDecoder:
             x = layer(x, look, cache.layers[index], body)
         x = x[look.last]
         x = self.norm.forward(x, self.norm.inverse(x))
-        return _Adapted(terms, ((2, slice(0, len(x))),))(len(self.sites) - 1, (self.model.lm_head,), x)[0]
+        return _Adapted(terms, ((2, slice(0, len(x))),))(len(self.sites) - 1, (self.head,), x)[0]
 
 
 class _Adapted:
@@ -149,14 +162,14 @@ class _Adapted:
     def __init__(self, terms: Terms | None, parts: Sequence[tuple[int, slice]]) -> None:
         self.terms, self.parts = terms, [(part, rows) for part, rows in parts if rows.stop > rows.start]
 
-    def __call__(self, site: int, maps: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    def __call__(self, site: int, maps: Sequence[Map], x: Tensor) -> list[Tensor]:
         """Each map's output, (N, out)."""
         if self.terms is None:
-            return [mapped(one, x) for one in maps]
+            return [one(x) for one in maps]
         given = [(x[rows], self.terms.before(part, site, x[rows])) for part, rows in self.parts]
         if any(changed is not same for same, changed in given):
             x = torch.cat([changed for _, changed in given])
-        outs = [mapped(one, x) for one in maps]
+        outs = [one(x) for one in maps]
         for part, rows in self.parts:
             self.terms.after(part, site, x[rows], [out[rows] for out in outs])
         return outs
@@ -244,7 +257,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float, **options: Any) -> Te
 class _Layer:
     """One decoder layer."""
 
-    def __init__(self, index: int, layer: Any) -> None:
+    def __init__(self, index: int, layer: Any, prepack: bool) -> None:
         self.sites = range(index * len(GROUPS), (index + 1) * len(GROUPS))
         family, attention = FAMILIES[type(layer).__name__], layer.self_attn
         config = attention.config
@@ -254,16 +267,17 @@ class _Layer:
         self.norms = [norm_of(one, family.offset) for one in (layer.input_layernorm, layer.post_attention_layernorm)]
         self.maps = {name: getattr(attention, name) for name in ATTENTION}
         self.maps |= {name: getattr(layer.mlp, name) for name in FEEDFORWARD}
+        self.groups = [tuple(map_of(self.maps[name], prepack) for name in group) for group in GROUPS]
 
-    def group(self, names: Sequence[str]) -> tuple[nn.Module, ...]:
-        """The maps of these names."""
+    def modules(self, names: Sequence[str]) -> tuple[nn.Module, ...]:
+        """The model's modules of these names."""
         return tuple(self.maps[name] for name in names)
 
     def __call__(self, x: Tensor, look: _Look, pair: tuple[Tensor, Tensor], adapted: _Adapted) -> Tensor:
         """The layer's output, (N, hidden)."""
 
         def group(number: int, given: Tensor) -> list[Tensor]:
-            return adapted(self.sites[number], self.group(GROUPS[number]), given)
+            return adapted(self.sites[number], self.groups[number], given)
 
         first, second = self.norms
         q, k, v = (one.unflatten(-1, (-1, self.width)) for one in group(0, first.forward(x, first.inverse(x))))

@@ -105,6 +105,8 @@ class Decoder(Protocol):
     like: Tensor
     """Of the dtype and on the device that steps run in."""
     sites: tuple[Site, ...]
+    copied: int
+    """Bytes of weights that are held beside the model's own."""
 
     def cache(self, rows: int) -> RowCache:
         """An empty cache with so many rows."""

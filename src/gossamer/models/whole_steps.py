@@ -109,6 +109,8 @@ class TransformersDecoder:
         whose steps are not its forward.
     """
 
+    copied = 0
+
     def __init__(self, model: Any) -> None:
         if reason := refusal(model):
             raise UnsupportedError("a model that steps cannot run", got=type(model).__name__, expected=reason)

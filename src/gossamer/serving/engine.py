@@ -20,6 +20,7 @@ from gossamer.attachment import attached
 from gossamer.errors import GossamerError, NonFiniteError, ResourceError, StateError, UnsupportedError, UsageError
 from gossamer.models import load_base
 from gossamer.models.cached import CachedDecoder
+from gossamer.models.device import free_bytes, keep_freed_memory
 from gossamer.models.steps import Decoder, Piece, Step
 from gossamer.models.whole_steps import TransformersDecoder, refusal
 from gossamer.serving.folder import Folder
@@ -43,6 +44,9 @@ class Engine:
         limits: of a step, of the queue and of the cache.
         memory: bytes of adapters that may be in memory.
         prefixes: bytes of keys and values that are kept of what was read, for requests that begin alike.
+        prepack: copy the weights into the layout that products on this CPU read best, which makes a step up to twice
+            as fast; by default on CPUs with AVX-512 when half of the free memory holds the copy. The base is not to
+            change afterwards.
         quant, dtype, device: as `load_base` takes them.
 
     Raises: UnsupportedError for a base that is no causal model with a key-value cache; StateError for one that has
@@ -57,12 +61,14 @@ class Engine:
         limits: Limits | None = None,
         memory: int = 2**30,
         prefixes: int = 2**28,
+        prepack: bool | None = None,
         **loading: Any,
     ) -> None:
+        keep_freed_memory()
         self.model, self.tokenizer = load_base(base, **loading) if isinstance(base, str) else base
         if names := attached(self.model):
             raise StateError("the engine serves a base as it is", got=f"attached: {', '.join(names)}", hint="detach")
-        self.decoder: Decoder = decoder_of(self.model.eval())
+        self.decoder: Decoder = decoder_of(self.model.eval(), prepack)
         self.store = Store(self.model, self.decoder, memory)
         self.scheduler: Scheduler[Ticket] = Scheduler(limits or Limits())
         self.cache = self.decoder.cache(self.scheduler.limits.rows)
@@ -274,10 +280,14 @@ class Engine:
 _CANCELLED = StateError("the request was cancelled")
 
 
-def decoder_of(model: Any) -> Decoder:
+def decoder_of(model: Any, prepack: bool | None = None) -> Decoder:
     """The fastest that knows the model. Raises `UnsupportedError`."""
     if CachedDecoder.takes(model):
-        return CachedDecoder(model)
+        if prepack is None:
+            free = free_bytes(torch.device("cpu")) or 0
+            wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+            prepack = wide and CachedDecoder.prepacked_bytes(model) <= free // 2
+        return CachedDecoder(model, prepack)
     if reason := refusal(model):
         raise UnsupportedError("the engine does not serve this model", got=type(model).__name__, expected=reason)
     return TransformersDecoder(model)

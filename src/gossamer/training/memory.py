@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gossamer.errors import ResourceError, UnsupportedError, UsageError
 from gossamer.methods.virtual_tokens import VirtualTokensLayer
+from gossamer.models.device import free_bytes
 from gossamer.quant import FORMATS, QuantizedLinear
 from gossamer.quant.formats import Format
 from gossamer.training.config import RunConfig
@@ -116,18 +116,6 @@ def stored_as(model: nn.Module) -> str | None:
     packed = (module for module in model.modules() if isinstance(module, QuantizedLinear) and module.is_packed)
     first = next((Format(one.table, one.nested_absmax is not None) for one in packed), None)
     return next((name for name, form in FORMATS.items() if form == first), None)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory of a device that a run may still take; None where nobody tells."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    known = Path("/proc/meminfo")
-    if device.type != "cpu" or not known.exists():
-        return None
-    lines = (line.split() for line in known.read_text().splitlines())
-    return next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), None)
 
 
 @contextmanager
