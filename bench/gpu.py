@@ -1,6 +1,6 @@
 """Is everything that is made for a GPU right there, and how fast is it? One script, one table.
 
-    python -m bench.gpu --json bench/results/gpu.json           the tests marked gpu, kernels, compiling, training
+    python -m bench.gpu --json bench/results/gpu.json     the tests marked gpu, kernels, compiling, serving, training
     python -m bench.gpu --shapes 1b --parts training --rounds 5
 
 Without a CUDA device a toy goes the same way on the CPU: that shows that the script runs. Its figures mean nothing, and
@@ -10,10 +10,12 @@ no file is written.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +26,8 @@ from torch import Tensor
 from bench import compile as compiling
 from bench import training
 from bench.common import ROOT, Row, Timing, interleaved, write_result
-from bench.trainers.work import SHAPES
+from bench.serve import TARGETS, compared
+from bench.trainers.work import SHAPES, load_base
 from gossamer.kernels import elementwise
 
 QUESTION = "Is everything that is made for a GPU right there, and how fast is it?"
@@ -33,6 +36,8 @@ SIZE = (8192, 4096, 14336) if CUDA else (16, 32, 48)
 """Tokens, hidden, intermediate: an 8B model's, or a toy's."""
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+REPEATS = 50 if CUDA else 1
+"""Calls of a kernel in a turn."""
 SCALE = {"1b": 8, "3b": 6, "8b": 4}
 """How many times longer than on a CPU the rows are, so that the device is busy."""
 
@@ -92,18 +97,35 @@ def layers() -> list[Row]:
     ]
 
 
-def steps(shapes: Sequence[str], rounds: int) -> list[Row]:
-    """A training step of every contender that is installed, on random weights of these shapes."""
+def serving(shape: str, rounds: int) -> list[Row]:
+    """Another adapter in every row, beside the base alone, PEFT's mixed batches, and steps that are not recorded."""
     rows = []
-    for shape in shapes if CUDA else ["tiny"]:
-        base = ["--shape", shape, "--scale", str(SCALE[shape])] if CUDA else ["--base", "tiny"]
-        contenders = [] if CUDA else ["--contenders", "peft", "ours-blocks", "ours-shared"]
-        words = [*base, "--dtype", str(DTYPE).removeprefix("torch."), "--rounds", str(rounds), *contenders]
-        for one in training.main(words):
-            speed = f"{one['min']}..{one['max']} tokens/s"
-            what = f"{shape}, {one['rows']}: {one['trainer']}"
-            figures = one["tokens/s, median"], speed, one["times PEFT's"], one["gradient off float64"]
-            rows.append(_row("training", what, *figures) | {"MB above the weights": one["MB above the weights"]})
+    model, tokenizer = load_base("tiny", shape if CUDA else None, DTYPE)
+    held = [*model.parameters(), *model.buffers()]
+    for targets, modules in TARGETS.items():
+        bare = copy.deepcopy(model, {id(one): one for one in held})  # the same weights
+        cases = ((1, 1), (8, 8), (32, 32)) if CUDA else ((3, 2),)
+        for one in compared(model, tokenizer, bare, modules, cases, (4 * rounds, rounds)):
+            what = f"{shape}, {targets}, {one['requests']}:{one['adapters']}, {one['what']}: {one['contender']}"
+            spread = f"{one['min ms']}..{one['max ms']} ms, {one['of the base']} of the base's"
+            rows.append(_row("serving", what, one["median ms"], spread, one["times PEFT's"]))
+        del bare
+    return rows
+
+
+def steps(shape: str, rounds: int) -> list[Row]:
+    """A training step of every contender that is installed, on random weights of this shape."""
+    rows = []
+    base = ["--shape", shape, "--scale", str(SCALE[shape])] if CUDA else ["--base", "tiny"]
+    contenders = [] if CUDA else ["--contenders", "peft", "ours-blocks", "ours-shared"]
+    words = [*base, "--dtype", str(DTYPE).removeprefix("torch."), "--rounds", str(rounds), *contenders]
+    if shape == "8b":  # whose weights, gradients and moments in float32 are 128 GB
+        words.append("--adapters-only")
+    for one in training.main(words):
+        speed = f"{one['min']}..{one['max']} tokens/s"
+        what = f"{shape}, {one['rows']}: {one['trainer']}"
+        figures = one["tokens/s, median"], speed, one["times PEFT's"], one["gradient off float64"]
+        rows.append(_row("training", what, *figures) | {"MB above the weights": one["MB above the weights"]})
     return rows
 
 
@@ -113,9 +135,12 @@ def _slopes(activation: str, slope: Tensor, gate: Tensor, up: Tensor) -> Any:
 
 
 def _with(kind: str, call: Callable[..., Any], given: Sequence[Any]) -> Callable[[], Any]:
+    """One turn: calls one after the other, so that the device and not their launching is timed."""
+
     def run() -> Any:
         with patch.dict(os.environ, GOSSAMER_KERNELS=kind):
-            out = call(*given)
+            for _ in range(REPEATS):
+                out = call(*given)
         if CUDA:
             torch.cuda.synchronize()
         return out
@@ -135,27 +160,40 @@ def _off(got: Tensor, exact: Tensor) -> str:
 
 
 def _timed(part: str, what: str, time: Timing, plain: Timing, off: str) -> Row:
-    spread = f"{1e3 * time.min:.3f}..{1e3 * time.max:.3f} ms"
-    return _row(part, what, round(1e3 * time.median, 3), spread, round(plain.median / time.median, 2), off)
+    one = 1e3 / REPEATS
+    spread = f"{one * time.min:.3f}..{one * time.max:.3f} ms"
+    return _row(part, what, round(one * time.median, 3), spread, round(plain.median / time.median, 2), off)
 
 
 def _row(part: str, what: str, median: Any = "", spread: str = "", times: Any = "", off: Any = "") -> dict[str, Any]:
-    return {"part": part, "what": what, "median": median, "spread": spread, "times plain": times, "off float64": off}
+    return {
+        "part": part,
+        "what": what,
+        "median": median,
+        "spread": spread,
+        "times plain or PEFT": times,
+        "off float64": off,
+    }
 
 
 def main(words: list[str] | None = None) -> list[Row]:
     """Do what the command line asks for, print the rows, and write them where `--json FILE` says."""
     parser = argparse.ArgumentParser(description=QUESTION)
     parts: dict[str, Callable[[], list[Row]]] = {"tests": tests, "kernels": kernels, "layers": layers}
-    parser.add_argument("--parts", nargs="+", choices=[*parts, "training"], default=[*parts, "training"])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b", "8b"], help="random weights of a Llama's")
+    every = [*parts, "serving", "training"]
+    parser.add_argument("--parts", nargs="+", choices=every, default=every)
+    shapes = ["1b", "8b"] if CUDA else ["1b"]
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=shapes, help="random weights of a Llama's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     given = parser.parse_args(words)
-    parts["training"] = lambda: steps(given.shapes, given.rounds)
+    calls = [(name, parts[name]) for name in given.parts if name in parts]
+    for name, call in {"serving": serving, "training": steps}.items():
+        calls += [(name, partial(call, shape, given.rounds)) for shape in given.shapes if name in given.parts]
     rows: list[Row] = []
-    for name in given.parts:
-        rows += parts[name]()
+    for name, call in calls:
+        print(name, file=sys.stderr, flush=True)
+        rows += call()
         if given.json and CUDA:  # what there is already, should the rest be stopped
             write_result(given.json, "gpu", QUESTION, rows)
     for row in rows:

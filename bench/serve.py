@@ -7,7 +7,8 @@ read the same prompts, and agree on the next tokens and their probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DynamicCache
 
 import gossamer as gs
-from bench.common import Row, interleaved, report
+from bench.common import Row, Timing, interleaved, report
 from bench.trainers.peers import canonical
 from gossamer.adapter import Adapter
 from gossamer.models import has_bfloat16_units
@@ -32,8 +33,9 @@ ROUNDING = {"float32": 1e-4, "bfloat16": 0.15}
 
 
 def dtypes() -> list[str]:
-    """Those that this machine computes in at full speed."""
-    return ["bfloat16", "float32"] if has_bfloat16_units() else ["float32"]
+    """Those that this machine computes in at full speed, or those that GOSSAMER_DTYPES names."""
+    full = ["bfloat16", "float32"] if has_bfloat16_units() else ["float32"]
+    return os.environ["GOSSAMER_DTYPES"].split(",") if "GOSSAMER_DTYPES" in os.environ else full
 
 
 def measure() -> list[Row]:
@@ -43,32 +45,54 @@ def measure() -> list[Row]:
 
 
 def _measured(dtype: str, targets: str) -> list[Row]:
-    model, tokenizer = gs.load_base(BASE, dtype=dtype)
-    made = {f"a{number:02}": _adapter(model, TARGETS[targets], number) for number in range(MOST)}
-    peft = _peft(TARGETS[targets], made, dtype)
+    (model, tokenizer), (bare, _) = (gs.load_base(BASE, dtype=dtype) for _ in range(2))
+    about: dict[str, Any] = {"dtype": dtype, "adapters on": targets}
+    rows = compared(model, tokenizer, bare, TARGETS[targets])
+    return [{**about, **row} for row in rows]
+
+
+def compared(
+    model: Any,
+    tokenizer: Any,
+    bare: Any,
+    modules: Any,
+    cases: Sequence[tuple[int, int]] = CASES,
+    rounds: tuple[int, int] = (DECODING, READING),
+) -> list[Row]:
+    """Base, ours and PEFT in turn, for every case.
+
+    Args:
+        model: serves. bare: the same, for PEFT to change.
+        modules: where adapters are. cases: requests, and adapters among them. rounds: of decoding, of reading.
+    """
+    made = {f"a{number:02}": _adapter(model, modules, number) for number in range(max(many for _, many in cases))}
+    peft = _peft(bare, modules, made)
     rows: list[Row] = []
-    for batch, many in CASES:
+    for batch, many in cases:
         names = [f"a{row % many:02}" for row in range(batch)]
         draw = torch.Generator().manual_seed(0)
         prompts = torch.randint(0, model.config.vocab_size, (batch, PROMPT), generator=draw)
-        base = _Ours((model, tokenizer), {}, [""] * batch, prompts)
-        ours = _Ours((model, tokenizer), made, names, prompts)
-        theirs = _Peft(peft, names, prompts)
-        _same(base, ours, theirs, ROUNDING[dtype])
-        about = {"dtype": dtype, "adapters on": targets, "requests": batch, "adapters": many}
-        decoding = (base.step, ours.step, theirs.step)
-        rows += _compared(about | {"what": "a decoding step"}, batch, DECODING, *decoding)
-        rows += _compared(
-            about | {"what": "reading prompts"}, batch * PROMPT, READING, base.read, ours.read, theirs.read
-        )
+        contenders: dict[str, Any] = {
+            "the base, Gossamer": _Ours((model, tokenizer), {}, [""] * batch, prompts),
+            "Gossamer": _Ours((model, tokenizer), made, names, prompts),
+            "PEFT, mixed batch": _Peft(peft, names, prompts),
+        }
+        if model.device.type == "cuda":
+            contenders["Gossamer, nothing recorded"] = _Ours((model, tokenizer), made, names, prompts, graphs=False)
+        _same(contenders, ROUNDING[str(model.dtype).removeprefix("torch.")])
+        about = {"requests": batch, "adapters": many}
+        for what, tokens, count in (
+            ("a decoding step", batch, rounds[0]),
+            ("reading prompts", batch * PROMPT, rounds[1]),
+        ):
+            calls = {name: one.step if batch == tokens else one.read for name, one in contenders.items()}
+            rows += _timed(about | {"what": what}, tokens, interleaved(calls, rounds=count, warmup=1))
+        for one in contenders.values():
+            one.close()
     return rows
 
 
-def _compared(
-    about: Row, tokens: int, rounds: int, base: Callable[[], Any], ours: Callable[[], Any], theirs: Callable[[], Any]
-) -> list[Row]:
-    steps = {"the base, Gossamer": base, "Gossamer": ours, "PEFT, mixed batch": theirs}
-    times = interleaved(steps, rounds=rounds, warmup=1)
+def _timed(about: Row, tokens: int, times: Mapping[str, Timing]) -> list[Row]:
     plain, peers = times["the base, Gossamer"].median, times["PEFT, mixed batch"].median
     return [
         {
@@ -83,17 +107,25 @@ def _compared(
     ]
 
 
-def _same(base: _Ours, ours: _Ours, theirs: _Peft, rounding: float) -> None:
-    mine, his = ours.logprobs(), theirs.logprobs
-    assert (mine - his).abs().mean() < rounding, f"probabilities differ by {(mine - his).abs().mean():.1e}"
-    assert (mine - base.logprobs()).abs().mean() > 2 * rounding, "the adapters change nothing"
+def _same(contenders: Mapping[str, Any], rounding: float) -> None:
+    found = {name: one.logprobs() for name, one in contenders.items()}
+    base, his = found.pop("the base, Gossamer"), found.pop("PEFT, mixed batch")
+    for name, mine in found.items():
+        off, changed = ((mine - other).abs().mean().item() for other in (his, base))
+        assert off < rounding, f"{name}: probabilities differ by {off:.1e}"
+        assert changed > max(3 * off, 0.05), f"{name}: the adapters change them by no more than {changed:.1e}"
 
 
 class _Ours:
-    def __init__(self, base: Any, made: Mapping[str, Adapter], names: list[str], prompts: torch.Tensor) -> None:
+    def __init__(
+        self, base: Any, made: Mapping[str, Adapter], names: list[str], prompts: torch.Tensor, graphs: bool = True
+    ) -> None:
         used = {name: made[name] for name in names if name}
         limits = Limits(rows=len(names), tokens=PROMPT * len(names))
         self.engines = [Engine(base, used, limits=limits, prefixes=0) for _ in range(2)]
+        for engine in self.engines:
+            if not graphs:
+                engine.decoder.graphs = None  # pyright: ignore[reportAttributeAccessIssue]
         self.names, self.prompts = names, prompts.tolist()
         self.tickets = self._submitted(self.engines[0])
         self.step = self.engines[0].step
@@ -113,17 +145,23 @@ class _Ours:
         for ticket in tickets:
             self.engines[1].cancel(ticket)
 
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.close()
+
     def logprobs(self) -> torch.Tensor:
         return torch.tensor([ticket.logprobs[0] for ticket in self.tickets])
 
 
 class _Peft:
     def __init__(self, model: Any, names: list[str], prompts: torch.Tensor) -> None:
-        self.model, self.names, self.prompts = model, names, prompts
+        self.model, self.names, self.prompts = model, names, prompts.to(model.device)
         self.cache = DynamicCache()
-        logits = self._run(prompts, self.cache)
-        self.logprobs = logits.float().log_softmax(-1).max(-1).values
-        self.next = logits.argmax(-1, keepdim=True)
+        self.first = self._run(self.prompts, self.cache)
+        self.next = self.first.argmax(-1, keepdim=True)
+
+    def logprobs(self) -> torch.Tensor:
+        return self.first.float().log_softmax(-1).max(-1).values.cpu()
 
     @torch.inference_mode()
     def _run(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -132,14 +170,17 @@ class _Peft:
 
     def step(self) -> None:
         self.next = self._run(self.next, self.cache).argmax(-1, keepdim=True)
+        self.next.tolist()  # what is drawn has to be known
 
     def read(self) -> None:
-        self._run(self.prompts, DynamicCache()).argmax(-1)
+        self._run(self.prompts, DynamicCache()).argmax(-1).tolist()
+
+    def close(self) -> None:
+        del self.cache
 
 
-def _peft(modules: Any, made: Mapping[str, Adapter], dtype: str) -> PeftModel:
-    """A model of PEFT's own with the same adapters, in the same dtype."""
-    bare, _ = gs.load_base(BASE, dtype=dtype)
+def _peft(bare: Any, modules: Any, made: Mapping[str, Adapter]) -> PeftModel:
+    """PEFT's model of it with the same adapters, in the same dtype."""
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=modules, task_type="CAUSAL_LM")
     model: Any = None
     for name in made:
@@ -161,7 +202,7 @@ def _adapter(model: Any, modules: Any, seed: int) -> Adapter:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in gs.trainable_parameters(model, "default").values():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw).to(parameter))
     made = gs.capture(model)
     gs.detach(model)
     return made

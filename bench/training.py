@@ -198,6 +198,7 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; by default what is fast here")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=[*WORKLOADS], metavar="NAME")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="KEY", help=", ".join(CONTENDERS))
+    parser.add_argument("--adapters-only", action="store_true", help="leave out those that train all weights")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--scale", type=int, default=1, help="how many times longer all rows are")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
@@ -218,6 +219,7 @@ def main(words: list[str] | None = None) -> list[Row]:
     notes = ""
     for name in given.workload:
         asked = ["peft", *(key for key in given.contenders or CHOSEN[name] if key != "peft")]  # ratios are of PEFT's
+        asked = [key for key in asked if not (given.adapters_only and CONTENDERS[key].full)]
         reasons |= {key: missing(CONTENDERS[key], dtype) for key in asked}
         works[name] = build(base, tokenizer, name, given.scale, real)
         rows += measure(works[name], {key: CONTENDERS[key] for key in asked if not reasons[key]}, given.rounds, name)

@@ -49,6 +49,7 @@ class SFT(Contender):
     def __init__(self, work: Work, model: Any = None, **options: Any) -> None:
         super().__init__(*with_peft(work, model))
         rows = [{"input_ids": one.ids, "labels": labels_of(one)} for one in work.examples]
+        options.setdefault("max_length", max(map(len, work.examples)))  # by default it cuts rows at 1,024 tokens
         disable_progress_bars()
         self.folder = tempfile.TemporaryDirectory()
         config = SFTConfig(

@@ -86,6 +86,20 @@ def test_gains_shifts_and_whole_weights_are_each_rows_own(drawn: list, seed: int
             torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("length", [1, 5, 64, 65])
+def test_one_mix_for_all_rows_is_one_product_for_all_maps(length: int) -> None:
+    """Where the outputs are columns of one tensor; the same as where they are not."""
+    draw, stacked = torch.Generator().manual_seed(2), stacks(2)
+    routing = Routing((((0, 1.0), (1, -0.5)),), (length,))
+    there, x = maps(draw), torch.randn(length, INNER, generator=draw, dtype=torch.float64)
+    whole = torch.cat([torch.nn.functional.linear(x, weight, bias) for weight, bias in there], 1)
+    one = Routed(stacked, routing)
+    assert (one.of_all is not None) == (length <= 64)
+    one.after(x, whole.split(OUTS, 1), whole)
+    for got, right in zip(whole.split(OUTS, 1), reference(x, there, stacked, routing), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_inputs_are_scaled_for_the_rows_that_ask_for_it(way: str) -> None:
     draw = torch.Generator().manual_seed(3)

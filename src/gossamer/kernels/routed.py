@@ -7,7 +7,7 @@ Ways to the same sum of low-rank terms, of which `Routing` chooses by what the r
     segmented      a product for each run of rows with one mix: long runs, as when prompts are read
     concatenated   all A one below the other in one product; each row keeps its own columns: many rows of few adapters
     gathered       each row's factors beside it, batched products of one row each: nearly every row has another adapter
-    slotted        on CUDA instead of the last two: kernels that look up the slot of each row's adapter
+    slotted        on CUDA, unless runs are very long: kernels that look up the slot of each row's adapter
 
 `reference` is the plain twin of all of them.
 
@@ -21,10 +21,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gossamer.kernels import elementwise
+from gossamer.kernels.elementwise import triton_takes
 from gossamer.kernels.routing import Mix, Routing, Share, Stack, mixed
 from gossamer.kernels.slots import Gathered, Slotted
 
+LONG_ON_CUDA = 512
+"""Rows that runs must have on average for products of their own, where each is so many launches."""
 FEW = 64
 """Rows up to which a product in float32 beats one in 16 bits, which is why factors on a CPU are held so."""
 
@@ -37,6 +39,10 @@ class Routed:
         way: how to add low-rank terms; the routing's own choice by default.
         before: of the batch before, at the same maps, which is not used again: what it gathered is gathered already.
             A number must mean the same adapter in both.
+
+    Attributes:
+        slots: where factors lie in slots. On CUDA they stay there when a batch has no adapter, so that recorded steps
+            find them where they were.
     """
 
     def __init__(
@@ -48,28 +54,51 @@ class Routed:
         if not any(outer.shape[1] for stack in made.values() for outer in stack.lora_B):
             self.way = "none"
         self.parts = [(rows, made[mix]) for rows, mix in routing.runs]
-        if (
-            way is None
-            and self.way in ("concatenated", "gathered")
-            and elementwise.triton_takes(self.parts[0][1].lora_A)
-        ):
+        self.of_all = self._of_all(routing)
+        there = before.slots if before else None
+        if way is None and self._better_slotted(routing, there):
             self.way = "slotted"
         if self.way == "concatenated":
             self._concatenate(routing, made)
-        elif self.way == "slotted":
-            self._lay(Slotted, len(routing.distinct), routing, made, before)
-        elif self.way == "gathered":
-            self._lay(Gathered, routing.rows, routing, made, before)
+        elif self.way in ("slotted", "gathered"):
+            kind = Slotted if self.way == "slotted" else Gathered
+            self.slots = there if isinstance(there, kind) and there.takes(routing, made) else kind(routing, made)
+            self.slots.look(routing, made)
+
+    def _of_all(self, routing: Routing) -> tuple[Stack, Tensor] | None:
+        """The one mix of few rows, with all its B in one matrix: one product for all maps, where it is small."""
+        if self.way != "segmented" or len(self.parts) != 1 or not 0 < routing.rows <= FEW:
+            return None
+        ((rows, stack),) = self.parts
+        if rows != slice(0, routing.rows) or stack.lora_A.device.type != "cpu":
+            return None
+        return stack, torch.block_diag(*stack.lora_B)
+
+    def _better_slotted(self, routing: Routing, there: Gathered | Slotted | None) -> bool:
+        """Whether kernels are to look slots up: on CUDA where runs are short, and where it was so before."""
+        if self.way == "none":
+            return isinstance(there, Slotted)
+        there_are = sum(rows.stop - rows.start for rows, _ in self.parts)
+        short = len(self.parts) > 1 and there_are < LONG_ON_CUDA * len(self.parts)
+        one_by_one = all(length == 1 for length in routing.lengths)
+        return (short or one_by_one) and triton_takes(self.parts[0][1].lora_A)
 
     def before(self, x: Tensor) -> Tensor:
         """The input (N, in) as the maps should read it."""
         return x if self.rest is None else self.rest.before(x)
 
-    def after(self, x: Tensor, outs: Sequence[Tensor]) -> None:
-        """Change the maps' outputs, (N, out_i) each, for the input x (N, in), in place."""
+    def after(self, x: Tensor, outs: Sequence[Tensor], whole: Tensor | None = None) -> None:
+        """Change the maps' outputs, (N, out_i) each, for the input x (N, in), in place.
+
+        Args:
+            whole: (N, sum of out_i), of which the outputs are columns, one after the other, if they are.
+        """
         if self.rest is not None:
             self.rest.after(x, outs)
-        if self.way == "segmented":
+        if self.of_all is not None and whole is not None:
+            stack, outer = self.of_all
+            add_product(whole, x.to(outer.dtype) @ stack.lora_A.T, outer)
+        elif self.way == "segmented":
             for rows, stack in self.parts:
                 given = x[rows] if rows.stop - rows.start > FEW else x[rows].to(stack.lora_A.dtype)
                 down = given @ stack.lora_A.to(given.dtype).T
@@ -84,18 +113,6 @@ class Routed:
                     add_product(out, down[:, columns], outer)
         elif self.slots is not None:
             self.slots.add(x, outs)
-
-    def _lay(
-        self,
-        kind: type[Gathered | Slotted],
-        count: int,
-        routing: Routing,
-        made: Mapping[Mix, Stack],
-        before: Routed | None,
-    ) -> None:
-        there = before.slots if before else None
-        self.slots = there if isinstance(there, kind) and there.takes(count, made) else kind(count, made)
-        self.slots.look(routing, made)
 
     def _concatenate(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
         """All A of the first map, then of the second; `others` are the columns that are not a row's own."""

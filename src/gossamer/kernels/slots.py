@@ -10,6 +10,9 @@ from torch import Tensor
 
 from gossamer.kernels.routing import Mix, Routing, Stack
 
+_ROWS = 64
+"""Room is made for a multiple of so many rows where they look up their slots."""
+
 
 class Slots:
     """Factors stacked slot by slot, padded with zeros to the largest rank. A slot that stays what it was is left alone.
@@ -29,7 +32,7 @@ class Slots:
         self.outer = [one.new_zeros(room, rank, len(one)) for one, rank in zip(first.lora_B, ranks, strict=True)]
         self.mixes: list[Mix] = [()] * room
 
-    def takes(self, count: int, made: Mapping[Mix, Stack]) -> bool:
+    def has_room(self, count: int, made: Mapping[Mix, Stack]) -> bool:
         """Whether there is room for so many, and for their ranks."""
         wide = all(
             outer.shape[1] <= there.shape[1]
@@ -53,6 +56,13 @@ class Slots:
 
 class Gathered(Slots):
     """A slot for each row."""
+
+    def __init__(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
+        super().__init__(routing.rows, made)
+
+    def takes(self, routing: Routing, made: Mapping[Mix, Stack]) -> bool:
+        """Whether there is room for these rows, and for the ranks of their mixes."""
+        return self.has_room(routing.rows, made)
 
     def look(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
         """Give every row its mix."""
@@ -80,23 +90,34 @@ class Gathered(Slots):
 
 
 class Slotted(Slots):
-    """A slot for each mix; rows know the number of theirs."""
+    """A slot for each mix; rows know the number of theirs, in a tensor that stays where it is."""
+
+    def __init__(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
+        super().__init__(len(made), made)
+        rows = -(-max(routing.rows, 1) // _ROWS) * _ROWS
+        self.of_row = torch.full((rows,), -1, dtype=torch.int32, device=self.inner.device)
+
+    def takes(self, routing: Routing, made: Mapping[Mix, Stack]) -> bool:
+        """Whether there is room for these rows and mixes, and for their ranks."""
+        return routing.rows <= len(self.of_row) and self.has_room(len(made), made)
 
     def look(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
-        """Give every mix a slot, its old one if it has one, and every row its mix's."""
+        """Give every mix a slot, its old one if it has one, and every row its mix's; rows beyond them have none."""
         free = (slot for slot, mix in enumerate(self.mixes) if mix not in made)
         place = {mix: self.mixes.index(mix) if mix in self.mixes else next(free) for mix in made}
         for mix, slot in place.items():
             self.lay(slot, mix, made[mix])
-        each = [
-            place.get(mix, -1) for mix, rows in zip(routing.mixes, routing.lengths, strict=True) for _ in range(rows)
-        ]
-        self.of_row = torch.tensor(each, dtype=torch.int32, device=self.inner.device)
+        slots = torch.tensor([place.get(mix, -1) for mix in routing.mixes], dtype=torch.int32)
+        self.of_row.fill_(-1)
+        self.of_row[: routing.rows] = slots.repeat_interleave(torch.tensor(routing.lengths, dtype=torch.int64)).to(
+            self.of_row
+        )
 
     def add(self, x: Tensor, outs: Sequence[Tensor]) -> None:
         """Add the terms, in place."""
         from gossamer.kernels import triton_routed
 
-        down = triton_routed.shrink(x, self.inner, self.of_row)
+        of_row = self.of_row[: len(x)]
+        down = triton_routed.shrink(x, self.inner, of_row)
         for out, outer, columns in zip(outs, self.outer, self.columns, strict=True):
-            triton_routed.expand_(out, down, outer, self.of_row, columns.start)
+            triton_routed.expand_(out, down, outer, of_row, columns.start)

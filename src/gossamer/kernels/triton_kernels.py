@@ -1,7 +1,7 @@
 """The memory-bound parts as Triton kernels, each in one pass; `elementwise` is the door to them, and knows when.
 
-A program handles one row, or a piece of one; arithmetic is float32, rounded where the eager path rounds.
-Every tensor here has unit stride along its last dimension; rows may lie anywhere.
+A program handles one row, a piece of one, or several short ones; arithmetic is float32, rounded where the eager path
+rounds. Every tensor here has unit stride along its last dimension; rows may lie anywhere.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -76,8 +76,10 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
         whole = [one.expand(x.shape).view(four) for one in (cos, sin)]
         laid = x.view(four)
         strides = [stride for one in (laid, *whole) for stride in one.stride()[:3]]
-        grid, block = (four[0] * four[1] * four[2],), triton.next_power_of_2(width // 2)
-        _turned[grid](laid, *whole, out, *strides, four[1], four[2], width // 2, SIGN=sign, BLOCK=block)
+        count, block = four[0] * four[1] * four[2], triton.next_power_of_2(width // 2)
+        rows = max(1, _PIECE // block)
+        grid, sizes = (triton.cdiv(count, rows),), (count, four[1], four[2], width // 2)
+        _turned[grid](laid, *whole, out, *strides, *sizes, SIGN=sign, ROWS=rows, BLOCK=block)
     return out
 
 
@@ -190,23 +192,26 @@ def _turned(
     sin0,
     sin1,
     sin2,
+    count,
     second,
     third,
     half,
     SIGN: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     a, b, c = row // (second * third), row // third % second, row % third
-    low, inside = tl.arange(0, BLOCK), tl.arange(0, BLOCK) < half
+    low = tl.arange(0, BLOCK)[None, :]
+    inside = (row < count) & (low < half)
     from_x, from_cos = x + a * x0 + b * x1 + c * x2 + low, cos + a * cos0 + b * cos1 + c * cos2 + low
     from_sin, to = sin + a * sin0 + b * sin1 + c * sin2 + low, out + row * 2 * half + low
-    first = tl.load(from_x, mask=inside)
-    other = tl.load(from_x + half, mask=inside)
+    first = tl.load(from_x, mask=inside, other=0.0)
+    other = tl.load(from_x + half, mask=inside, other=0.0)
     left, right = first.to(tl.float32), other.to(tl.float32)
-    upper = left * tl.load(from_cos, mask=inside).to(tl.float32)
-    lower = right * tl.load(from_cos + half, mask=inside).to(tl.float32)
-    upper += SIGN * right * tl.load(from_sin, mask=inside).to(tl.float32)
-    lower -= SIGN * left * tl.load(from_sin + half, mask=inside).to(tl.float32)
+    upper = left * tl.load(from_cos, mask=inside, other=0.0).to(tl.float32)
+    lower = right * tl.load(from_cos + half, mask=inside, other=0.0).to(tl.float32)
+    upper += SIGN * right * tl.load(from_sin, mask=inside, other=0.0).to(tl.float32)
+    lower -= SIGN * left * tl.load(from_sin + half, mask=inside, other=0.0).to(tl.float32)
     tl.store(to, upper.to(first.dtype), mask=inside)
     tl.store(to + half, lower.to(first.dtype), mask=inside)

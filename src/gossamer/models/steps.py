@@ -7,11 +7,13 @@ time at each of its sites.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
+
+from gossamer.models.row_cache import RowCache
 
 
 class Piece(NamedTuple):
@@ -41,6 +43,11 @@ class Step:
     pieces: tuple[Piece, ...]
     wanted: tuple[int, ...]
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Rows and tokens that the cache must have room for."""
+        return max(piece.row for piece in self.pieces) + 1, max(piece.start + piece.count for piece in self.pieces)
+
 
 class Site(NamedTuple):
     """Maps that read the same input, where adapters may add terms.
@@ -61,41 +68,24 @@ Part = tuple[tuple[int, int], ...]
 class Terms(Protocol):
     """The adapters' share of a step. `part` counts the decoder's parts, `site` its sites."""
 
+    def at(self, part: int, site: int) -> bool:
+        """Whether anything may be changed there."""
+        ...
+
     def before(self, part: int, site: int, x: Tensor) -> Tensor:
         """The input (rows of the part, in) as the maps should read it; x itself where nothing changes it."""
         ...
 
-    def after(self, part: int, site: int, x: Tensor, outs: Sequence[Tensor]) -> None:
-        """Change the maps' outputs (rows of the part, out) for the input that they have read, in place."""
+    def after(self, part: int, site: int, x: Tensor, outs: Sequence[Tensor], whole: Tensor | None = None) -> None:
+        """Change the maps' outputs (rows of the part, out) for the input that they have read, in place.
+
+        Args:
+            whole: what the outputs are columns of, one after the other, if they are.
+        """
         ...
 
-
-class Kept(Protocol):
-    """Keys and values of the first tokens of a sequence, apart from any row."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that they take."""
-        ...
-
-
-class RowCache(Protocol):
-    """Keys and values of sequences, one a row; rows in use are kept together by whoever uses it."""
-
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """Give a row the first tokens of another."""
-        ...
-
-    def keep(self, row: int, tokens: int) -> Kept:
-        """A copy of a row's first tokens, no larger than they are."""
-        ...
-
-    def give(self, row: int, kept: Any, tokens: int) -> None:
-        """Give a row the first tokens of what was kept."""
-        ...
-
-    def trim(self) -> None:
-        """Nobody is there: let go of what was made for long sequences."""
+    def fixed(self) -> Hashable | None:
+        """What `after` reads in this step, the same for as long as only the contents change; None if it moves."""
         ...
 
 
@@ -108,8 +98,8 @@ class Decoder(Protocol):
     copied: int
     """Bytes of weights that are held beside the model's own."""
 
-    def cache(self, rows: int) -> RowCache:
-        """An empty cache with so many rows."""
+    def cache(self, rows: int = 0, tokens: int = 0) -> RowCache:
+        """An empty cache, which will often hold so many rows of so many tokens; it grows where it must."""
         ...
 
     def parts(self, step: Step) -> Sequence[Part]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,78 +22,14 @@ from gossamer.attachment import walk
 from gossamer.attachment.frozen import kind_of
 from gossamer.errors import UnsupportedError
 from gossamer.methods.base import LINEAR_KINDS
+from gossamer.models.row_cache import RowCache
 from gossamer.models.steps import Part, Piece, Site, Step, Terms
 
 _ASKED = ("attention_mask", "past_key_values", "logits_to_keep")
 """What a forward must take."""
-_PAGE = 128
 _PROBE = 16
 _ROUNDING = {torch.float32: 1e-3}
 """Of the logits' length, between ways to the same; 0.2 in 16 bits, where a token may change experts."""
-
-
-class RowStates:
-    """Keys and values of every layer, (rows, tokens, heads, d); layers may differ in heads and d.
-
-    Args:
-        samples: for each layer one token's keys and values, (heads, d); empty for one that keeps nothing.
-    """
-
-    def __init__(self, samples: Sequence[tuple[Tensor, ...]], rows: int) -> None:
-        self.samples, self.rows = samples, rows
-        self.trim()
-
-    def _empty(self, sample: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
-        return tuple(one.new_zeros(self.rows, tokens, *one.shape) for one in sample)  # what is masked must not be NaN
-
-    def _each(self) -> Iterator[Tensor]:
-        return itertools.chain.from_iterable(self.layers)
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for so many tokens a row."""
-        if tokens <= self.tokens:
-            return
-        self.tokens = -(-max(tokens, self.tokens * 3 // 2) // _PAGE) * _PAGE
-        for index, sample in enumerate(self.samples):
-            grown = self._empty(sample, self.tokens)
-            for old, new in zip(self.layers[index], grown, strict=True):
-                new[:, : old.shape[1]] = old
-            self.layers[index] = grown
-
-    @torch.inference_mode()
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """Give a row the first tokens of another."""
-        for one in self._each():
-            one[target, :tokens] = one[source, :tokens]
-
-    @torch.inference_mode()
-    def keep(self, row: int, tokens: int) -> KeptStates:
-        """A copy of a row's first tokens."""
-        return KeptStates(tuple(one[row, :tokens].clone() for one in self._each()))
-
-    @torch.inference_mode()
-    def give(self, row: int, kept: KeptStates, tokens: int) -> None:
-        """Give a row the first tokens of what was kept."""
-        self.reserve(tokens)
-        for one, values in zip(self._each(), kept.values, strict=True):
-            one[row, :tokens] = values[:tokens]
-
-    def trim(self) -> None:
-        """Let go of all room."""
-        self.tokens = 0
-        self.layers = [self._empty(sample, 0) for sample in self.samples]
-
-
-@dataclass(frozen=True)
-class KeptStates:
-    """Keys and values of a sequence's first tokens, (tokens, heads, d) of each layer."""
-
-    values: tuple[Tensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that they take."""
-        return sum(one.nbytes for one in self.values)
 
 
 class TransformersDecoder:
@@ -130,7 +64,7 @@ class TransformersDecoder:
     @torch.inference_mode()
     def _agrees(self, words: Tensor) -> bool:
         """Whether steps give what the whole forward gives: not where a model looks ahead or has other positions."""
-        texts, cache = (words[:8], words[8:14]), self.cache(2)
+        texts, cache = (words[:8], words[8:14]), self.cache()
         for pieces in (
             (Piece(0, 0, 5), Piece(1, 0, 4)),
             (Piece(1, 4, 1), Piece(0, 5, 2)),
@@ -147,9 +81,9 @@ class TransformersDecoder:
         """Whether this is a causal model that keeps keys and values, and nothing else."""
         return refusal(model) is None
 
-    def cache(self, rows: int) -> RowStates:
-        """An empty cache with so many rows."""
-        return RowStates(self.samples, rows)
+    def cache(self, rows: int = 0, tokens: int = 0) -> RowCache:
+        """An empty cache; what it may grow to does not matter here."""
+        return RowCache(self.samples, axis=1)
 
     def parts(self, step: Step) -> list[Part]:
         """For each call its tokens, and the last one of each of its pieces, for the head."""
@@ -160,9 +94,9 @@ class TransformersDecoder:
         return found
 
     @torch.inference_mode()
-    def __call__(self, step: Step, cache: RowStates, terms: Terms | None = None) -> Tensor:
+    def __call__(self, step: Step, cache: RowCache, terms: Terms | None = None) -> Tensor:
         """Take a step: write keys and values of its tokens, and give the logits that are wanted."""
-        cache.reserve(max(piece.start + piece.count for piece in step.pieces))
+        cache.reserve(*step.extent)
         tokens = step.tokens.split([piece.count for piece in step.pieces])
         found = []
         with _Hooks(terms, self.sites, self.head) as hooks:
@@ -172,7 +106,7 @@ class TransformersDecoder:
                 found.append(self._run(ids, cache, [step.pieces[number] for number in numbers]))
         return torch.cat(found)[[*step.wanted]]
 
-    def _run(self, ids: Tensor, cache: RowStates, pieces: Sequence[Piece]) -> Tensor:
+    def _run(self, ids: Tensor, cache: RowCache, pieces: Sequence[Piece]) -> Tensor:
         """One call: (pieces, vocabulary) after the last token of each."""
         laid = _Laid.of(pieces, ids.device)
         memory = Cache(layers=[_Layer(states, laid) if states else DummyLayer() for states in cache.layers])

@@ -18,6 +18,16 @@ CHUNK = 2**22
 """Logits that exist at once in the loss, or are turned to float32 at once."""
 
 
+BLOCKS = 32
+"""Into which the logits of the loss are cut at most: more would be too narrow for products, and go over what is summed
+too often."""
+
+
+def columns_at_once(labelled: int, vocabulary: int) -> int:
+    """How many columns of the (labelled, vocabulary) logits the loss holds at a time, where there are so many."""
+    return max(1, CHUNK // labelled, -(-vocabulary // BLOCKS))
+
+
 class Layers:
     """The pieces of one model under one setting, each of which can be written onto a tape."""
 
@@ -77,7 +87,7 @@ class Layers:
     def frozen_head(self, hidden: Value, loss: Value) -> Value:
         """The loss whose gradient is formed on the way forward, some columns of logits at a time."""
         slope, labelled = op.like(hidden), self.setting.labelled
-        columns = min(self.shape.vocabulary, max(1, CHUNK // labelled))
+        columns = min(self.shape.vocabulary, columns_at_once(labelled, self.shape.vocabulary))
         narrow = self.width if self.width < WIDE else 0  # a second copy, for the products
         chunk = labelled * columns * (WIDE + narrow) + hidden.size  # the logits, and their part of the slope
         growing = hidden.elements * WIDE - slope.size

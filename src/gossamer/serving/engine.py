@@ -71,7 +71,8 @@ class Engine:
         self.decoder: Decoder = decoder_of(self.model.eval(), prepack)
         self.store = Store(self.model, self.decoder, memory)
         self.scheduler: Scheduler[Ticket] = Scheduler(limits or Limits())
-        self.cache = self.decoder.cache(self.scheduler.limits.rows)
+        most = self.scheduler.limits
+        self.cache = self.decoder.cache(most.rows, most.cache // most.rows)
         self.prefixes = Prefixes(prefixes)
         self.terms = BatchTerms()
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -209,6 +210,8 @@ class Engine:
                 ticket.begin(loaded)
             except GossamerError as error:
                 self._leave(ticket, error)
+        if scheduler.running:
+            self.cache.fit(len(scheduler.running), max(one.length for one in scheduler.running))
         for ticket in [one for one in scheduler.running if one.rests or not one.read]:
             self._reuse(ticket)
 
@@ -230,16 +233,17 @@ class Engine:
 
     def _settle(self, tickets: Sequence[Ticket], logits: Tensor) -> None:
         """Draw a token for each, and let those leave that are done."""
-        wide = logits.float().cpu()
-        totals, likeliest = wide.logsumexp(1).tolist(), wide.argmax(1).tolist()
-        for ticket, scores, total, first in zip(tickets, wide, totals, likeliest, strict=True):
+        wide = logits.float()
+        best, likeliest = wide.max(1)
+        found = torch.stack([wide.logsumexp(1), best, likeliest.double()]).T.tolist()
+        for number, (ticket, (total, top, first)) in enumerate(zip(tickets, found, strict=True)):
             if not math.isfinite(total):
                 names = ", ".join(loaded.name for loaded, _ in ticket.mix)
                 self._leave(ticket, NonFiniteError("the logits are not finite", where=names or "the base"))
                 continue
             try:
                 plain = ticket.sampler.plain
-                drawn = Drawn(first, scores[first].item() - total, ()) if plain else ticket.sampler.draw(scores)
+                drawn = Drawn(int(first), top - total, ()) if plain else ticket.sampler.draw(wide[number].cpu())
                 finish = self._accept(ticket, drawn)
             except GossamerError as error:
                 self._leave(ticket, error)

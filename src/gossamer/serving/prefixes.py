@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from gossamer.models.steps import Kept
+from gossamer.models.row_cache import KeptRow
 
 LEAST = 16
 """Tokens below which reading again costs less than keeping."""
@@ -20,7 +20,7 @@ LEAST = 16
 class _Entry:
     owner: Hashable
     tokens: tuple[int, ...]
-    kept: Kept
+    kept: KeptRow
 
 
 class Prefixes:
@@ -39,7 +39,7 @@ class Prefixes:
         self.entries: dict[Hashable, OrderedDict[_Entry, None]] = {}
         self.order: OrderedDict[_Entry, None] = OrderedDict()
 
-    def find(self, owner: Hashable, tokens: Sequence[int]) -> tuple[Kept, int] | None:
+    def find(self, owner: Hashable, tokens: Sequence[int]) -> tuple[KeptRow, int] | None:
         """The entry that begins most alike, and how many tokens alike: never all, as the last must be run."""
         best, longest = None, LEAST - 1
         for entry in self.entries.get(owner, ()):
@@ -62,7 +62,7 @@ class Prefixes:
             and not any(entry.tokens[: len(tokens)] == tuple(tokens) for entry in here)
         )
 
-    def add(self, owner: Hashable, tokens: Sequence[int], kept: Kept) -> None:
+    def add(self, owner: Hashable, tokens: Sequence[int], kept: KeptRow) -> None:
         """Keep them, instead of entries that they begin with."""
         fresh = _Entry(owner, tuple(tokens), kept)
         for entry in [*self.entries.get(owner, ())]:

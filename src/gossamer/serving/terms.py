@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from torch import Tensor
 
 from gossamer.kernels.routed import Routed
 from gossamer.kernels.routing import Routing
+from gossamer.kernels.slots import Slotted
 from gossamer.models.steps import Part
 from gossamer.serving.store import Loaded
 
@@ -36,23 +37,36 @@ class BatchTerms:
             )
             known, laid = before[number] if number < len(before) else (None, {})
             self.known.append((routing, laid if known == routing else _laid(adapters, routing, laid)))
-        return any(laid for _, laid in self.known)
+        return any(mixes)
+
+    def fixed(self) -> Hashable | None:
+        """Where the slots are that this step's rows look up; None if adapters are laid out for this step alone."""
+        laid = [(part, site, one) for part, (routing, each) in enumerate(self.known) if routing.rows
+                for site, one in each.items()]  # fmt: skip
+        if any(one.rest is not None or one.way not in ("slotted", "none") for _, _, one in laid):
+            return None
+        return frozenset((part, site, one.slots) for part, site, one in laid if one.slots is not None)
+
+    def at(self, part: int, site: int) -> bool:
+        """Whether an adapter of the part is at the site."""
+        return site in self.known[part][1]
 
     def before(self, part: int, site: int, x: Tensor) -> Tensor:
         """The input as the maps of the site should read it."""
         routed = self.known[part][1].get(site)
         return x if routed is None else routed.before(x)
 
-    def after(self, part: int, site: int, x: Tensor, outs: Sequence[Tensor]) -> None:
+    def after(self, part: int, site: int, x: Tensor, outs: Sequence[Tensor], whole: Tensor | None = None) -> None:
         """Change the maps' outputs, in place."""
         routed = self.known[part][1].get(site)
         if routed is not None:
-            routed.after(x, outs)
+            routed.after(x, outs, whole)
 
 
 def _laid(adapters: Mapping[int, Loaded], routing: Routing, before: Laid) -> Laid:
     laid: Laid = {}
-    for site in {site for one in adapters.values() for site in one.stacks}:
+    lasting = {site for site, one in before.items() if isinstance(one.slots, Slotted)}
+    for site in lasting.union(*(one.stacks for one in adapters.values())):
         stacks = {number: one.stacks[site] for number, one in adapters.items() if site in one.stacks}
         here = routing
         if len(stacks) < len(adapters):

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedError
+from gossamer.planning.layers import CHUNK, columns_at_once
 from gossamer.training.batches import Batch
 
-CHUNK = 2**22
-"""Logits that exist at once: 16 MiB."""
 _CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
 """Models seen to do more to their hidden states than to send them through the head."""
 
@@ -151,7 +150,7 @@ class _HeadNLL(torch.autograd.Function):
         largest = torch.full((len(hidden), 1), -torch.inf, dtype=wide, device=hidden.device)
         total = torch.zeros_like(largest)
         slope = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if learns else None
-        for columns in _chunks(len(weight), len(hidden)):
+        for columns in _slices(len(weight), columns_at_once(len(hidden), len(weight))):
             part = weight[columns]
             z = nn.functional.linear(hidden, part, None if bias is None else bias[columns]).to(wide)
             before, largest = largest, torch.maximum(largest, z.amax(1, keepdim=True))
@@ -207,5 +206,8 @@ class _TokenNLL(torch.autograd.Function):
 
 def _chunks(count: int, width: int) -> list[slice]:
     """Slices of `count` rows that hold `CHUNK` numbers, of `width` each."""
-    size = max(1, CHUNK // width)
+    return _slices(count, max(1, CHUNK // width))
+
+
+def _slices(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
