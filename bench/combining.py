@@ -36,6 +36,7 @@ from torch import Tensor
 
 import gossamer as gs
 from bench.common import ROOT, Row, report
+from bench.serve import dtypes
 from gossamer.files.atomic import write_json
 from gossamer.models import data_file
 
@@ -77,7 +78,7 @@ def measure() -> list[Row]:
         sys.exit(0)  # `make bench` goes on with the others
     for name in (BASE, "reviews"):
         gs.fetch(name)
-    model, tokenizer = gs.load_base(BASE)
+    model, tokenizer = gs.load_base(BASE, dtype=dtypes()[0])
     return compared(model, tokenizer, tasks(), WORK, STEPS)
 
 
@@ -265,6 +266,6 @@ if __name__ == "__main__":
         "combining",
         "What is left of four adapters once they are one?",
         measure,
-        f"SmolLM2-135M, float32, r={RANK} on every linear module, {STEPS} steps of {BATCH} rows a task; "
+        f"SmolLM2-135M, {dtypes()[0]}, r={RANK} on every linear module, {STEPS} steps of {BATCH} rows a task; "
         f"{EVAL_ROWS} held-out rows a task.",
     )

@@ -17,7 +17,7 @@ import torch
 
 import gossamer as gs
 from bench.common import Row, interleaved, report
-from bench.serve import BASE, MOST, PROMPT, TARGETS, _adapter
+from bench.serve import BASE, MOST, PROMPT, TARGETS, _adapter, dtypes
 from gossamer.serving import Engine, Limits, Request, Sampling
 
 MANY, ROUNDS, MEMORY = 1000, 15, 128 * 2**20
@@ -26,7 +26,7 @@ MANY, ROUNDS, MEMORY = 1000, 15, 128 * 2**20
 def measure() -> list[Row]:
     """Steps, then the thousand."""
     gs.fetch(BASE)
-    model, tokenizer = gs.load_base(BASE, dtype=torch.float32)
+    model, tokenizer = gs.load_base(BASE, dtype=dtypes()[0])
     with tempfile.TemporaryDirectory() as folder:
         names = _folders(model, Path(folder))
         sources = {name: Path(folder) / name for name in names}
@@ -106,4 +106,9 @@ def _firsts(engine: Engine, names: list[str]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    report("store", "What do a thousand registered adapters cost?", measure)
+    report(
+        "store",
+        "What do a thousand registered adapters cost?",
+        measure,
+        f"SmolLM2-135M, r=8 at q and v, {dtypes()[0]}.",
+    )

@@ -96,6 +96,7 @@ def load_base(base: str, shape: str | None, dtype: torch.dtype) -> tuple[Any, Pr
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if shape:
         config = LlamaConfig(max_position_embeddings=8192, rope_theta=500000.0, **SHAPES[shape])  # pyright: ignore[reportCallIssue]
+        torch.manual_seed(0)
         with torch.device(device):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return model.requires_grad_(False), tiny_tokenizer()

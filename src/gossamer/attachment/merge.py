@@ -12,6 +12,7 @@ in bfloat16, ten cycles of add and subtract move weights by 5e-3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,6 @@ from gossamer.attachment.frozen import parameters_of
 from gossamer.attachment.host import Host, require_host
 from gossamer.attachment.site import Active, Site
 from gossamer.errors import NonFiniteError, SharedWeightError, StateError, UnsupportedError
-from gossamer.methods.base import wide
 
 Change = tuple[str, str, Tensor]
 """Path of a module, name of its parameter, the parameter's new value."""
@@ -112,8 +112,8 @@ class Group:
         return None if self._rows(site, weight.detach(), slice(0)) is None else f"{site.path}.weight".lstrip(".")
 
     @torch.no_grad()
-    def rows(self, nbytes: int = 1 << 22) -> Iterator[Tensor]:
-        """The new weight of `row_wise`, checked, in blocks of rows that fit a cache: nothing large is allocated.
+    def rows(self, nbytes: int = 1 << 23) -> Iterator[Tensor]:
+        """The new weight of `row_wise`, checked, in blocks of rows of so many bytes: nothing large is allocated.
 
         Raises `NonFiniteError`.
         """
@@ -126,7 +126,7 @@ class Group:
             yield _finite(block, f"{site.path}.weight")
 
     def _rows(self, site: Site, weight: Tensor, rows: slice) -> Tensor | None:
-        block: Tensor | None = wide(weight[rows])
+        block: Tensor | None = weight[rows].to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for layer in site.standing(self.names):
             block = None if block is None else layer.merged_rows(block, rows)
         return block
@@ -145,7 +145,8 @@ class Group:
 
 
 def _finite(value: Tensor, where: str) -> Tensor:
-    if value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():
+    # NaN and infinity survive a sum, which is the cheapest look at all; one that only overflows is looked at again
+    if not math.isfinite(value.sum().item()) and not torch.isfinite(value).all():
         raise NonFiniteError("the merged weight would not be finite; nothing was merged", where=where)
     return value
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +42,8 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE, _PENDING = 1 << 23, 16
 """Bytes handed on at once, and how many such pieces may wait to be written."""
+_FLUSHED = 1 << 28
+"""Bytes after which the disk is asked to begin, so that it is not left idle until the end."""
 
 
 @dataclass
@@ -78,6 +81,17 @@ class Shard:
     def ahead(self, tensor: Tensor) -> None:
         """Let the system begin to read a view's pages."""
         self._advise(tensor, "MADV_WILLNEED")
+
+    def ahead_at(self, tensor: Tensor, places: Iterable[int]) -> None:
+        """Let the system begin to read single numbers of a view, all at once and nothing around them."""
+        self._advise(tensor, "MADV_RANDOM")
+        flat = tensor.reshape(-1)
+        for place in places:
+            self._advise(flat[place : place + 1], "MADV_WILLNEED")
+
+    def in_order(self, tensor: Tensor) -> None:
+        """Let the system read on from where a view is read, as it does by itself."""
+        self._advise(tensor, "MADV_NORMAL")
 
     def _advise(self, tensor: Tensor, what: str) -> None:
         start = tensor.data_ptr() - self._address
@@ -141,7 +155,7 @@ def write_shard(
     values: Iterable[Iterator[Tensor]],
     written: Callable[[Tensor], None] = lambda piece: None,
 ) -> str:
-    """Write a safetensors file, and return its sha256. Writing runs beside whatever computes the next values.
+    """Write a safetensors file, and return its sha256. Both run beside whatever computes the next values.
 
     Args:
         values: for each tensor of the outline its values in flat pieces, one after the other, in their dtype.
@@ -150,21 +164,31 @@ def write_shard(
     header = outline.header()
     digest = hashlib.sha256(header)
     file.write(header)
+    flushed = file.tell()
 
-    def put(piece: Tensor) -> None:
-        data = piece.view(torch.uint8).numpy().data
-        digest.update(data)
+    def put(data: memoryview) -> None:
+        nonlocal flushed
         file.write(data)
+        if file.tell() - flushed > _FLUSHED:
+            flushed = file.tell()
+            flushing.submit(os.fdatasync, file.fileno())
+
+    pending: deque[tuple[Tensor, Future[None], Future[None]]] = deque()
+
+    def settle() -> None:
+        piece, *done = pending.popleft()
+        for one in done:
+            one.result()
         written(piece)
 
-    pending: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as writing, ThreadPoolExecutor(1) as flushing:
         for piece in _complete(outline, values):
-            pending.append(beside.submit(put, piece))
+            data = piece.view(torch.uint8).numpy().data
+            pending.append((piece, hashing.submit(digest.update, data), writing.submit(put, data)))
             if len(pending) > _PENDING:
-                pending.popleft().result()
-        for one in pending:
-            one.result()
+                settle()
+        while pending:
+            settle()
     return digest.hexdigest()
 
 

@@ -26,6 +26,7 @@ from gossamer.errors import DiskError, GossamerError, NonFiniteError, StateError
 from gossamer.files.atomic import TEMPORARY_SUFFIX, continued_folder, new_file, require_space, sha256_file, write_json
 from gossamer.files.folder import read_json
 from gossamer.files.shards import INDEX, Outline, Shard, pieces_of, write_shard
+from gossamer.models.device import keep_freed_memory
 from gossamer.models.mapped import Mapped, Place, mapped_model
 from gossamer.progress import Progress
 
@@ -83,6 +84,7 @@ def merge_streamed(
 
     Returns: {"modules", "files", "continued", "bytes", "rounding"}; see `merge_into_base`.
     """
+    keep_freed_memory()
     work = Work(base, groups, dtype, progress)
     with continued_folder(output) as folder:
         journal = folder / _JOURNAL

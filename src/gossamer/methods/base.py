@@ -141,7 +141,10 @@ class Layer(nn.Module):
         """
 
     def merged_rows(self, weight: Tensor, rows: slice) -> Tensor | None:
-        """`weight`, those rows of a linear module's, with this layer folded in; None where it changes more."""
+        """`weight`, a copy of those rows of a linear module's, with this layer folded in, in place where that is faster.
+
+        None, and the copy as it was, where the layer changes more than such rows.
+        """
         return None
 
     def replaces(self) -> list[str]:

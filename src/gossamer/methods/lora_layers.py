@@ -91,11 +91,8 @@ class FactorLayer(Layer):
         """`W + scaling * (B A - B0 A0)`; for a plain matrix in one pass over it, because memory is what that costs."""
         if weight.ndim != 2 or "start_A" in self._buffers:
             return weight + self.change()
-        return self._plainly_added_to(weight, slice(None))
-
-    def _plainly_added_to(self, weight: Tensor, rows: slice) -> Tensor:
         inner, outer = (factor.detach().to(weight.dtype) for factor in self.factors)
-        return torch.addmm(weight, outer[rows], inner, alpha=self.scaling)
+        return torch.addmm(weight, outer, inner, alpha=self.scaling)
 
 
 class LoRALayer(FactorLayer):
@@ -125,7 +122,8 @@ class LoRALayer(FactorLayer):
     def merged_rows(self, weight: Tensor, rows: slice) -> Tensor | None:
         if weight.ndim != 2 or self._buffers or "bias" in self._parameters:
             return None
-        return self._plainly_added_to(weight, rows)
+        inner, outer = (factor.detach().to(weight.dtype) for factor in self.factors)
+        return weight.addmm_(outer[rows], inner, alpha=self.scaling)
 
 
 class MatrixLoRA(ParameterLayer):

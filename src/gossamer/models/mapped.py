@@ -17,6 +17,7 @@ from gossamer.files.shards import Shard, shards_of
 from gossamer.models.load import LOCAL, as_base_error, model_class, require_exact, without_load_report
 from gossamer.models.scrutiny import read_config, require_plain_weights
 from gossamer.models.write import without_bars
+from gossamer.quant import sampled_places
 
 
 class Place(NamedTuple):
@@ -83,12 +84,22 @@ def mapped_model(folder: str | Path) -> Mapped:
         )
         require_exact(info, folder)
     mapped = Mapped(folder, model.eval(), shards, _places(model, shards))
+    vars(model)[NOTED] = fingerprint(model, _identities(mapped))
+    return mapped
+
+
+def _identities(mapped: Mapped) -> dict[str, tuple[tuple[int, ...], bytes]]:
+    """The identity of every parameter; a few pages of each are read, all at once."""
+    views = [(mapped.shards[place.file], mapped.stored(place)) for place in mapped.places.values()]
+    for shard, stored in views:
+        shard.ahead_at(stored, sampled_places(stored))
     seen = {}
-    for name, parameter in base_parameters(model):
+    for name, parameter in base_parameters(mapped.model):
         seen[name] = identity(parameter)
         mapped.forget(name)
-    vars(model)[NOTED] = fingerprint(model, seen)
-    return mapped
+    for shard, stored in views:
+        shard.in_order(stored)
+    return seen
 
 
 def _commonest(stored: dict[str, Tensor]) -> torch.dtype:

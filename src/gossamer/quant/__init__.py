@@ -2,7 +2,15 @@
 
 from gossamer.quant.backend import bitsandbytes, dequantize, quantize
 from gossamer.quant.formats import FORMATS, Format, Packed, packed_bytes
-from gossamer.quant.linear import QuantizedLinear, format_of, quantizable, quantize_model, quantized, sampled
+from gossamer.quant.linear import (
+    QuantizedLinear,
+    format_of,
+    quantizable,
+    quantize_model,
+    quantized,
+    sampled,
+    sampled_places,
+)
 
 __all__ = [
     "FORMATS",
@@ -18,4 +26,5 @@ __all__ = [
     "quantize_model",
     "quantized",
     "sampled",
+    "sampled_places",
 ]

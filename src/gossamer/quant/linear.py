@@ -243,8 +243,13 @@ def quantize_model(model: nn.Module, quant: str, skip: Collection[str] = ()) -> 
     return model
 
 
+def sampled_places(weight: Tensor) -> range:
+    """Where the values lie that `sampled` looks at."""
+    return range(0, weight.numel(), max(1, weight.numel() // _SAMPLES))[:_SAMPLES]
+
+
 def sampled(weight: Tensor) -> bytes:
     """32 values spread over a tensor, as bfloat16: what tells one weight from another whatever it is stored as."""
-    flat = weight.detach().reshape(-1)
-    picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16)
+    places = sampled_places(weight)
+    picked = weight.detach().reshape(-1)[:: places.step][: len(places)].to(torch.bfloat16)
     return picked.view(torch.int16).cpu().numpy().tobytes()
