@@ -141,7 +141,7 @@ class Layer(nn.Module):
         """
 
     def merged_rows(self, weight: Tensor, rows: slice) -> Tensor | None:
-        """`weight`, a copy of those rows of a linear module's, with this layer folded in, in place where that is faster.
+        """`weight`, a copy of those rows of a linear module's, with this layer folded in, maybe in place.
 
         None, and the copy as it was, where the layer changes more than such rows.
         """
