@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 SAMPLES = 64
 """Numbers of each changed parameter that are looked at again once they are on the disk."""
 _JOURNAL = "gossamer-journal"
+_READ_IN = 1 << 27
+"""Bytes of the largest tensor that is read into memory before its turn."""
 
 
 def stand(base: Mapped, adapters: Sequence[Adapter], *, force_base: bool = False) -> list[Group]:
@@ -130,15 +133,17 @@ class Work:
         if self.progress:
             self.progress.start(sum(len(shard.tensors) for shard in shards.values()), "merging")
         records = {}
+        reading = ThreadPoolExecutor(1)
         try:
             for file in files:
                 sampled: dict[str, dict[str, list[float]]] = {}
-                values = (self._pieces(Place(file, name), sampled) for name in shards[file].tensors)
+                values = (self._pieces(Place(file, name), sampled, reading) for name in shards[file].tensors)
                 with new_file(folder / file, needed=outlines[file].nbytes) as opened:
                     digest = write_shard(opened, outlines[file], values, shards[file].forget)
                 records[file] = {"sha256": digest, "bytes": outlines[file].nbytes, "sampled": sampled}
                 write_json(journal / f"{file}.json", records[file])
         finally:
+            reading.shutdown(cancel_futures=True)
             if self.progress:
                 self.progress.finish()
         return records
@@ -152,10 +157,10 @@ class Work:
         return self.dtype if self.dtype and stored.is_floating_point() else stored.dtype
 
     @torch.no_grad()
-    def _pieces(self, place: Place, sampled: dict[str, dict[str, list[float]]]) -> Iterator[Tensor]:
+    def _pieces(self, place: Place, sampled: dict[str, dict[str, list[float]]], reading: Executor) -> Iterator[Tensor]:
         """What becomes of a stored tensor, in flat pieces of the dtype it is written in."""
         shard, stored = self.base.shards[place.file], self.base.stored(place)
-        self._look_ahead(shard, place.name)
+        self._look_ahead(shard, place.name, reading)
         changed, places = self._changed(place), _sampled(stored.numel())
         wanted: list[float] = []
         start = 0
@@ -192,11 +197,15 @@ class Work:
             self.waiting.pop(self.base.places[name], None)
         self.base.forget(*group.parameters())
 
-    def _look_ahead(self, shard: Shard, name: str) -> None:
+    def _look_ahead(self, shard: Shard, name: str, reading: Executor) -> None:
+        """Let the next few tensors be read; of those that are not very large, the next one into memory."""
         names = [*shard.tensors]
         here = names.index(name)
-        for following in names[here + 1 : here + 5]:
-            shard.ahead(shard.tensors[following])
+        following = [shard.tensors[one] for one in names[here + 1 : here + 5]]
+        for one in following:
+            shard.ahead(one)
+        if following and following[0].nbytes <= _READ_IN:
+            reading.submit(shard.read_in, following[0])
 
 
 def _samples(tensor: Tensor) -> list[float]:
