@@ -40,8 +40,8 @@ from bench.serve import dtypes
 from gossamer.files.atomic import write_json
 from gossamer.models import data_file
 
-BASE, RANK, STEPS, BATCH, LR = "smollm2-135m", 8, 80, 8, 1e-3
-TRAIN_ROWS, CHOICE_ROWS, EVAL_ROWS = 640, 24, 100
+BASE, RANK, STEPS, BATCH, LR = "smollm2-135m", 8, 60, 8, 1e-3
+TRAIN_ROWS, CHOICE_ROWS, EVAL_ROWS = 480, 24, 80
 SCALES = (1.0, 2.0, 4.0)
 """Of the mean of the four; the last is their sum."""
 METHODS: dict[str, dict[str, Any]] = {
