@@ -80,7 +80,10 @@ class RowCache:
     @torch.inference_mode()
     def keep(self, row: int, tokens: int) -> KeptRow:
         """A copy of a row's first tokens, no larger than they are."""
-        return KeptRow(tuple(self._first(one, row, tokens).clone() for one in self._each()), self.axis - 1)
+        parts = [self._first(one, row, tokens) for one in self._each()]
+        flat = torch.cat([part.reshape(-1) for part in parts])  # one piece of memory, that leaves no holes when it goes
+        pieces = flat.split([part.numel() for part in parts])
+        return KeptRow(tuple(one.view(part.shape) for one, part in zip(pieces, parts, strict=True)), self.axis - 1)
 
     @torch.inference_mode()
     def give(self, row: int, kept: KeptRow, tokens: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ class Loaded:
     size: int
     number: int = field(default_factory=itertools.count().__next__)
 
+    @property
+    def facts(self) -> Loaded:
+        """What is known of it, without its tensors."""
+        return replace(self, stacks={})
+
 
 @dataclass(eq=False)
 class Version:
@@ -57,7 +62,7 @@ class Version:
 
     Attributes:
         holders: requests that wait for it or use it.
-        requests: how many have asked for it. loads: how often it was read.
+        requests: how many have asked for it. loads: how often it was read. last: what is known since, without tensors.
     """
 
     name: str
@@ -141,7 +146,7 @@ class Store:
         """Let the adapter's name mean it from now on."""
         future: Future[Loaded] = Future()
         future.set_result(loaded)
-        self._mean(Version(loaded.name, loaded.source, future, loads=1, last=loaded))
+        self._mean(Version(loaded.name, loaded.source, future, loads=1, last=loaded.facts))
 
     def unregister(self, name: str) -> None:
         """Forget a name; requests that use the adapter go on. Raises `UsageError` for one that is not known."""
@@ -201,12 +206,13 @@ class Store:
         """The adapter of a version that is ready; raises what reading it raised, and lets it be read again."""
         assert version.future is not None
         try:
-            version.last = version.future.result()
+            found = version.future.result()
         except Exception:
             version.future = None
             self.resident.pop(version, None)
             raise
-        return version.last
+        version.last = found.facts
+        return found
 
     def wait(self, seconds: float) -> None:
         """Until something that is being read is there."""
