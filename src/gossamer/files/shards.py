@@ -47,6 +47,7 @@ _POPULATE_READ = 22
 _madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 if _madvise is not None:
     _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_flush = getattr(os, "fdatasync", os.fsync)  # macOS and Windows have the second alone
 _PIECE, _PENDING = 1 << 23, 16
 """Bytes handed on at once, and how many such pieces may wait to be written."""
 _FLUSHED = 1 << 28
@@ -184,7 +185,7 @@ def write_shard(
         file.write(data)
         if file.tell() - flushed > _FLUSHED:
             flushed = file.tell()
-            flushing.submit(os.fdatasync, file.fileno())
+            flushing.submit(_flush, file.fileno())
 
     pending: deque[tuple[Tensor, Future[None], Future[None]]] = deque()
 
