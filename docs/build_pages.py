@@ -1,4 +1,4 @@
-"""Writes the generated pages (the command's help, the errors' index, the methods) and checks every link.
+"""Writes the generated pages (help, errors' index, methods, the README's comparisons) and checks every link.
 
 python docs/build_pages.py            write what is stale, report broken links
 python docs/build_pages.py --check    write nothing; exit 1 when something is stale or broken
@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+import build_figures
 import build_methods
 
 from gossamer import errors
@@ -130,7 +131,11 @@ def without_code(page: Path, *, spans: bool = True) -> str:
 
 # ------------------------------------------------------------------------------------------------------------------
 
-PAGES = {DOCS / "cli.md": command_page, DOCS / "errors" / "index.md": error_page} | build_methods.pages()
+PAGES = {
+    DOCS / "cli.md": command_page,
+    DOCS / "errors" / "index.md": error_page,
+    build_figures.README: build_figures.readme,
+} | build_methods.pages()
 
 
 def orphans() -> list[Path]:
