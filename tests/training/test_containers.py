@@ -127,3 +127,55 @@ def test_faults_list_twenty_and_count_the_rest():
     assert "rows.jsonl:20: wrong" in str(caught.value)
     assert "rows.jsonl:21: wrong" not in str(caught.value)
     assert "and 10 more" in str(caught.value)
+
+
+WRAPPED = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_rows_wrapped_in_an_object_are_read_and_it_is_said(tmp_path: Path, indent: int | None, suffix: str):
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(json.dumps({"version": 1, "data": WRAPPED, "tags": ["x"]}, indent=indent))
+    table = read(path)
+    assert table.container == "json, the list 'data'"
+    assert table.records == [(1, WRAPPED[0]), (2, WRAPPED[1])]
+
+
+TURNS = [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"train": WRAPPED, "test": WRAPPED}, "the file is one object with several lists: train, test"),
+        (WRAPPED[0], "the file is one object with the fields prompt, completion"),
+        ({"messages": TURNS}, "the file is one object with the fields messages"),
+        ({"prompt": ["a"], "completion": ["b"]}, "the file is one object with the fields prompt, completion"),
+        ({}, "no rows"),
+    ],
+)
+def test_an_object_over_several_lines_is_one_error(tmp_path: Path, value: dict, reason: str):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(value, indent=2) if value else "{\n}")
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert reason in str(caught.value) or (not value and "fields of nothing" in str(caught.value))
+    assert str(caught.value).count("\n  - ") == 1
+
+
+@pytest.mark.parametrize("ends", ["", "]", ', "x": 1, "x": 2}'])
+def test_pretty_printed_lines_and_broken_objects_are_one_error(tmp_path: Path, ends: str):
+    path = tmp_path / "rows.jsonl"
+    pretty = json.dumps(WRAPPED[0], indent=2)
+    path.write_text(f"{pretty}\n" * 3 if not ends else pretty[:-2] + ends)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert str(caught.value).count("\n  - ") == 1
+    assert ends or "the object goes on for 4 lines" in str(caught.value)
+
+
+def test_a_lone_row_on_one_line_is_a_row(tmp_path: Path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"messages": TURNS, "tools": [{"name": "f"}]}))
+    assert read(path).records == [(1, {"messages": TURNS, "tools": [{"name": "f"}]})]

@@ -29,6 +29,8 @@ LONGEST_LINE = 16 * 2**20
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """How the names of data files end, and what is in them."""
 _JSON_COLUMNS = ("messages", "conversations")  # CSV cells hold text only; lists of turns are written into them as JSON
+_TURN_LISTS = (*_JSON_COLUMNS, "prompt", "completion", "tools", "functions", "history", "chosen", "rejected")
+"""Lists that belong to one row; any other list of objects in a lone object is a list of rows."""
 _WIDE_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32-LE begins as UTF-16-LE does
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -80,7 +82,11 @@ def read_table(path: str | Path, faults: Faults) -> Table:
     if container != "parquet" and (data.startswith(_WIDE_ENCODINGS) or b"\0" in data[:4]):
         raise DataError("the file is not UTF-8", where=str(path), got="UTF-16 or UTF-32", expected="UTF-8",
                         hint="convert it, for example with: iconv -f UTF-16 -t UTF-8")  # fmt: skip
-    records = list(_READERS[container](data, faults))
+    wrapped = _object_over_lines(data, faults) if container == "jsonl" else None
+    if wrapped:
+        container, records = wrapped
+    else:
+        records = list(_READERS[container](data, faults)) if wrapped is None else []
     if not records and not faults.found:
         raise DataError("the file holds no rows", where=str(path), got=f"{len(data):,} bytes")
     return Table(str(path), container, hashlib.sha256(data).hexdigest(), records)
@@ -137,6 +143,42 @@ def _read_jsonl(data: bytes, faults: Faults) -> Iterator[tuple[int, dict[str, An
     for number, text in _lines(data, faults):
         if text.strip() and (record := _record(text.rstrip(), number, faults)) is not None:
             yield number, record
+
+
+def _object_over_lines(data: bytes, faults: Faults) -> tuple[str, list[tuple[int, dict[str, Any]]]] | tuple[()] | None:
+    """The rows of a file that is one JSON object, in the one list that it holds beside no fields of a row.
+
+    None for proper JSON Lines, and where the object cannot be read; `()`, with one fault noted, for objects that are
+    written over several lines each, or one in which it is not clear what the rows are.
+    """
+    first = next(filter(None, map(bytes.strip, data[:LONGEST_LINE].splitlines())), b"").removeprefix(codecs.BOM_UTF8)
+    single = first == data.removeprefix(codecs.BOM_UTF8).strip()  # rows may be wrapped in one line, too
+    if (first.endswith(b"}") and not single) or len(first) > LONGEST_LINE:
+        return None
+    try:
+        text = data.decode("utf-8-sig")
+        value, end = _STRICT.raw_decode(text, _after_space(text, 0))
+    except (ValueError, RecursionError) as error:
+        if first != b"{":  # no line of JSON Lines, so the file is an object that is not right
+            return None
+        faults.add(1, _json_reason(error))
+        return ()
+    if not isinstance(value, dict):
+        return None
+    lists = [key for key, inner in value.items() if inner and isinstance(inner, list) and isinstance(inner[0], dict)]
+    rows = [key for key in lists if key not in _TURN_LISTS]
+    if text[end:].strip():
+        lines = text.count("\n", 0, end) + 1
+        faults.add(1, f"the object goes on for {lines} lines; JSON Lines has one object a line, JSON an array of them")
+        return ()
+    if len(rows) == len(lists) == 1:
+        source = json.dumps(value[rows[0]])  # read again, strictly and element by element
+        return f"json, the list {rows[0]!r}", list(_read_json(source.encode(), faults))
+    if single:
+        return None
+    found = f"several lists: {', '.join(rows)}" if len(rows) > 1 else f"the fields {', '.join(value) or 'of nothing'}"
+    faults.add(1, f"the file is one object with {found}; a .json data file holds an array of objects, one for each row")
+    return ()
 
 
 def _read_json(data: bytes, faults: Faults) -> Iterator[tuple[int, dict[str, Any]]]:
