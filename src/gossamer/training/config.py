@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,6 +29,14 @@ Task = Literal["sft", "classify"]
 
 def _as_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _as_day(value: Any) -> Any:
+    """YAML reads a bare 2026-12-31 as a date."""
+    try:
+        return date.fromisoformat(str(value)).isoformat()
+    except ValueError:
+        raise PydanticCustomError("date", "must be a day such as 2026-12-31") from None
 
 
 def _positive_or_auto(value: Any) -> Any:
@@ -57,6 +66,8 @@ class DataFiles(Spec):
     """messages, sharegpt, alpaca, prompt-completion or text; found by the columns when None."""
     chat_template: StrictBool = True
     """Whether chats go through the tokenizer's own template, if it has one."""
+    date: Annotated[StrictStr, BeforeValidator(_as_day)] | None = None
+    """The day that a chat template is told which writes today's date; the day the run began when None."""
 
 
 def _as_files(value: Any) -> Any:
@@ -109,7 +120,8 @@ class LoopConfig(Spec):
     max_length: Annotated[StrictInt, Field(ge=2)] = 1024
     """Longest row in tokens."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """What becomes of longer rows; truncate takes from the left of the prompt, never from an answer."""
+    """What becomes of longer rows; truncate leaves out a chat's earliest turns, or takes from the left of a prompt,
+    and never shortens an answer."""
     eval_every: Count | None = None
     """Steps between evaluations during training, besides the ones before and after it."""
     patience: Count | None = None
@@ -226,6 +238,10 @@ class RunConfig(Spec):
         Raises `SpecError` with all faults at once, each with `file:line:column` or its flag.
         """
         return Draft.read(path, overrides).config()
+
+    def told(self, day: str | None) -> RunConfig:
+        """The config with the day that the chat template was told, if any, so that a resumed run tells it again."""
+        return self if day is None else self.model_copy(update={"data": self.data.model_copy(update={"date": day})})
 
     def to_yaml(self) -> str:
         """YAML text of every setting, defaults included; `read` gives the same value back."""

@@ -199,6 +199,7 @@ def _questions(
             hint=nearest(strangers[0], labels),
         )
     options = {"add_eos": tokenizer.eos_token is not None, "chat_template": encoding.get("chat_template", True)}
+    options |= {"date": encoding.get("date")}
     by_place = {row.where: row for row in rows}
     shared = label_ids(labels, tokenizer, rows[0], **options)
     questions = []

@@ -4,41 +4,33 @@
 | ----------------- | ----------------------------------------------------------------------- |
 | messages          | `messages`: a list of `{"role", "content"}` (OpenAI)                    |
 | sharegpt          | `conversations`: a list of `{"from", "value"}`                          |
-| alpaca            | `instruction`, `output` and, if there is one, `input`                   |
-| prompt-completion | `prompt`, `completion`: joined as they are, nothing added between them  |
+| alpaca            | `instruction`, `output` and, if there are any, `input` and `history`    |
+| prompt-completion | `prompt`, `completion`: joined as they are; or two lists of turns (TRL) |
 | text              | `text`: all of it is learned                                            |
 
-The format is found by the columns of the file, never guessed from their values. A turn may say `"weight": 0` or
-`"train": false` to be read but not learned. Columns that no format uses are named by `Rows.describe`; fields of a
-*turn* that would be lost (tool calls, say) are refused.
+Beside turns, `system` is the text before them and `tools` what the model may call. The format is found by the columns
+of the file, never guessed from their values. A turn may say `"weight": 0` or `"train": false` to be read but not
+learned. Columns that no format uses are named by `Rows.describe`; a row in which one of them says what is to be learned
+(`images`, `chosen`, `"label": false`: see `columns`) is refused, and so is a field of a *turn* that would be lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gossamer.errors import DataError, nearest
+from gossamer.training.columns import HISTORY, SYSTEM, TOOLS, Carrying, is_empty, rename_hint
 from gossamer.training.containers import Faults, kind_of, read_table
-
-ROLES = ("system", "user", "assistant")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+from gossamer.training.turns import BadRow, Fields, Turn, read_tools, read_turns
 
 _ALPACA_TASK = "Below is an instruction that describes a task"
 _ALPACA_PAIRED = ", paired with an input that provides further context"
 _ALPACA_REQUEST = ". Write a response that appropriately completes the request."
 
 _UNUSABLE = "the file has rows that cannot be used"
-
-
-class Turn(NamedTuple):
-    """One turn of a chat; `supervised` says whether its text is learned."""
-
-    role: str
-    text: str
-    supervised: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +47,13 @@ class Row:
     prompt: str = ""
     completion: str = ""
     text: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
+    """What the chat template is told that the model may call: JSON schemas of functions."""
+
+    def texts(self) -> Iterator[str]:
+        """Every text of the row."""
+        yield from (self.prompt, self.completion, self.text)
+        yield from (turn.text for turn in self.turns)
 
     @property
     def label(self) -> str:
@@ -102,13 +101,17 @@ def read_rows(path: str | Path, *, format: str | None = None) -> Rows:
     table = read_table(path, faults)
     columns = list(dict.fromkeys(column for _, record in table.records for column in record))
     chosen = FORMATS[format or _detect(columns, faults)]
+    carrying = Carrying(columns, (*chosen.required, *chosen.optional), chosen.name)
     rows = []
     for number, record in table.records:
         try:
-            rows.append(chosen.build(_Fields(record), f"{path}:{number}"))
-        except _BadRow as bad:
+            row = chosen.build(Fields(record), f"{path}:{number}")
+            if carrying and (fault := carrying.fault(record, row.texts())):
+                raise BadRow(fault)
+            rows.append(row)
+        except BadRow as bad:
             faults.add(number, str(bad))
-    faults.check(_UNUSABLE)
+    faults.check(_UNUSABLE, hint=carrying.hint)
     unused = tuple(column for column in columns if column not in (*chosen.required, *chosen.optional))
     return Rows(table.path, table.container, chosen.name, table.digest, tuple(rows), unused)
 
@@ -117,8 +120,11 @@ def labels(rows: Iterable[Row]) -> tuple[str, ...]:
     """The distinct labels of a classification set, sorted. Raises `DataError` if there are fewer than two."""
     found = tuple(sorted({row.label for row in rows}))
     if len(found) < 2 or "" in found:
-        raise DataError("a classifier needs rows with at least two different labels", got=f"{list(found)}",
-                        hint="the label is the completion of a row, or a chat's last turn")  # fmt: skip
+        plain = found == ("",)
+        got = "texts without a label" if plain else f"{list(found)}"
+        renamed = "name the column of the text 'prompt' and that of the label 'completion'; " if plain else ""
+        raise DataError("a classifier needs rows with at least two different labels", got=got,
+                        hint=f"{renamed}the label is the completion of a row, or a chat's last turn")  # fmt: skip
     return found
 
 
@@ -127,105 +133,93 @@ def _detect(columns: list[str], faults: Faults) -> str:
     if len(fitting) == 1:
         return fitting[0]
     faults.check(_UNUSABLE)  # a column may be missing because its rows could not be read
-    known = {column for one in FORMATS.values() for column in (*one.required, *one.optional)}
-    similar = {column: nearest(column, known, count=1) for column in columns if column not in known}
-    hints = [f"{column!r}: {hint}" for column, hint in similar.items() if hint]
+    known = {column for one in FORMATS.values() for column in (*one.required, "input")}
     raise DataError(
         f"the columns fit {' and '.join(fitting)}" if fitting else "the columns fit no known data format",
         where=faults.path, got=f"columns: {', '.join(columns) or 'none'}",
         expected="; ".join(f"{one.name}: {', '.join(one.required)}" for one in FORMATS.values()),
-        hint="choose one with format=..." if fitting else "; ".join(hints),
+        hint="choose one with format=..." if fitting else rename_hint(columns, known),
     )  # fmt: skip
 
 
-class _BadRow(ValueError):
-    """The reason why a row cannot be used."""
-
-
-class _Fields:
-    """A record whose fields are asked for by name and type. A null field is an absent one, as Parquet writes it."""
-
-    def __init__(self, record: Any, label: str = "") -> None:
-        if not isinstance(record, Mapping):
-            raise _BadRow(f"{label}must be an object, got {kind_of(record)}")
-        self.given = {name: value for name, value in record.items() if value is not None}
-        self.null = set(record) - set(self.given)
-        self.label = label
-
-    def text(self, name: str, *, optional: bool = False) -> str:
-        """A field that holds text which a tokenizer can take; empty only where it is optional."""
-        if name not in self.given:
-            if optional:
-                return ""
-            found = "is null" if name in self.null else f"is missing; found {', '.join(self.given) or 'no fields'}"
-            raise _BadRow(f"{self.label}{name!r} {found}")
-        value = self.given[name]
-        if not isinstance(value, str):
-            raise _BadRow(f"{self.label}{name!r} must be text, got {kind_of(value)}")
-        if not optional and not value.strip():
-            raise _BadRow(f"{self.label}{name!r} is empty")
-        if "\0" in value:
-            raise _BadRow(f"{self.label}{name!r} holds a NUL character at position {value.index(chr(0))}")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise _BadRow(f"{self.label}{name!r} holds half a surrogate pair at position {error.start}") from None
-        return value
-
-    def turns(self, name: str) -> list[Any]:
-        """A field that holds a list of turns."""
-        if name not in self.given:
-            return [self.text(name)]  # says that it is missing, or null
-        value = self.given[name]
-        if not isinstance(value, list) or not value:
-            raise _BadRow(f"{name!r} must be a list of turns, got {kind_of(value) if value != [] else 'an empty list'}")
-        return value
-
-
-def _chat(list_field: str, role_field: str, text_field: str) -> Callable[[_Fields, str], Row]:
+def _chat(list_field: str, role_field: str, text_field: str) -> Callable[[Fields, str], Row]:
     """The builder for a list of turns under the given field names."""
 
-    def build(record: _Fields, where: str) -> Row:
-        turns = tuple(
-            _turn(_Fields(entry, f"turn {number}: "), role_field, text_field)
-            for number, entry in enumerate(record.turns(list_field), start=1)
-        )
-        if not any(turn.role == "assistant" for turn in turns):
-            raise _BadRow("no assistant turn, so there is nothing to learn")
-        if not any(turn.supervised for turn in turns):
-            raise _BadRow("every assistant turn is switched off by its weight, so there is nothing to learn")
-        return Row(where, turns=turns)
+    def build(record: Fields, where: str) -> Row:
+        return _chat_row(record, where, read_turns(record.turns(list_field), role_field, text_field))
 
     return build
 
 
-def _turn(entry: _Fields, role_field: str, text_field: str) -> Turn:
-    lost = sorted(set(entry.given) - {role_field, text_field, "weight", "train"})
-    if lost:
-        known = f"{role_field!r}, {text_field!r}, 'weight' and 'train'"
-        raise _BadRow(f"{entry.label}{', '.join(map(repr, lost))} would be lost; a turn has {known}")
-    role = entry.text(role_field)
-    role = _SHAREGPT_ROLES.get(role, role) if role_field == "from" else role
-    if role not in ROLES:
-        hint = nearest(role, (*ROLES, *_SHAREGPT_ROLES) if role_field == "from" else ROLES)
-        raise _BadRow(f"{entry.label}unknown role {role!r}{'; ' + hint if hint else ''} (known: {', '.join(ROLES)})")
-    switches = {name: entry.given[name] for name in ("weight", "train") if name in entry.given}
-    if wrong := [name for name, value in switches.items() if value not in (0, 1)]:  # false and true are 0 and 1
-        raise _BadRow(f"{entry.label}{wrong[0]!r} must be 0 or 1, got {kind_of(switches[wrong[0]])}")
-    if role != "assistant" and any(switches.values()):
-        raise _BadRow(f"{entry.label}only assistant turns are learned, but this {role} turn asks for it")
-    return Turn(role, entry.text(text_field), role == "assistant" and all(switches.values()))
+def _chat_row(record: Fields, where: str, turns: tuple[Turn, ...]) -> Row:
+    """A chat with the system text and the tools that stand beside it. Raises `BadRow` if it teaches nothing."""
+    if not any(turn.role == "assistant" for turn in turns):
+        raise BadRow("no assistant turn, so there is nothing to learn")
+    if not any(turn.supervised for turn in turns):
+        raise BadRow("every assistant turn is switched off by its weight, so there is nothing to learn")
+    return Row(where, turns=_with_system(record, turns), tools=read_tools(record, TOOLS))
 
 
-def _alpaca(record: _Fields, where: str) -> Row:
-    """The prompt is Stanford Alpaca's, word for word; a chat template gets instruction and input as one user turn."""
+def _with_system(record: Fields, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    name = record.one_of(SYSTEM)
+    if not name:
+        return turns
+    system = Turn("system", record.text(name), False)
+    if turns[0].role != "system":
+        return (system, *turns)
+    if turns[0].text.strip() == system.text.strip():
+        return turns
+    raise BadRow(f"{name!r} and the system turn say different things; only one may stand before the chat")
+
+
+def _alpaca(record: Fields, where: str) -> Row:
+    """The prompt is Stanford Alpaca's, word for word; a chat template gets instruction and input as one user turn.
+
+    A system text takes the place of the prompt's first sentences, as in LLaMA-Factory, and earlier turns are learned
+    too, as there. Earlier turns and tools have no place in the plain form, so such a row is a chat only.
+    """
     instruction, output = record.text("instruction"), record.text("output")
-    given = record.text("input", optional=True)
-    head = _ALPACA_TASK + (_ALPACA_PAIRED if given else "") + _ALPACA_REQUEST
-    sections = [f"### Instruction:\n{instruction}", *([f"### Input:\n{given}"] if given else []), "### Response:"]
+    given = "" if is_empty(record.given.get("input")) else record.text("input")
     question = f"{instruction}\n\n{given}" if given else instruction
-    turns = (Turn("user", question, False), Turn("assistant", output, True))
-    return Row(where, turns=turns, prompt="\n\n".join([head, *sections]), completion=output)
+    turns = (*_history(record), Turn("user", question, False), Turn("assistant", output, True))
+    row = _chat_row(record, where, turns)
+    if len(turns) > 2 or row.tools:
+        return row
+    head = _ALPACA_TASK + (_ALPACA_PAIRED if given else "") + _ALPACA_REQUEST
+    head = row.turns[0].text if row.turns[0].role == "system" else head
+    sections = [f"### Instruction:\n{instruction}", *([f"### Input:\n{given}"] if given else []), "### Response:"]
+    return replace(row, prompt="\n\n".join([head, *sections]), completion=output)
+
+
+def _history(record: Fields) -> Iterator[Turn]:
+    """Earlier turns: a list of `[question, answer]`."""
+    if not record.one_of(HISTORY):
+        return
+    pairs = record.parsed("history")
+    for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs], start=1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow(f"'history': entry {number} must be [question, answer], got {kind_of(pair)}")
+        texts = Fields(dict(zip(("question", "answer"), pair, strict=True)), f"'history': entry {number}: ")
+        yield Turn("user", texts.text("question"), False)
+        yield Turn("assistant", texts.text("answer"), True)
+
+
+def _prompt_completion(record: Fields, where: str) -> Row:
+    """Two texts, or TRL's conversational form: two lists of turns, of which the second is learned."""
+    prompt, completion = (record.given.get(name) for name in ("prompt", "completion"))
+    turns = [
+        isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) for value in (prompt, completion)
+    ]
+    if not all(turns):
+        row = Row(where, prompt=record.text("prompt"), completion=record.text("completion"))
+        if name := record.one_of(SYSTEM) or record.one_of(TOOLS):
+            raise BadRow(f"{name!r} would be lost: two texts are joined as they are; "
+                         "write it into the prompt, or both as lists of turns")  # fmt: skip
+        return row
+    before, answer = read_turns(record.turns("prompt")), read_turns(record.turns("completion"))
+    if any(turn.role != "assistant" and turn.role != "tool" for turn in answer):
+        raise BadRow("'completion' holds a turn that is not the assistant's")
+    return _chat_row(record, where, (*(turn._replace(supervised=False) for turn in before), *answer))
 
 
 class Format(NamedTuple):
@@ -234,17 +228,16 @@ class Format(NamedTuple):
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    build: Callable[[_Fields, str], Row]
+    build: Callable[[Fields, str], Row]
 
 
 FORMATS: dict[str, Format] = {
     one.name: one
     for one in (
-        Format("messages", ("messages",), (), _chat("messages", "role", "content")),
-        Format("sharegpt", ("conversations",), (), _chat("conversations", "from", "value")),
-        Format("alpaca", ("instruction", "output"), ("input",), _alpaca),
-        Format("prompt-completion", ("prompt", "completion"), (),
-               lambda record, where: Row(where, prompt=record.text("prompt"), completion=record.text("completion"))),
+        Format("messages", ("messages",), (*SYSTEM, *TOOLS), _chat("messages", "role", "content")),
+        Format("sharegpt", ("conversations",), (*SYSTEM, *TOOLS), _chat("conversations", "from", "value")),
+        Format("alpaca", ("instruction", "output"), ("input", *SYSTEM, *TOOLS, *HISTORY), _alpaca),
+        Format("prompt-completion", ("prompt", "completion"), (*SYSTEM, *TOOLS), _prompt_completion),
         Format("text", ("text",), (), lambda record, where: Row(where, text=record.text("text"))),
     )
 }  # fmt: skip

@@ -86,7 +86,8 @@ def train(
     settings = whole.train_config()
     refuse_unless_causal(model)
     with world.opened(lambda: open_run(settings.output, resume=resume)) as folder:
-        material = Material.read(settings, tokenizer, show.say)
+        began = world.first(folder.began)
+        material = Material.read(settings, tokenizer, show.say, model=model, began=began)
         refuse_misfits(model, material.examples)
         trainee = Trainee(model, name, running, whole, material, folder, show, resume, world=world)
         loop = Loop(model, tokenizer, [trainee], show, world=world)

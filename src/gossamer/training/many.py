@@ -129,11 +129,11 @@ class Materials:
         self.model, self.tokenizer = model, tokenizer
         self.known: dict[Any, Material] = {}
 
-    def read(self, settings: TrainConfig, show: Progress) -> Material:
-        """The rows of a config, encoded and checked. Raises `DataError`."""
-        key = (settings.data, settings.task, settings.max_length, settings.overlong, settings.eval_batch_size)
+    def read(self, settings: TrainConfig, show: Progress, began: str | None = None) -> Material:
+        """The rows of a config of a run begun on that day, encoded and checked. Raises `DataError`."""
+        key = (settings.data, settings.task, settings.max_length, settings.overlong, settings.eval_batch_size, began)
         if key not in self.known:
-            material = Material.read(settings, self.tokenizer, show.say)
+            material = Material.read(settings, self.tokenizer, show.say, model=self.model, began=began)
             refuse_misfits(self.model, material.examples)
             self.known[key] = material
         return self.known[key]
@@ -187,7 +187,7 @@ class _Room:
         show = _Named(self.show, name)
         resume = self.world.first(lambda: self.resume and Path(settings.output).is_dir())
         folder = self.folders.enter_context(self.world.opened(lambda: open_run(settings.output, resume=resume)))
-        material = self.materials.read(settings, show)
+        material = self.materials.read(settings, show, self.world.first(folder.began))
         attach(self.model, job.method, name, seed=settings.seed)
         whole = run_config(self.model, name, config)
         shared: dict[str, Any] = {"measured": self.measured, "world": self.world}

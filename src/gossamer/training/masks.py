@@ -6,16 +6,17 @@ and fitted to a length. A row that fails on the way is an error with its place a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, groupby
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from gossamer.errors import DataError
 from gossamer.training.containers import Faults
-from gossamer.training.formats import Row, Turn
+from gossamer.training.formats import Row
 from gossamer.training.pieces import Piece, Unprovable, Writer
-from gossamer.training.proof import decoded, proven, token_id
+from gossamer.training.proof import decoded, proven
+from gossamer.training.turns import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,8 @@ class Encoding(Sequence[Example]):
     """Where the rows stand that were too long and left out."""
     truncated: tuple[str, ...] = ()
     """Where the rows stand that were too long and cut."""
+    notes: tuple[str, ...] = ()
+    """What else is worth saying of the rows, such as `3 rows with a name that the chat template does not write`."""
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -77,7 +80,7 @@ class Encoding(Sequence[Example]):
         long = [f"; {count:,} longer than {self.max_length:,} {fate}" for fate, count in counts.items() if count]
         share = self.supervised / self.tokens
         return (f"{len(self):,} examples, {self.tokens:,} tokens, {self.supervised:,} of them supervised ({share:.1%})"
-                + "".join(long))  # fmt: skip
+                + "".join((*long, *(f"; {note}" for note in self.notes))))  # fmt: skip
 
 
 def encode(
@@ -88,11 +91,13 @@ def encode(
     add_eos: bool = True,
     chat_template: bool = True,
     on_overlong: Overlong = "error",
+    date: str | None = None,
 ) -> Encoding:
     """Tokenise rows and prove their loss masks.
 
     - A completion is learned with the EOS after it, its prompt is not.
-    - In a chat every supervised assistant turn is learned with its end-of-turn token; headers and other turns are not.
+    - In a chat every supervised assistant turn is learned with its end-of-turn token, and with the EOS where the
+      template writes it next; headers and other turns are not.
     - Plain text is learned whole, with EOS; a BOS that the tokenizer adds is not learned.
 
     Args:
@@ -101,34 +106,74 @@ def encode(
         max_length: tokens. No example is longer.
         add_eos: end completions and texts with EOS; off where only the label itself is to be scored.
         chat_template: write rows that have a plain form too (Alpaca) with the tokenizer's chat template, if it has one.
-        on_overlong: what becomes of longer rows: `"error"`; `"drop"`; or `"truncate"`, which takes tokens from the left
-            of the prompt (after BOS) and never from an answer, or from the end of plain text.
+        on_overlong: what becomes of longer rows: `"error"`; `"drop"`; or `"truncate"`. That leaves out the earliest
+            turns of a chat, whole, up to a user's turn, and keeps its system text and tools; takes tokens from the left
+            of a prompt (after BOS) without special tokens; or from the end of plain text. No turn is cut open and no
+            answer shortened: where that is not enough, the row is refused.
+        date: the day that a chat template is told, as `2026-12-31`; today when None.
 
     Raises `DataError` with every row whose mask cannot be proven or that does not fit, and if nothing is left to learn.
     """
     rows = list(rows)
     if not rows:
         raise DataError("there are no rows to encode")
-    writer = Writer(tokenizer, add_eos=add_eos, chat_template=chat_template)
-    faults = Faults()
-    written = [_written(row, writer, faults) for row in rows]
-    faults.check("these rows have no text that can be learned", hint=_template_hint(rows, writer))
-    tokens, reasons = proven(written, tokenizer)
+    writer = Writer(tokenizer, add_eos=add_eos, chat_template=chat_template, date=date)
+    leading = _leading_ids(tokenizer)
+    examples = _examples(rows, writer, leading)
+    notes = tuple(f"{count:,} rows {note}" for note, count in writer.notes.items())
+
+    def shorter(index: int) -> Example | None:
+        if writer.is_chat(rows[index]):
+            return _fewer_turns(rows[index], writer, leading, max_length)
+        filled = bool(rows[index].turns)  # a form whose beginning is as fixed as a template's
+        return None if filled else _shortened(examples[index], max_length, len(leading), {*tokenizer.all_special_ids})
+
+    return replace(_fitted(examples, max_length, shorter, on_overlong), notes=notes)
+
+
+def _examples(rows: list[Row], writer: Writer, leading: list[int]) -> list[Example]:
+    """Every row as tokens with its proven mask, of whatever length. Raises `DataError` with every fault."""
+    faults, hints = Faults(), dict[str, None]()
+    written = [_written(row, writer, faults, hints) for row in rows]
+    faults.check("these rows have no text that can be learned", hint="; ".join(hints))
+    tokens, reasons = proven(written, writer.tokenizer)
     for row, reason in zip(rows, reasons, strict=True):
         if reason:
             faults.at(row.where, reason)
     faults.check("the loss mask of these rows cannot be proven")
-    leading = _leading_ids(tokenizer)
     examples = []
     for row, pieces, ids in zip(rows, written, tokens, strict=True):
         before = [] if writer.is_chat(row) else leading
         flags = [piece.supervised for piece, part in zip(pieces, ids, strict=True) for _ in part]
         examples.append(Example([*before, *chain(*ids)], [*(False for _ in before), *flags], row.where))
-    return _fitted(examples, max_length, token_id(tokenizer.bos_token, tokenizer), on_overlong)
+    return examples
+
+
+def _fewer_turns(row: Row, writer: Writer, leading: list[int], max_length: int) -> Example | None:
+    """The chat without its earliest turns, as few of them as it takes; None if not even its last exchange fits.
+
+    It begins with a user's turn again, as templates want it, after the system turn if there is one.
+    """
+    first = int(row.turns[0].role == "system")
+    last = max(index for index, turn in enumerate(row.turns) if turn.supervised)
+    starts = [index for index in range(first + 1, last) if row.turns[index].role == "user"]
+    found: Example | None = None
+    while starts:
+        middle = len(starts) // 2
+        fewer = replace(row, turns=(*row.turns[:first], *row.turns[starts[middle] :]))
+        try:
+            (example,) = _examples([fewer], writer, leading)
+        except DataError:  # what the template makes of these turns cannot be proven
+            example = None
+        if example and len(example) <= max_length:
+            found, starts = example, starts[:middle]
+        else:
+            starts = starts[middle + 1 :]
+    return found
 
 
 def label_ids(labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, row: Row, *, add_eos: bool = False,
-              chat_template: bool = True) -> tuple[tuple[int, ...], ...]:  # fmt: skip
+              chat_template: bool = True, date: str | None = None) -> tuple[tuple[int, ...], ...]:  # fmt: skip
     """The token ids of each label as it continues the prompt of `row`, to compare their likelihoods.
 
     Raises `DataError` if two labels have the same tokens, or a label is not provable in that place.
@@ -137,10 +182,12 @@ def label_ids(labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, row: Ro
         raise DataError("plain text has no label to compare", where=row.where)
     last = max((index for index, turn in enumerate(row.turns) if turn.supervised), default=0)
     rows = [
-        Row(f"label {label!r}", _with_answer(row.turns, last, label), row.prompt, label if row.completion else "")
+        replace(row, where=f"label {label!r}", turns=_with_answer(row.turns, last, label),
+                completion=label if row.completion else "")
         for label in labels
-    ]
-    examples = encode(rows, tokenizer, max_length=2**31, add_eos=add_eos, chat_template=chat_template)
+    ]  # fmt: skip
+    options: dict[str, Any] = {"add_eos": add_eos, "chat_template": chat_template, "date": date}
+    examples = encode(rows, tokenizer, max_length=2**31, **options)
     found = tuple(tuple(example.ids[_last_run(example.supervised) :]) for example in examples)
     for label, ids in zip(labels, found, strict=True):
         twin = labels[found.index(ids)]
@@ -169,18 +216,13 @@ def _last_run(supervised: list[bool]) -> int:
     return len(supervised) - supervised[::-1].index(False)
 
 
-def _written(row: Row, writer: Writer, faults: Faults) -> list[Piece]:
+def _written(row: Row, writer: Writer, faults: Faults, hints: dict[str, None]) -> list[Piece]:
     try:
         return writer.pieces(row)
     except Unprovable as error:
         faults.at(row.where, str(error))
+        hints |= {error.hint: None} if error.hint else {}
         return []
-
-
-def _template_hint(rows: list[Row], writer: Writer) -> str:
-    if writer.templated or not any(writer.is_chat(row) for row in rows):
-        return ""
-    return "use the tokenizer of a chat model, or write the rows as prompt and completion"
 
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -190,36 +232,43 @@ def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dressed[: next(starts, 0)])
 
 
-def _fitted(examples: list[Example], max_length: int, bos: int | None, on_overlong: Overlong) -> Encoding:
+def _fitted(
+    examples: list[Example], max_length: int, shorter: Callable[[int], Example | None], on_overlong: Overlong
+) -> Encoding:
     """Apply `max_length`, then make sure that every example teaches something."""
     faults, kept, dropped, truncated = Faults(), [], [], []
-    for example in examples:
+    for index, example in enumerate(examples):
         if len(example) <= max_length:
             kept.append(example)
         elif on_overlong == "drop":
             dropped.append(example.where)
-        elif on_overlong == "truncate" and (shorter := _shortened(example, max_length, bos)):
+        elif on_overlong == "truncate" and (cut := shorter(index)):
             truncated.append(example.where)
-            kept.append(shorter)
+            kept.append(cut)
         else:
             answer = f"{sum(example.supervised):,} of them supervised"
             faults.at(example.where, f"{len(example):,} tokens, {answer}, but max_length is {max_length:,}")
+    others = {"error": ", or set overlong to drop or truncate", "truncate": ", or set overlong to drop; "
+              "turns are not cut open and answers not shortened"}  # fmt: skip
+    hint = f"raise max_length{others.get(on_overlong, '')}" if faults.found else ""
     for example in kept:
         if not any(example.supervised[1:]):  # the first token has none before it to be predicted from
             faults.at(example.where, "no supervised token, so there is nothing to learn")
-    faults.check("these rows cannot be trained on", hint="raise max_length, or set on_overlong to drop or truncate")
+    faults.check("these rows cannot be trained on", hint=hint)
     if not kept:
         raise DataError(f"every one of the {len(examples):,} rows is longer than max_length={max_length:,}")
     return Encoding(tuple(kept), max_length, tuple(dropped), tuple(truncated))
 
 
-def _shortened(example: Example, max_length: int, bos: int | None) -> Example | None:
-    """A shorter prompt, or a shorter plain text; None if an answer would have to be cut."""
-    fixed = int(example.ids[0] == bos)
+def _shortened(example: Example, max_length: int, fixed: int, special: set[int]) -> Example | None:
+    """A shorter prompt, or a shorter plain text; None if an answer or a prompt with special tokens would be cut.
+
+    A prompt with special tokens in it was written by a template, and its beginning belongs to it.
+    """
     excess, prompt = len(example) - max_length, example.prompt_length - fixed
     if prompt <= 0:
         return replace(example, ids=example.ids[:max_length], supervised=example.supervised[:max_length])
-    if prompt <= excess:
+    if prompt <= excess or not special.isdisjoint(example.ids[fixed : example.prompt_length]):
         return None
     ids, supervised = ([*part[:fixed], *part[fixed + excess :]] for part in (example.ids, example.supervised))
     return replace(example, ids=ids, supervised=supervised)

@@ -11,15 +11,16 @@ from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from gossamer.training import formats
+from gossamer.training import clock, formats
 from gossamer.training.batches import largest_part, plan_batches, split_batch
 from gossamer.training.config import TrainConfig
 from gossamer.training.evaluate import Evaluation, make_evaluation, read_data
 from gossamer.training.formats import Row
 from gossamer.training.masks import Encoding, Example, encode
+from gossamer.training.pieces import Writer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -32,30 +33,57 @@ class Material:
     """None when there are no held-out rows."""
     identity: dict[str, Any]
     """sha256 of the files and of the tokens that the tokenizer made of them."""
+    date: str | None = None
+    """The day that the chat template was told, where it asks for one."""
 
     @classmethod
-    def read(cls, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> Material:
-        """Read and encode the files of a config, saying what was found. Raises `DataError` with every fault."""
+    def read(
+        cls,
+        config: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        say: Callable[[str], None],
+        *,
+        model: PreTrainedModel | None = None,
+        began: str | None = None,
+    ) -> Material:
+        """Read and encode the files of a config, saying what was found.
+
+        Args:
+            model: whose generation must stop where the answers end; None if that is not to be said.
+            began: the day the run began, as `2026-12-31`; today when None. The config's own day comes first.
+
+        Raises `DataError` with every fault.
+        """
         data = config.data
+        date = data.date or began or clock.today()
         encoding: dict[str, Any] = {
             "max_length": config.max_length,
             "on_overlong": config.overlong,
             "chat_template": data.chat_template,
+            "date": date,
         }
         rows = read_data(data.train, data.format)
         say(rows.describe())
+        if config.task == "classify" and data.eval is None:
+            formats.labels(rows)
         examples = encode(rows, tokenizer, **encoding)
         say(examples.describe())
+        chats = any(row.turns for row in rows)
+        if line := _ends(examples, tokenizer, model) if chats else "":
+            say(line)
+        date = date if chats and Writer(tokenizer, add_eos=False, chat_template=data.chat_template).dated else None
+        if date:
+            say(f"the chat template writes a date; in this run, resumed or not, it is {date} (data.date)")
         identity = {"train": rows.digest, "tokens": _digest(examples)}
         if data.eval is None:
-            return cls(examples, (), None, identity)
+            return cls(examples, (), None, identity, date)
         held_out = read_data(data.eval, data.format)
         say(held_out.describe())
         labels = formats.labels([*rows, *held_out]) if config.task == "classify" else None
         evaluation = make_evaluation(
             held_out, tokenizer, task=config.task, batch_size=config.eval_batch_size, labels=labels, **encoding
         )
-        return cls(examples, held_out.rows, evaluation, identity | {"eval": held_out.digest})
+        return cls(examples, held_out.rows, evaluation, identity | {"eval": held_out.digest}, date)
 
 
 class Steps:
@@ -110,6 +138,26 @@ class Steps:
     def _plan(self, epoch: int) -> list[list[int]]:
         tokens = self.config.batch_tokens
         return plan_batches(self.lengths, self.config.batch_size, seed=self.config.seed, epoch=epoch, tokens=tokens)
+
+
+def _ends(examples: Encoding, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> str:
+    """Which tokens the answers end with, and whether generation stops there."""
+    last = {
+        next(token for token, on in zip(one.ids[::-1], one.supervised[::-1], strict=True) if on) for one in examples
+    }
+    ends = sorted(last & {id for id, token in tokenizer.added_tokens_decoder.items() if token.special})
+    named: Any = getattr(model.generation_config, "eos_token_id", None) if model is not None else None
+    own: Any = tokenizer.eos_token_id
+    stops = {*(named if isinstance(named, list) else [named]), own} - {None}
+
+    def told(ids: Iterable[Any]) -> str:
+        return ", ".join(str(tokenizer.convert_ids_to_tokens(one)) for one in sorted(ids)) or "nothing"
+
+    line = f"answers are learned with the token they end with: {told(ends)}" if ends else ""
+    if model is None or not (going_on := {*ends} - stops):
+        return line
+    return (f"{line}. Generation does not stop at {told(going_on)} but at {told(stops)}: "
+            "add it to eos_token_id of the generation config")  # fmt: skip
 
 
 def _digest(examples: Iterable[Example]) -> str:

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gossamer.errors import AdapterFileError, CheckpointError, DiskError, StateError
+from gossamer.errors import AdapterFileError, CheckpointError, DiskError, GossamerError, StateError
 from gossamer.files.atomic import write_text
+from gossamer.spec import read_yaml
+from gossamer.training import clock
 
 
 class RunFolder:
@@ -25,6 +27,15 @@ class RunFolder:
             path / name for name in ("config.yaml", "metrics.jsonl", "report.json")
         )
         self.adapter, self.checkpoints = path / "adapter", path / "checkpoints"
+
+    def began(self) -> str:
+        """The day that the chat templates of the run are told: the one in its config.yaml, or today."""
+        try:
+            fields = read_yaml(self.config)[0] if self.config.exists() else {}
+        except GossamerError:  # a run that goes on writes it anew
+            fields = {}
+        data = fields.get("data")
+        return str((data.get("date") if isinstance(data, Mapping) else None) or clock.today())
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl. Raises `DiskError`."""

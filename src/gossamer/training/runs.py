@@ -73,7 +73,7 @@ def rehearse(config: RunConfig) -> Rehearsal:
     model, tokenizer, report = _prepared(config, World())
     settings, said = config.train_config(), []
     refuse_unless_causal(model)
-    material = Material.read(settings, tokenizer, said.append)
+    material = Material.read(settings, tokenizer, said.append, model=model)
     lr = auto_lr(model.config)[1] if settings.lr == "auto" else f"lr {settings.lr:g}"
     pieces = preview(material.examples[0], tokenizer)
     steps = Steps(material.examples, settings)

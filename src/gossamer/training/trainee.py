@@ -86,6 +86,7 @@ class Trainee:
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
+        self.whole = self.whole.told(self.material.date)
         config = self.config = self.whole.train_config()
         self.device = next(self.model.parameters()).device
         self.parameters = trainable_parameters(self.model, self.name)
