@@ -140,6 +140,20 @@ def test_lists_in_a_csv_file_are_json(tmp_path: Path):
     assert len(without.turns) == 2
 
 
+@pytest.mark.parametrize("written", [json.dumps, str])
+@pytest.mark.parametrize("column", ["prompt", "text"])
+def test_turns_written_into_a_cell_are_no_text(tmp_path: Path, column: str, written: Any):
+    cell = written([{"role": "user", "content": "Hi"}])
+    with pytest.raises(DataError, match=f"'{column}' holds a list of turns as text"):
+        read(tmp_path, {column: cell} | ({"completion": "Yo"} if column == "prompt" else {}))
+
+
+@pytest.mark.parametrize("column", ["image_2", "images1", "rejected_messages", "chosen_answer", "Chosen Response"])
+def test_relatives_of_a_column_mean_the_same(tmp_path: Path, column: str):
+    with pytest.raises(DataError, match=rf"train\.jsonl:1: '{column}' would be lost"):
+        read(tmp_path, FORMATS["messages"] | {column: "something"})
+
+
 # Turns ------------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +219,17 @@ def test_tools_are_written_and_calls_are_learned(tmp_path: Path):
                            (turn() | {"tools": [TOOL]}, "does not write the tools; 'weather'")):  # fmt: skip
         with pytest.raises(DataError, match=rf"train\.jsonl:1: .*{reason}"):
             encode(read(tmp_path, record), TOY)
+
+
+def test_a_call_that_is_not_learned_is_not_dropped_either(tmp_path: Path):
+    chat = [
+        {"role": "user", "content": "Warm?"},
+        {"role": "assistant", "content": "Hm.", "tool_calls": [CALL], "weight": 0},
+        {"role": "tool", "content": "21"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    with pytest.raises(DataError, match="turn 2: the chat template does not write the call of 'weather'"):
+        encode(read(tmp_path, {"messages": chat}), TOY)
 
 
 @pytest.mark.parametrize("calls", [[1], [{}], [{"function": {"name": ""}}], "call", [CALL | {"function": {

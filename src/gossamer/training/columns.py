@@ -94,6 +94,7 @@ REFUSED = (
 )  # fmt: skip
 """Columns that would change what is learned, where the format of the file does not read them."""
 _MEANINGS = {name: meaning for meaning in REFUSED for name in meaning.names}
+_PREFERENCE = _MEANINGS["rejected"]
 _METADATA_OF_TEXTS = ("input", "label", "context", "contexts", "document", "documents", "passage", "passages", "prefix")
 """Beside a whole text these say something about it, and nothing that belongs to it is lost."""
 
@@ -118,6 +119,13 @@ _TEXTS = ("content", "body", "sentence", "document", "article", "raw_text")
 _CHATS = ("message", "conversation", "dialog", "dialogue", "dialogs", "dialogues", "chat", "chats", "turns")
 
 
+def _meaning(name: str) -> Meaning | None:
+    """What a column says, of those that `REFUSED` lists: also `image_2`, and `rejected_messages`."""
+    if name.startswith(("chosen", "rejected")):
+        return _PREFERENCE
+    return _MEANINGS.get(name) or _MEANINGS.get(name.rstrip("0123456789").rstrip("_"))
+
+
 class Carrying:
     """The columns of one file that its format does not read although they say what is to be learned."""
 
@@ -132,8 +140,8 @@ class Carrying:
             if name in known:
                 rename = f"name it {known[name]!r}"
                 self.meanings[column] = Meaning((name,), f"it is not spelt {known[name]!r}", rename)
-            elif name in _MEANINGS:
-                self.meanings[column] = _MEANINGS[name]
+            elif meaning := _meaning(name):
+                self.meanings[column] = meaning
         plural = {f"{plain(column).rstrip('s')}s" for column in self.meanings}
         self.marks = [mark for name, mark in _PLACEHOLDERS.items() if name in plural]
         self.met: dict[str, None] = {}
@@ -174,7 +182,7 @@ def rename_hint(columns: Sequence[str], known: Iterable[str]) -> str:
         if target and target not in there:
             hints.append(f"rename {column!r} to {target!r}")
             there.add(target)
-        elif meaning := _MEANINGS.get(name):
+        elif meaning := _meaning(name):
             hints.append(f"{column!r}: {meaning.what}; {meaning.hint}")
         elif name in by_plain:
             hints.append(f"{column!r}: did you mean {by_plain[name]!r}?")

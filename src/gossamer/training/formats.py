@@ -16,6 +16,7 @@ learned. Columns that no format uses are named by `Rows.describe`; a row in whic
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ _ALPACA_TASK = "Below is an instruction that describes a task"
 _ALPACA_PAIRED = ", paired with an input that provides further context"
 _ALPACA_REQUEST = ". Write a response that appropriately completes the request."
 
+_TURNS_AS_TEXT = re.compile(r"""\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 _UNUSABLE = "the file has rows that cannot be used"
 
 
@@ -204,6 +206,14 @@ def _history(record: Fields) -> Iterator[Turn]:
         yield Turn("assistant", texts.text("answer"), True)
 
 
+def _no_turns(record: Fields, name: str) -> str:
+    """A text that is not a list of turns in disguise, as tables write lists into their cells."""
+    text = record.text(name)
+    if _TURNS_AS_TEXT.match(text):
+        raise BadRow(f"{name!r} holds a list of turns as text, {text!r:.40}; in JSON Lines it can be a list")
+    return text
+
+
 def _prompt_completion(record: Fields, where: str) -> Row:
     """Two texts, or TRL's conversational form: two lists of turns, of which the second is learned."""
     prompt, completion = (record.given.get(name) for name in ("prompt", "completion"))
@@ -211,7 +221,7 @@ def _prompt_completion(record: Fields, where: str) -> Row:
         isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) for value in (prompt, completion)
     ]
     if not all(turns):
-        row = Row(where, prompt=record.text("prompt"), completion=record.text("completion"))
+        row = Row(where, prompt=_no_turns(record, "prompt"), completion=record.text("completion"))
         if name := record.one_of(SYSTEM) or record.one_of(TOOLS):
             raise BadRow(f"{name!r} would be lost: two texts are joined as they are; "
                          "write it into the prompt, or both as lists of turns")  # fmt: skip
@@ -238,6 +248,6 @@ FORMATS: dict[str, Format] = {
         Format("sharegpt", ("conversations",), (*SYSTEM, *TOOLS), _chat("conversations", "from", "value")),
         Format("alpaca", ("instruction", "output"), ("input", *SYSTEM, *TOOLS, *HISTORY), _alpaca),
         Format("prompt-completion", ("prompt", "completion"), (*SYSTEM, *TOOLS), _prompt_completion),
-        Format("text", ("text",), (), lambda record, where: Row(where, text=record.text("text"))),
+        Format("text", ("text",), (), lambda record, where: Row(where, text=_no_turns(record, "text"))),
     )
 }  # fmt: skip

@@ -146,7 +146,7 @@ def _ends(examples: Encoding, tokenizer: PreTrainedTokenizerBase, model: PreTrai
         next(token for token, on in zip(one.ids[::-1], one.supervised[::-1], strict=True) if on) for one in examples
     }
     ends = sorted(last & {id for id, token in tokenizer.added_tokens_decoder.items() if token.special})
-    named: Any = getattr(model.generation_config, "eos_token_id", None) if model is not None else None
+    named: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     own: Any = tokenizer.eos_token_id
     stops = {*(named if isinstance(named, list) else [named]), own} - {None}
 

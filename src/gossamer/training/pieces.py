@@ -166,6 +166,11 @@ class Writer:
             if turn.role != "assistant" and not _holds(whole, turn.text.strip()):
                 raise Unprovable(f"turn {number}: the chat template does not write the {turn.role} turn as it is",
                                  "put that text where the template keeps it, or leave it out")  # fmt: skip
+            for call in turn.calls:
+                if not _holds(whole, call["name"]):
+                    raise Unprovable(
+                        f"turn {number}: the chat template does not write the call of {call['name']!r}", _TOOLS
+                    )
             name = dict(turn.fields).get("name")
             if name and turn.role != "tool" and not _holds(whole, name):
                 self.notes["with a name that the chat template does not write"] += 1
