@@ -114,6 +114,12 @@ def test_a_format_can_be_chosen(tmp_path: Path):
     assert read(tmp_path, record, format="text").rows[0].text == "c"
 
 
+def test_a_row_of_another_format_is_named(tmp_path: Path):
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, *[RECORDS["prompt-completion"]] * 2, RECORDS["messages"], RECORDS["prompt-completion"])
+    assert "train.jsonl:3: a row of messages, but 3 of 4 rows are of prompt-completion" in str(caught.value)
+
+
 def test_an_unknown_format_is_named_with_the_nearest(tmp_path: Path):
     with pytest.raises(DataError, match="did you mean 'sharegpt'"):
         read(tmp_path, RECORDS["sharegpt"], format="share-gpt")

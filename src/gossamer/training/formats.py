@@ -17,6 +17,7 @@ learned. Columns that no format uses are named by `Rows.describe`; a row in whic
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 from gossamer.errors import DataError, nearest
 from gossamer.training.columns import HISTORY, SYSTEM, TOOLS, Carrying, is_empty, rename_hint
-from gossamer.training.containers import Faults, kind_of, read_table
+from gossamer.training.containers import Faults, Table, kind_of, read_table
 from gossamer.training.turns import BadRow, Fields, Turn, read_tools, read_turns
 
 _ALPACA_TASK = "Below is an instruction that describes a task"
@@ -102,7 +103,7 @@ def read_rows(path: str | Path, *, format: str | None = None) -> Rows:
     faults = Faults(path)
     table = read_table(path, faults)
     columns = list(dict.fromkeys(column for _, record in table.records for column in record))
-    chosen = FORMATS[format or _detect(columns, faults)]
+    chosen = FORMATS[format or _detect(columns, table, faults)]
     carrying = Carrying(columns, (*chosen.required, *chosen.optional), chosen.name)
     rows = []
     for number, record in table.records:
@@ -130,10 +131,16 @@ def labels(rows: Iterable[Row]) -> tuple[str, ...]:
     return found
 
 
-def _detect(columns: list[str], faults: Faults) -> str:
-    fitting = [one.name for one in FORMATS.values() if set(one.required) <= set(columns)]
+def _fitting(columns: Iterable[str]) -> list[str]:
+    return [one.name for one in FORMATS.values() if set(one.required) <= {*columns}]
+
+
+def _detect(columns: list[str], table: Table, faults: Faults) -> str:
+    fitting = _fitting(columns)
     if len(fitting) == 1:
         return fitting[0]
+    if len(fitting) > 1:
+        _refuse_mixture(table, faults)
     faults.check(_UNUSABLE)  # a column may be missing because its rows could not be read
     known = {column for one in FORMATS.values() for column in (*one.required, "input")}
     raise DataError(
@@ -142,6 +149,19 @@ def _detect(columns: list[str], faults: Faults) -> str:
         expected="; ".join(f"{one.name}: {', '.join(one.required)}" for one in FORMATS.values()),
         hint="choose one with format=..." if fitting else rename_hint(columns, known),
     )  # fmt: skip
+
+
+def _refuse_mixture(table: Table, faults: Faults) -> None:
+    """Name the rows that are of another format than most, if no format fits all of them."""
+    fits = [(number, _fitting(record)) for number, record in table.records]
+    counts = Counter(name for _, names in fits for name in names)
+    (most, count), *_ = counts.most_common(1) or [("", len(fits))]
+    if count == len(fits):
+        return
+    for number, names in fits:
+        if most not in names and names:
+            faults.add(number, f"a row of {' and '.join(names)}, but {count:,} of {len(fits):,} rows are of {most}")
+    faults.check(_UNUSABLE, hint="one file has rows of one format")
 
 
 def _chat(list_field: str, role_field: str, text_field: str) -> Callable[[Fields, str], Row]:
