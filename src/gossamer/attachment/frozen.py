@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,81 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.methods import Shape
-from gossamer.methods.base import AFFINE_KINDS
 from gossamer.quant import QuantizedLinear
 
-_CONVOLVE = {
+CONVOLVE = {
     nn.Conv1d: nn.functional.conv1d,
     nn.Conv2d: nn.functional.conv2d,
     nn.Conv3d: nn.functional.conv3d,
 }
-
-
-def kind_of(module: nn.Module) -> str:
-    """What a module is to an adapter; see `Shape.kind`."""
-    if isinstance(module, QuantizedLinear):
-        return "linear"
-    weight = module._parameters.get("weight")
-    if weight is None or nn.parameter.is_lazy(weight):
-        return _kind_without_weight(module)
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if isinstance(module, tuple(_CONVOLVE)):
-        return "conv"
-    return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else ""
-
-
-def _kind_without_weight(module: nn.Module) -> str:
-    """A weight may be computed by a parametrisation or not made yet; then there is nothing to adapt."""
-    if isinstance(module, nn.MultiheadAttention):
-        return "attention"
-    own = module._parameters
-    if own and "expert" in type(module).__name__.lower() and any(p is not None and p.ndim == 3 for p in own.values()):
-        return "experts"
-    if _is_decoder(module) and "past_key_values" in inspect.signature(type(module).forward).parameters:
-        return "model"
-    return ""
-
-
-def _is_decoder(module: nn.Module) -> bool:
-    """A transformers model that may read left to right; whether it does, its signature tells."""
-    config = getattr(module, "config", None) if hasattr(type(module), "base_model_prefix") else None
-    return config is not None and not getattr(config, "is_encoder_decoder", False)
-
-
-def shape_of(path: str, module: nn.Module, matrices: tuple[str, ...] | None = None) -> Shape:
-    """What a method may know of a module.
-
-    Args:
-        matrices: of experts or attention, the names of the matrices to adapt; None for all.
-    """
-    kind = kind_of(module)
-    own = parameters_of(module)
-    outer = inner = 0
-    kernel: tuple[int, ...] = ()
-    if kind in AFFINE_KINDS:
-        outer, inner, *rest = own["weight"].shape
-        kernel = tuple(rest)
-        if kind in ("conv1d", "embedding"):
-            outer, inner = inner, outer
-    groups = int(getattr(module, "groups", 1)) if kind == "conv" else 1
-    transposed = kind == "experts" and bool(getattr(module, "is_transposed", False))
-    return Shape(
-        path,
-        kind,
-        type(module).__name__,
-        outer,
-        inner * groups,
-        own,
-        kernel,
-        groups,
-        {name: size for name, size in _matrices(kind, own, transposed).items() if matrices is None or name in matrices},
-        transposed,
-        config=getattr(module, "config", None) if kind == "model" else None,
-        embeddings=module.get_input_embeddings().weight if kind == "model" else None,  # pyright: ignore[reportCallIssue]
-    )
+"""The convolutions that can be adapted, and their functions."""
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
@@ -105,18 +37,6 @@ def owner(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     """Where a parameter of `parameters_of` is kept, and its name there."""
     part, _, last = name.rpartition(".")
     return module.get_submodule(part)._parameters, last
-
-
-def _matrices(kind: str, own: Mapping[str, Tensor], transposed: bool) -> dict[str, tuple[int, int, int]]:
-    if kind == "attention":
-        return {name: (1, value.shape[0], value.shape[1]) for name, value in own.items() if value.ndim == 2}
-    if kind == "experts":
-        return {
-            name: (value.shape[0], value.shape[2 if transposed else 1], value.shape[1 if transposed else 2])
-            for name, value in own.items()
-            if value.ndim == 3
-        }
-    return {}
 
 
 class Frozen:
@@ -174,13 +94,13 @@ class Frozen:
         if module.padding_mode != "zeros":
             x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
             padding = 0
-        convolve = next(function for kind, function in _CONVOLVE.items() if isinstance(module, kind))
+        convolve = next(function for kind, function in CONVOLVE.items() if isinstance(module, kind))
         return convolve(x, weight, None, module.stride, padding, module.dilation)
 
     def _embedded(self, x: Tensor, rows: Tensor) -> Tensor:
         """Other rows looked up as the module looks up its own: a subclass may shift indices or scale what it finds."""
         module: Any = self.module
-        if type(module) is nn.Embedding:
+        if type(module) is nn.Embedding and self.outer is None:
             return nn.functional.embedding(x, rows)
         kept = module.padding_idx, module.max_norm  # these are about its own rows
         module.padding_idx = module.max_norm = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.attachment import walk
 from gossamer.attachment.match import Selection
+from gossamer.attachment.read_site import ReadSite
 from gossamer.attachment.site import Active, Site, Spans
 from gossamer.errors import StateError, nearest
 from gossamer.methods import Layer, Shape, TargetedMethod
@@ -95,7 +96,10 @@ class Host:
             if not attached.trainable:
                 layer.requires_grad_(False)
             layer.train(modules[path].training)
-            if path not in self.sites:
+            bypass = attached.selection.bypass.get(path)
+            if path not in self.sites and bypass:
+                self.sites[path] = ReadSite(shape, modules[path], self, [*bypass.readers.values()])
+            elif path not in self.sites:
                 bypassed = any(path.startswith(f"{around}." if around else "") for around in bypassing)
                 self.sites[path] = Site(shape, modules[path], self, bypassed)
             self.sites[path].add(name, layer)

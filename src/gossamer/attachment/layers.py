@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from gossamer.adapter import Adapter, Tensors
 from gossamer.attachment import walk
-from gossamer.attachment.frozen import Frozen, shape_of
+from gossamer.attachment.frozen import Frozen
+from gossamer.attachment.kinds import shape_of
 from gossamer.attachment.match import Selection, select
-from gossamer.errors import AdapterFileError, TargetError, nearest
+from gossamer.errors import AdapterFileError, TargetError, UnsupportedError, nearest
 from gossamer.methods import Layer, Replacement, Shape, TargetedMethod
 from gossamer.methods.base import check_slots, wide
 from gossamer.methods.tokens import SLOT, TokenRows
@@ -42,12 +43,33 @@ def stored_layers(model: nn.Module, adapter: Adapter) -> tuple[Selection, Layers
     """Layers that hold an adapter's tensors. Raises `AdapterFileError` unless tensors and spec name the same."""
     spec = adapter.spec
     assert isinstance(spec, TargetedMethod)
-    selection = select(model, spec)
+    selection = select(model, spec, adapter)
     expected = {path: _expected(spec, selection, path) for path in selection.paths}
     _same_paths(adapter, [path for path in selection.paths if expected[path]], model)
     for path in selection.paths:
         check_slots(path, adapter.tensors.get(path, {}), expected[path])
-    return selection, _built(model, spec, selection, adapter.tensors)
+    layers = _built(model, spec, selection, adapter.tensors)
+    for path, why in selection.idle.items():
+        _refuse_change(layers[path], selection.modules[path], why)
+    return selection, layers
+
+
+@torch.no_grad()
+def _refuse_change(made: tuple[Shape, Layer], module: nn.Module, why: str) -> None:
+    """Raise `UnsupportedError` unless a layer changes nothing, where it would have no effect until it is merged."""
+    (shape, layer), frozen = made, Frozen(made[0], module)
+    weight, bias = frozen.affine()
+    stored = {"weight": weight, "bias": bias} if bias is not None else {"weight": weight}
+    if shape.groups == 1 or any(slot.any() for name, slot in layer.slots().items() if name.endswith("_B")):
+        same = [torch.equal(value, wide(stored[name])) for name, value in layer.merged(stored, stored).items()]
+        if not all(same):
+            raise UnsupportedError(
+                f"the adapter's change here would take effect when it is merged and not before: {why}",
+                where=shape.path,
+                got=f"a change of this {shape.class_name}",
+                expected="none: a second factor of zeros",
+                hint="drop these tensors from the adapter if the change is not meant",
+            )
 
 
 def _expected(spec: TargetedMethod, selection: Selection, path: str) -> dict[str, tuple[int, ...]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import nn
 
+from gossamer.adapter import Adapter
 from gossamer.attachment import walk
-from gossamer.attachment.frozen import shape_of
+from gossamer.attachment.bypass import Bypass, bypassed
+from gossamer.attachment.fitness import MEANT_FOR_ALL, Fitness, fitness, heads, left_out, refuse_barred
+from gossamer.attachment.kinds import looks_like, shape_of, why_not
 from gossamer.errors import TargetError, UnsupportedError, nearest
 from gossamer.methods import Shape, TargetedMethod
 from gossamer.methods.base import LINEAR_KINDS
@@ -37,6 +40,9 @@ class Selection:
         modules, shapes: of all of them; shapes of experts and attention hold the matrices to adapt, and those of
             targets what they store in common.
         aliases: how many names a module has, for those that have several.
+        bypass: of the whole model, the modules whose parameters are used without calling them.
+        idle: path -> why layers have no effect there: targets of a stored adapter whose change must be zero.
+        notes: what was left out, and why.
     """
 
     targets: tuple[str, ...]
@@ -46,6 +52,9 @@ class Selection:
     modules: Mapping[str, nn.Module]
     shapes: Mapping[str, Shape]
     aliases: Mapping[str, int]
+    bypass: Mapping[str, Bypass] = field(default_factory=dict)
+    idle: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def target_set(self) -> frozenset[str]:
@@ -58,30 +67,39 @@ class Selection:
         return (*self.targets, *self.saved, *self.biased, *self.tokens)
 
 
-def select(model: nn.Module, spec: TargetedMethod) -> Selection:
-    """Resolve a spec's patterns on a model. Raises `TargetError` for every pattern that names nothing adaptable."""
+def select(model: nn.Module, spec: TargetedMethod, stored: Adapter | None = None) -> Selection:
+    """Resolve a spec's patterns on a model.
+
+    Args:
+        stored: the adapter whose spec it is; then modules that it has tensors for are not left out.
+
+    Raises: TargetError for every pattern that names nothing adaptable; UnsupportedError for a module that is named and
+        where a layer would not mean what it says.
+    """
     modules, names = walk.modules_and_names(model)
     shapes = {path: shape_of(path, module) for path, module in modules.items()}
+    bypass = bypassed(modules)
     saved = _saved(spec, modules, names)
-    adaptable = [
-        path
-        for path, shape in shapes.items()
-        if (shape.kind != "model" if path else shape.kind in ("model", "")) and path not in saved and spec.fits(shape)
-    ]
+    fit = fitness(spec, model, modules, {path: shapes[path] for path in shapes if path not in saved}, bypass)
+    held = frozenset(stored.tensors if stored else ())
     matrices = _matrices(spec, shapes, names)
-    targets = _targets(spec, model, shapes, modules, adaptable, names)
+    targets = _targets(spec, model, shapes, modules, fit, names, held)
     chosen = {*targets, *matrices}
-    targets = [path for path in shapes if path in chosen]
-    targets = _in_layers(spec, _excluded(spec, targets, names))
+    targets = _in_layers(spec, _excluded(spec, [path for path in shapes if path in chosen], names, fit, held))
+    idle = {path: fit.barred[path] for path in targets if path in fit.barred and path in held and shapes[path].kind}
+    if stored is not None:  # what the file leaves out is left out
+        targets = [path for path in targets if path not in fit.barred or path in held]
+    refuse_barred([path for path in targets if path not in idle], fit, modules)
     if not targets:
         raise TargetError(
             "no module is left to adapt",
             got=f"target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}",
-            expected=_choices(adaptable) if adaptable else f"{spec.name} stands at {spec.stands_at}",
+            expected=_choices(fit.able) if fit.able else f"{spec.name} stands at {spec.stands_at}",
+            hint="; ".join(left_out(fit.barred, fit.barred, spec)),
         )
     _check_patterns(spec, [*targets, *(f"{path}.{name}" for path in targets for name in shapes[path].matrices)])
     _refuse_bypassed([*targets, *saved], modules)
-    tokens = _tokens(spec, model, shapes, names)
+    tokens = _tokens(spec, model, modules, shapes, names)
     for path in tokens:
         if path in targets or path in saved:
             raise TargetError("trainable_tokens names a module that is adapted or trained whole already", where=path)
@@ -99,7 +117,18 @@ def select(model: nn.Module, spec: TargetedMethod) -> Selection:
         {path: modules[path] for path in everything},
         {path: shapes[path] for path in everything} | _with_ties([shapes[path] for path in targets]),
         {path: len(names[path]) for path in everything if len(names[path]) > 1},
+        bypass,
+        idle,
+        _notes(spec, fit, targets),
     )
+
+
+def _notes(spec: TargetedMethod, fit: Fitness, targets: list[str]) -> tuple[str, ...]:
+    """What a pattern that means all modules left out."""
+    if spec.target_modules not in MEANT_FOR_ALL:
+        return ()
+    why = {**fit.barred, **fit.aside}
+    return left_out([path for path in fit.nameable if path in why and path not in targets], why, spec)
 
 
 def _with_ties(shapes: Iterable[Shape]) -> dict[str, Shape]:
@@ -130,30 +159,33 @@ def _targets(
     model: nn.Module,
     shapes: Mapping[str, Shape],
     modules: Mapping[str, nn.Module],
-    adaptable: list[str],
+    fit: Fitness,
     names: Paths,
+    held: frozenset[str],
 ) -> list[str]:
     pattern = spec.target_modules
-    inside = {path for path in adaptable if _attention_around(path, modules)}
-    if pattern == "all-linear":
-        left = inside | heads(model, modules)
-        return [path for path in adaptable if shapes[path].kind in (*LINEAR_KINDS, "attention") and path not in left]
-    if pattern == "auto":
-        return [path for path in adaptable if path not in inside and (not spec.roles or role_of(path) in spec.roles)]
+    if pattern in MEANT_FOR_ALL:
+        by_itself = [path for path in fit.able if path in held or path not in fit.aside]
+        known = [*by_itself, *(path for path in fit.barred if path in held)]
+        left = {path for path in known if _attention_around(path, modules)}
+        if pattern == "auto":
+            return [path for path in known if path not in left and (not spec.roles or role_of(path) in spec.roles)]
+        left |= heads(model, modules)
+        return [path for path in known if shapes[path].kind in (*LINEAR_KINDS, "attention") and path not in left]
     if isinstance(pattern, str):
-        found = [path for path in adaptable if any(re.fullmatch(pattern, name) for name in names[path])]
+        found = [path for path in fit.nameable if any(re.fullmatch(pattern, name) for name in names[path])]
         if not found:
             raise TargetError(
-                "the target expression matches no adaptable module", got=pattern, expected=_choices(adaptable)
+                "the target expression matches no adaptable module", got=pattern, expected=_choices(fit.able)
             )
         return found
     chosen: set[str] = set()
     for entry in pattern:
-        found = _named_by(entry, adaptable, names)
+        found = _named_by(entry, fit.nameable, names)
         if not found and not _stacked_by(entry, shapes):
-            raise _unmatched("target_modules", entry, _named_by(entry, modules, names), modules, adaptable)
+            raise _unmatched("target_modules", entry, _named_by(entry, modules, names), modules, fit.able)
         chosen.update(found)
-    return [path for path in adaptable if path in chosen]
+    return [path for path in fit.nameable if path in chosen]
 
 
 def _stacked_by(entry: str, shapes: Mapping[str, Shape]) -> list[str]:
@@ -190,7 +222,11 @@ def _matrices(spec: TargetedMethod, shapes: Mapping[str, Shape], names: Paths) -
 
 
 def _tokens(
-    spec: TargetedMethod, model: nn.Module, shapes: Mapping[str, Shape], names: Paths
+    spec: TargetedMethod,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    shapes: Mapping[str, Shape],
+    names: Paths,
 ) -> dict[str, tuple[int, ...]]:
     """Embedding -> rows of it to train whole, checked."""
     wanted = spec.trainable_tokens
@@ -202,13 +238,17 @@ def _tokens(
                 "trainable_tokens without a name means the input embedding, which this model does not tell",
                 hint='name it: {"embed_tokens": [...]}',
             )
-        modules = walk.modules(model)
         wanted = {path: wanted for path in shapes if wanted and modules[path] is embedding}
     found: dict[str, tuple[int, ...]] = {}
     embeddings = [path for path, shape in shapes.items() if shape.kind == "embedding"]
     for entry, rows in wanted.items():
         paths = [entry] if entry in embeddings else _named_by(entry, embeddings, names)
         if not paths:
+            for path in _named_by(entry, modules, names):
+                if looks_like(modules[path]) == "embedding":
+                    raise UnsupportedError(
+                        "rows of it cannot be trained: " + why_not(modules[path], "embedding"), where=path
+                    )
             raise TargetError(
                 f"trainable_tokens: {entry!r} is no embedding",
                 expected=_choices(embeddings),
@@ -229,18 +269,6 @@ def _tokens(
     return found
 
 
-def heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
-    """Paths of the head: the output embeddings and, in a transformers model, all that stands outside its base."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter else None
-    found = {path for path, module in modules.items() if module is head}
-    body = getattr(model, "base_model", None)
-    if isinstance(body, nn.Module) and body is not model:
-        inside = {id(module) for module in walk.modules(body).values()}
-        found |= {path for path, module in modules.items() if id(module) not in inside}
-    return found
-
-
 def _saved(spec: TargetedMethod, modules: Mapping[str, nn.Module], names: Mapping[str, list[str]]) -> list[str]:
     """Every module with parameters of its own at or below a module that `modules_to_save` names."""
     chosen: set[str] = set()
@@ -255,20 +283,32 @@ def _saved(spec: TargetedMethod, modules: Mapping[str, nn.Module], names: Mappin
     return [path for path in whole if _attention_around(path, modules) not in chosen]  # it trains its parts itself
 
 
-def _excluded(spec: TargetedMethod, targets: list[str], names: Mapping[str, list[str]]) -> list[str]:
+def _excluded(spec: TargetedMethod, targets: list[str], names: Paths, fit: Fitness, held: frozenset[str]) -> list[str]:
+    """Targets without those that `exclude_modules` names, themselves or by a module they are in.
+
+    A stored adapter's tensors inside a module that is excluded stay: other tools mean the named modules alone.
+    """
     pattern = spec.exclude_modules
-    if isinstance(pattern, str):
-        gone = {path for path in targets if any(re.fullmatch(pattern, name) for name in names[path])}
-        if not gone:
-            raise TargetError("exclude_modules excludes nothing", got=pattern, expected=_choices(targets))
-    else:
-        gone = set()
-        for entry in pattern:
-            found = _named_by(entry, targets, names)
-            if not found:
-                raise _unmatched("exclude_modules", entry, [], {}, targets)
-            gone.update(found)
+    entries = [] if pattern == () else [pattern] if isinstance(pattern, str) else [*pattern]
+    gone: set[str] = set()
+    for entry in entries:
+
+        def named(path: str, inside: bool, entry: str = entry) -> bool:
+            ways = [way for name in names[path] for way in (_parents(name) if inside else (name,))]
+            return any(re.fullmatch(entry, way) if isinstance(pattern, str) else _ends_with(way, entry) for way in ways)
+
+        found = [path for path in targets if named(path, path not in held)]
+        if not found and not any(named(path, True) for path in (*targets, *fit.aside, *fit.barred)):
+            if isinstance(pattern, str):
+                raise TargetError("exclude_modules excludes nothing", got=pattern, expected=_choices(targets))
+            raise _unmatched("exclude_modules", entry, [], {}, targets)
+        gone.update(found)
     return [path for path in targets if path not in gone]
+
+
+def _parents(name: str) -> list[str]:
+    """A path and those of the modules that hold it: "a.b.c", "a", "a.b"."""
+    return [name, *(name[:end] for end, letter in enumerate(name) if letter == ".")]
 
 
 def _in_layers(spec: TargetedMethod, targets: list[str]) -> list[str]:
@@ -337,7 +377,7 @@ def _hint(pattern: str, paths: Iterable[str]) -> str:
 
 
 def _unmatched(
-    field: str, entry: str, present: list[str], modules: Mapping[str, nn.Module], adaptable: list[str]
+    field: str, entry: str, present: list[str], modules: Mapping[str, nn.Module], adaptable: Iterable[str]
 ) -> TargetError:
     if present:
         kind = type(modules[present[0]]).__name__

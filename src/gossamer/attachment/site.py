@@ -47,11 +47,12 @@ class Spans:
 class Site:
     """A module, the layers that stand at it, and the frozen call they stand beside."""
 
-    def __init__(self, shape: Shape, module: nn.Module, host: Host, bypassed: bool) -> None:
+    def __init__(self, shape: Shape, module: nn.Module, host: Host, bypassed: bool = False) -> None:
         self.path, self.shape, self.module, self.host = shape.path, shape, module, host
         self.frozen = Frozen(shape, module)
         self.bypassed, self.hook = bypassed, None
         self.layers = nn.ModuleDict()
+        vars(self.layers)["outer"] = self.frozen.outer  # for whoever asks what this module's forward does
         module.add_module(CONTAINER, self.layers)
         self.enable()
 

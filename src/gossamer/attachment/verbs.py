@@ -17,7 +17,7 @@ from gossamer.attachment.match import select
 from gossamer.attachment.merge import unmerge
 from gossamer.attachment.report import InjectionReport, SiteRow
 from gossamer.attachment.site import Active, Span, Spans
-from gossamer.errors import BaseMismatchError, StateError, UsageError
+from gossamer.errors import BaseMismatchError, StateError, UnsupportedError, UsageError
 from gossamer.methods import Shape, TargetedMethod
 
 Rows = Sequence[str | None]
@@ -46,6 +46,7 @@ def attach(
 
     Raises:
         TargetError: a pattern that names nothing, with the nearest names. StateError: a name taken, or merged weights.
+        UnsupportedError: a module is named whose forward is not its kind's map, or whose weight is used without a call.
         BaseMismatchError, AdapterFileError: a stored adapter that does not belong here. Nothing is changed then.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
@@ -61,6 +62,9 @@ def attach(
         _check_base(model, existing, what, force_base)
         selection, layers = stored_layers(model, what)
         spec: Any = what.spec
+        if trainable and selection.idle:
+            path, why = next(iter(selection.idle.items()))
+            raise UnsupportedError(f"a layer here cannot be trained: {why}", where=path)
         attached = Attached(spec, selection, bool(trainable), what.provenance, what.foreign)
     else:
         selection = select(model, what)
@@ -87,7 +91,10 @@ def _check_base(model: nn.Module, host: Host | None, adapter: Adapter, force: bo
 
 
 def _report(host: Host, name: str, attached: Attached, layers: Layers) -> InjectionReport:
-    rows, notes = [], []
+    rows, notes = [], [*attached.selection.notes]
+    notes += [
+        f"note: {path} carries a change of zero, and no other: {why}" for path, why in attached.selection.idle.items()
+    ]
     own = {path: [*layer.slots().values()] for path, (_, layer) in layers.items()}
     rank_at = getattr(attached.spec, "rank_at", lambda _: None)
     for path, (shape, _) in layers.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gossamer.adapter import Adapter
 from gossamer.attachment import attach, attached, base_fingerprint, detach, merge_groups
-from gossamer.attachment.frozen import shape_of
+from gossamer.attachment.kinds import shape_of
 from gossamer.attachment.walk import modules
 from gossamer.errors import BaseMismatchError, NonFiniteError, StateError, UnsupportedError, UsageError
 from gossamer.linalg import balanced, nearest_factors

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gossamer.errors import UnsupportedError
 from gossamer.kernels import fused, reference
 from gossamer.kernels.routing import Share
 from gossamer.methods.base import AFFINE_KINDS, LINEAR_KINDS, Base, Layer, Shape, wide
@@ -35,8 +36,9 @@ class DoRA(Factored):
     ||W||^2 is kept, so the norm costs about as much as r more tokens. It is a constant in the backward, as in section
     4.3 of the paper.
 
-    Merge: exact, into `W' = m (W + D) / ||W + D||`, row by row; refused where LoRA's merge is. Two of them have no
-    sum as values, since each divides by its own norm; on a model they stack.
+    Merge: exact, into `W' = m (W + D) / ||W + D||`, row by row; refused where LoRA's merge is. A convolution with
+    groups has no such norm and is refused. Two of them have no sum as values, since each divides by its own norm; on a
+    model they stack.
 
     When to use it: where LoRA at a small rank stays short of full fine-tuning and the merged model is what runs. The
     paper finds it ahead of LoRA at ranks 4 to 64, most clearly below 8. Use plain LoRA where adapters are to be added,
@@ -51,6 +53,13 @@ class DoRA(Factored):
         return shape.kind in AFFINE_KINDS
 
     def expected(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        if shape.groups > 1:
+            raise UnsupportedError(
+                "DoRA needs the norms of W + B A, and at a convolution with groups no weight says what B A does",
+                where=shape.path,
+                got=f"{shape.groups} groups",
+                hint="leave it out with exclude_modules, or use LoRA there",
+            )
         magnitude = (1, shape.out_features, *(1 for _ in shape.kernel)) if shape.kernel else (shape.out_features,)
         return dict(sorted((super().expected(shape) | {MAGNITUDE: magnitude}).items()))
 

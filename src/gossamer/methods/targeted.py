@@ -39,6 +39,9 @@ class TargetedMethod(Method):
 
     roles: ClassVar[tuple[str, ...]] = ()
     """The roles (see `gossamer.methods.roles`) that "auto" means; none: every module that fits."""
+    beside_calls: ClassVar[bool] = True
+    """Whether its layers stand beside a module's calls, which must then be the map that the module's kind says and the
+    only use of its weight. If not, they are other values of its parameters, which hold wherever those are used."""
     stands_at: ClassVar[str] = "linear modules"
     """In words, for the error of a model that has none of them."""
     outer_slots: ClassVar[tuple[str, ...]] = ()
@@ -47,7 +50,7 @@ class TargetedMethod(Method):
     target_modules: Names | Regex = "auto"
     """List of path suffixes, one regular expression, "all-linear" (every linear module but the head), or "auto"."""
     exclude_modules: Names | Regex = ()
-    """Modules to leave out: a list of suffixes or one regular expression."""
+    """Modules to leave out, with all inside them: a list of suffixes or one regular expression."""
     layers_to_transform: Indices | StrictInt | None = None
     """Indices of the layers to adapt (the first number in a path); None adapts all."""
     modules_to_save: Names = ()

@@ -21,6 +21,8 @@ class Whole(TargetedMethod):
     place of p. A parameter that the model stores once for two modules is trained, stored and counted once.
     """
 
+    beside_calls: ClassVar[bool] = False
+
     @abstractmethod
     def trained(self, shape: Shape) -> list[str]:
         """Names of the module's parameters that are trained."""

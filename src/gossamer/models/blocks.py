@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gossamer.attachment.frozen import Frozen, shape_of
+from gossamer.attachment.frozen import Frozen
 from gossamer.attachment.host import Host, require_host
+from gossamer.attachment.kinds import shape_of
 from gossamer.attachment.site import Active, Site, Spans
 from gossamer.kernels.linears import ACTIVATIONS, Norm, Term, gated_mlp, linears, normed_linears
 from gossamer.kernels.packed import rotated

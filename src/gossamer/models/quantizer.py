@@ -16,7 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gossamer.attachment.match import heads
+from gossamer.attachment.fitness import heads
 from gossamer.attachment.walk import modules
 from gossamer.errors import GossamerError
 from gossamer.quant import QuantizedLinear, quantizable, quantized

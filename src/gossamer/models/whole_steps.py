@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, Dynamic
 from transformers.cache_utils import DynamicSlidingWindowLayer as SlidingLayer
 
 from gossamer.attachment import walk
-from gossamer.attachment.frozen import kind_of
+from gossamer.attachment.kinds import kind_of
 from gossamer.errors import UnsupportedError
 from gossamer.methods.base import LINEAR_KINDS
 from gossamer.models.row_cache import RowCache

@@ -18,7 +18,8 @@ from torch import nn
 
 from gossamer.adapter import Adapter
 from gossamer.attachment import base_fingerprint
-from gossamer.attachment.frozen import Frozen, shape_of
+from gossamer.attachment.frozen import Frozen
+from gossamer.attachment.kinds import shape_of
 from gossamer.attachment.layers import stored_layers
 from gossamer.attachment.walk import differing
 from gossamer.errors import BaseMismatchError, NonFiniteError, UnsupportedError, UsageError, nearest
