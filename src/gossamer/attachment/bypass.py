@@ -57,7 +57,7 @@ def bypassed(modules: Mapping[str, nn.Module]) -> dict[str, Bypass]:
             found.setdefault(path, Bypass("weight", only_training=False)).readers[path] = module
         if not module._modules or isinstance(module, _CALL_THEIR_PARTS):
             continue
-        for way, parameter, guards in reads(type(module)):
+        for way, parameter, guards in sorted(reads(type(module)), key=lambda one: (one[1] != "weight", one[0])):
             if not _may_hold(guards, module, training=True):
                 continue
             for read in _at(module, way):

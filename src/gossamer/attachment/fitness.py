@@ -95,7 +95,7 @@ def left_out(paths: Iterable[str], why: Mapping[str, str], spec: TargetedMethod)
     """One note for each reason."""
     reasons: dict[str, Counter[str]] = {}
     for path in paths:
-        place = ".".join(part for part in path.split(".") if not part.isdigit())
+        place = ".".join(part for part in path.split(".") if not part.isdigit()) or path
         reasons.setdefault(why[path], Counter())[place] += 1
     return tuple(
         f"note: {spec.target_modules} leaves out {_listed(places)}: {reason}" for reason, places in reasons.items()

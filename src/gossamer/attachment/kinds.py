@@ -177,6 +177,9 @@ def _tried_out(module: nn.Module, kind: str) -> str:
         return f"{says}, and its weights are not there to try it with"
     frozen, training = Frozen(shape_of("", module, kind=kind), module), module.training
     frozen.outer = _override(module)
+    taken = len(inspect.signature(frozen.outer or type(module).forward).parameters) - (frozen.outer is None)
+    if kind == "embedding" and taken > 1:
+        return f"{says} and takes more than the ids, which is all that a layer could look up"
     vars(module)["training"] = False
     try:
         got, wanted = (_embedded if kind == "embedding" else _mapped)(frozen)
@@ -239,13 +242,7 @@ def _steps(module: Any, shape: Shape) -> list[tuple[int, int, int]]:
 
 
 def _embedded(frozen: Frozen) -> tuple[Any, Tensor]:
-    """The same of an embedding: rows that a pair of factors gives, looked up at once and by the first factor.
-
-    An adapter gives it the ids alone, so a forward that takes more than those is none.
-    """
-    taken = inspect.signature(frozen.outer or type(frozen.module).forward).parameters
-    if len(taken) - (frozen.outer is None) > 1:
-        raise TypeError("more than ids")
+    """The same of an embedding: rows that a pair of factors gives, looked up at once and by the first factor."""
     weight = frozen.parameters()["weight"]
     ids = torch.tensor([[0, len(weight) - 1, 0]], device=weight.device)
     inner, outer = _numbers(len(weight), 3, seed=1, like=weight), _numbers(weight.shape[1], 3, seed=2, like=weight)

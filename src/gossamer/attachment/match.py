@@ -90,12 +90,13 @@ def select(model: nn.Module, spec: TargetedMethod, stored: Adapter | None = None
     if stored is not None:  # what the file leaves out is left out
         targets = [path for path in targets if path not in fit.barred or path in held]
     refuse_barred([path for path in targets if path not in idle], fit, modules)
+    notes = _notes(spec, model, modules, fit, targets)
     if not targets:
         raise TargetError(
             "no module is left to adapt",
             got=f"target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}",
             expected=_choices(fit.able) if fit.able else f"{spec.name} stands at {spec.stands_at}",
-            hint="; ".join(left_out(fit.barred, fit.barred, spec)),
+            hint="; ".join(notes),
         )
     _check_patterns(spec, [*targets, *(f"{path}.{name}" for path in targets for name in shapes[path].matrices)])
     _refuse_bypassed([*targets, *saved], modules)
@@ -119,16 +120,22 @@ def select(model: nn.Module, spec: TargetedMethod, stored: Adapter | None = None
         {path: len(names[path]) for path in everything if len(names[path]) > 1},
         bypass,
         idle,
-        _notes(spec, fit, targets),
+        notes,
     )
 
 
-def _notes(spec: TargetedMethod, fit: Fitness, targets: list[str]) -> tuple[str, ...]:
-    """What a pattern that means all modules left out."""
+def _notes(
+    spec: TargetedMethod, model: nn.Module, modules: Mapping[str, nn.Module], fit: Fitness, targets: list[str]
+) -> tuple[str, ...]:
+    """What a pattern that means all modules left out, of those that it means."""
     if spec.target_modules not in MEANT_FOR_ALL:
         return ()
     why = {**fit.barred, **fit.aside}
-    return left_out([path for path in fit.nameable if path in why and path not in targets], why, spec)
+    gone = [path for path in fit.nameable if path in why and path not in targets]
+    if spec.target_modules == "all-linear":
+        kinds, ends = (*LINEAR_KINDS, "attention"), heads(model, modules)
+        gone = [path for path in gone if looks_like(modules[path]) in kinds and path not in ends]
+    return left_out(gone, why, spec)
 
 
 def _with_ties(shapes: Iterable[Shape]) -> dict[str, Shape]:

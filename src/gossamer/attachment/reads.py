@@ -108,6 +108,7 @@ def _mentioned(function: FunctionType, kind: type) -> Iterator[FunctionType]:
         other = function.__globals__.get(name)
         if isinstance(other, FunctionType):
             yield other
+        yield from _defined(kind, name)
 
 
 def _look(

@@ -100,7 +100,7 @@ class LoRALayer(FactorLayer):
 
     def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         term = self.plain_term()
-        if term is not None and base.is_plain():
+        if term is not None and x.ndim > 1 and base.is_plain():  # the fused way is for rows
             return linears(x, [base], [[term]])[0]
         out = base(x, *args, **kwargs)
         out = out + self.term(base, x)
