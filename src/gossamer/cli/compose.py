@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -37,16 +39,19 @@ from gossamer.progress import amount
 @json_option
 def command(adapters: tuple[str, ...], output: str, as_json: bool, **given: Any) -> None:
     """Combine adapters into one, and say how far it is from their exact sum."""
-    from pathlib import Path
-
     from gossamer.errors import StateError, UsageError
+    from gossamer.merging.companions import hand_on, require_one
+    from gossamer.training import adapter_of
 
     if Path(output).exists():
         raise StateError("the output folder exists already", where=output, hint="choose a new folder")
     if given["learn"] and (given["weights"] or not given["base"]):
         raise UsageError("weights are learned on a base, or given", got="--learn", expected="--base, and no --weights")
-    combined = _combined(adapters, given, as_json)
+    folders = [adapter_of(folder) for folder in adapters]
+    require_one(folders)
+    combined = _combined(folders, given, as_json)
     combined.save(output)
+    hand_on(folders, Path(output))
     done = {
         "output": output,
         "method": given["method"],
@@ -67,14 +72,14 @@ def command(adapters: tuple[str, ...], output: str, as_json: bool, **given: Any)
     click.echo(f"{given['method']}: distance from the exact sum {distance} (relative, Frobenius norm)")
 
 
-def _combined(folders: tuple[str, ...], given: dict[str, Any], quiet: bool) -> Any:
+def _combined(folders: Sequence[Path], given: dict[str, Any], quiet: bool) -> Any:
     from gossamer.adapter import Adapter
     from gossamer.merging import combine, learned_weights
     from gossamer.models import load_base
     from gossamer.progress import Silent, for_terminal
-    from gossamer.training import adapter_of, answer_batches, answer_loss
+    from gossamer.training import answer_batches, answer_loss
 
-    adapters = [Adapter.load(adapter_of(folder)) for folder in folders]
+    adapters = [Adapter.load(folder) for folder in folders]
     base, tokenizer = load_base(given["base"], dtype="float32") if given["base"] else (None, None)
     weights = [*given["weights"]] or None
     if given["learn"]:

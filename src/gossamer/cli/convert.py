@@ -61,18 +61,22 @@ def _model(source: str, output: str, target: str, dtype: str) -> dict[str, Any]:
 def _adapter(source: str, output: str, target: str, origin: str | None, base: str | None) -> dict[str, Any]:
     from gossamer.adapter import Adapter
     from gossamer.files.foreign import Written, read_foreign, write_foreign
+    from gossamer.merging.companions import hand_on, held
     from gossamer.training import adapter_of
 
     here, inside = Path(source, "adapter_model.safetensors"), Path(source, "adapter", "adapter_model.safetensors")
     ours = origin == "peft" or (origin is None and (here.is_file() or inside.is_file()))
-    adapter = Adapter.load(adapter_of(source)) if ours else read_foreign(source, origin, base)
+    folders = [adapter_of(source)] if ours else []
+    adapter = Adapter.load(folders[0]) if folders else read_foreign(source, origin, base)
     if target == "peft":
         adapter.save(output)
-        done = Written(Path(output), Adapter.load(output) == adapter, 0.0, ())
+        hand_on(folders, Path(output))
+        done, beside = Written(Path(output), Adapter.load(output) == adapter, 0.0, ()), []
     else:
         done = write_foreign(adapter, output, target, base)
+        beside = [f"{name}, which lies beside the adapter" for folder in folders for name in held(folder)]
     found = {"output": output, "modules": len(adapter.tensors), "exact": done.exact}
-    return found | {"error": done.error, "lost": [*done.lost]}
+    return found | {"error": done.error, "lost": [*done.lost, *beside]}
 
 
 def _write_modelfile(path: Path, output: str, whole: bool, folder: str | None) -> None:

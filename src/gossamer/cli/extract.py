@@ -25,7 +25,9 @@ def command(
     from gossamer.adapter import Adapter
     from gossamer.errors import StateError
     from gossamer.merging import as_lora, extract
+    from gossamer.merging.companions import Companions, hand_on
     from gossamer.models import load_base
+    from gossamer.models.locate import locate
     from gossamer.progress import Silent, for_terminal
     from gossamer.training import adapter_of
 
@@ -35,9 +37,13 @@ def command(
     if any((Path(tuned) / name).exists() for name in ("adapter_config.json", "adapter")):
         value = Adapter.load(adapter_of(tuned))
         found = as_lora(load_base(base, dtype="float32")[0], value, r=rank, energy=energy)
+        found.save(output)
+        hand_on([adapter_of(tuned)], Path(output))
     else:
+        own = Companions.of(locate(base), [locate(tuned)])
         found = extract(base, tuned, r=rank, energy=energy, whole=whole, watched=shown)
-    found.save(output)
+        found.save(output)
+        own.write(Path(output))
     facts = found.provenance
     done = {"output": output, "modules": len(found.tensors), "bytes": found.nbytes, "sha256": found.digest}
     done |= {name: facts[name] for name in ("error", "errors", "left")}

@@ -47,6 +47,8 @@ def command(adapters: tuple[str, ...], as_json: bool, weights: tuple[float, ...]
     if as_json:
         emit(done)
         return
+    for note in done["notes"]:
+        click.echo(f"note: {note}")
     size = f", {done['bytes'] / 1e9:.2f} GB in {done['files']} files" if done["streamed"] else ""
     if options["dry_run"]:
         what = f"{done['modules']} modules would be merged{size}" if done["streamed"] else "would be merged in memory"

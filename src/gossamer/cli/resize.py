@@ -20,6 +20,7 @@ def command(adapter: str, rank: int | None, energy: float | None, pooled: bool, 
 
     from gossamer.adapter import Adapter
     from gossamer.errors import StateError
+    from gossamer.merging.companions import hand_on
     from gossamer.training import adapter_of
 
     if Path(output).exists():
@@ -27,6 +28,7 @@ def command(adapter: str, rank: int | None, energy: float | None, pooled: bool, 
     before = Adapter.load(adapter_of(adapter))
     after = before.resize(rank, energy=energy, pooled=pooled)
     after.save(output)
+    hand_on([adapter_of(adapter)], Path(output))
     told = after.provenance
     if as_json:
         emit({"output": output, "sha256": after.digest, "error": told["error"], "errors": told["errors"]})

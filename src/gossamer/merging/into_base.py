@@ -13,14 +13,19 @@ from torch import Tensor, nn
 from gossamer.adapter import Adapter
 from gossamer.attachment import attach, base_fingerprint, merge, unmerge, use
 from gossamer.errors import BaseMismatchError, StateError, UsageError
+from gossamer.files.atomic import new_folder
 from gossamer.files.folder import read_json
+from gossamer.files.shards import INDEX
+from gossamer.merging.companions import Companions, held
 from gossamer.merging.losses import losses
-from gossamer.merging.streamed import NOTE, merge_streamed, outlined, stand, streamable
-from gossamer.models import load_base, make_dense, write_model_folder
+from gossamer.merging.streamed import NOTE, copy_rest, merge_streamed, outlined, stand, streamable
+from gossamer.merging.vocabulary import own_vocabulary, room_for_vocabulary, rows_of
+from gossamer.models import load_base, make_dense
 from gossamer.models.locate import locate
 from gossamer.models.mapped import Mapped, mapped_model
 from gossamer.models.quantizer import packed_modules
 from gossamer.models.scrutiny import read_config
+from gossamer.models.write import save_into
 from gossamer.planning.devices import this_machine
 from gossamer.progress import Progress
 
@@ -51,7 +56,7 @@ def merge_into_base(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Merge adapter folders into a base and write a transformers folder with its tokenizer, whole or not at all.
+    """Merge adapter folders into a base and write a transformers folder with a tokenizer, whole or not at all.
 
     Long because it is the one door: each argument is explained here and used once.
 
@@ -60,7 +65,9 @@ def merge_into_base(
     A folder of safetensors is merged file by file in the memory of one module, and goes on where it was interrupted.
     What cannot be streamed (a GGUF file, a quantised base, experts that the model stacks) is loaded. A base that is
     quantised is rebuilt, merged in float32 and written dense, because 4 bits do not hold the change: `choices` says
-    what each way of storing it loses.
+    what each way of storing it loses. Tokenizer, chat template and settings are the base's, unless an adapter's folder
+    holds its own; `notes` says what of them was taken. An adapter's own embedding and head may have more rows than the
+    base's, and unties them where the base uses one weight for both.
 
     Args:
         adapters: an adapter folder, or several.
@@ -81,15 +88,17 @@ def merge_into_base(
         progress: who watches; see `gossamer.progress`.
 
     Returns:
-        {"output", "modules", "dtype", "streamed", "seconds", "choices"}, and where outputs were compared "max_error",
-        the largest difference over a fixed sample of tokens, and "max_logit", the largest output. Of a streamed merge
-        also "files", "continued" (how many of them an interrupted merge had finished), "bytes", and "rounding": what
-        rounding to the dtype takes from the change, relative to it, estimated from the samples. `choices`, of a
+        {"output", "modules", "dtype", "streamed", "seconds", "choices", "notes"}, and where outputs were compared
+        "max_error", the largest difference over a fixed sample of tokens, and "max_logit", the largest output. Of a
+        streamed merge also "files", "continued" (how many of them an interrupted merge had finished), "bytes", and "rounding":
+        what rounding to the dtype takes from the change, relative to it, estimated from the samples. `choices`, of a
         quantised base: storage -> {"of_weight", "of_change"}, what rounding to it takes from the merged weights.
 
     Raises:
         StateError: output exists. BaseMismatchError, AdapterFileError, BaseFileError: files that do not fit.
-        UsageError: weights that are not one for each adapter; requantize on a base that is not quantised.
+            AdapterFileError also for a tokenizer with more tokens than the merged model has rows.
+        UsageError: weights that are not one for each adapter; adapters with different tokenizers or settings;
+            requantize on a base that is not quantised.
         SharedWeightError, NonFiniteError, UnsupportedError: a merge that is refused; nothing is left then.
         DiskError: no space; what was finished stays beside `output`, to be continued.
     """
@@ -98,33 +107,38 @@ def merge_into_base(
         raise StateError("the output folder exists already", where=str(output), hint="choose a new folder")
     if dtype not in ("auto", *_DTYPES) or check not in CHECKS:
         raise UsageError("unknown dtype or check", got=f"{dtype}, {check}", expected=", ".join(("auto", *_DTYPES)))
-    values = _weighted(adapters, weights)
+    folders = [Path(one) for one in ([adapters] if isinstance(adapters, str | Path) else adapters)]
+    values = _weighted(folders, weights)
     folder = locate(base)
+    companions = Companions.of(folder, [] if undo else folders)
     if undo:
         values = [(adapter, -weight) for adapter, weight in reversed(values)]
         force_base = _made_of(folder, values, force_base)
     scaled = [weight * adapter for adapter, weight in values]
-    done: dict[str, Any] = {"output": str(output), "choices": {}}
+    done: dict[str, Any] = {"output": str(output), "choices": {}, "notes": [*companions.notes]}
+    if undo and any(map(held, folders)):
+        done["notes"].append("tokenizer and settings stay those of the merged folder, which may be the adapter's")
     mapped = _mapped(folder, quant, requantize)
+    mapped = None if mapped and own_vocabulary(mapped.model, scaled) else mapped
     groups = stand(mapped, scaled, force_base=force_base) if mapped else []
     streams = mapped is not None and streamable(mapped, groups)
     if dry_run:
         done |= {"streamed": streams}
         return done | (outlined(mapped, groups, _DTYPES.get(dtype)) if mapped and streams else {})
     if mapped and streams:
-        done |= merge_streamed(mapped, groups, output, _note(mapped, values, dtype), _DTYPES.get(dtype), progress)
+        companions.require_rows(rows_of(mapped.model))
+        note = _note(mapped, values, dtype)
+        done |= merge_streamed(mapped, groups, output, note, _DTYPES.get(dtype), progress, companions)
         done |= {"streamed": True, "dtype": _dtype_of(output)}
         if check == "outputs" or (check == "auto" and _fits(mapped)):
             done |= _compared(scaled, base, output, device, force_base)
     else:
-        done |= _in_memory(scaled, base, output, dtype, device, quant, requantize, force_base)
+        found = _in_memory(scaled, folder, output, dtype, device, quant, requantize, force_base, companions)
+        done |= found | {"notes": done["notes"] + found["notes"]}
     return done | {"seconds": time.monotonic() - start}
 
 
-def _weighted(
-    adapters: str | Path | Sequence[str | Path], weights: Sequence[float] | None
-) -> list[tuple[Adapter, float]]:
-    folders = [adapters] if isinstance(adapters, str | Path) else [*adapters]
+def _weighted(folders: Sequence[Path], weights: Sequence[float] | None) -> list[tuple[Adapter, float]]:
     given = [1.0] * len(folders) if weights is None else [*weights]
     if len(given) != len(folders) or not folders:
         raise UsageError("one weight for each adapter", got=f"{len(given)} weights, {len(folders)} adapters")
@@ -191,13 +205,14 @@ def _stand(model: nn.Module, adapters: Sequence[Adapter], force_base: bool) -> i
 
 def _in_memory(
     adapters: Sequence[Adapter],
-    base: str | Path,
+    base: Path,
     output: Path,
     dtype: str,
     device: str,
     quant: str | None,
     requantize: bool,
     force_base: bool,
+    companions: Companions,
 ) -> dict[str, Any]:
     model, tokenizer = load_base(base, dtype=dtype, device=device, quant=quant)
     stored = packed_modules(model)
@@ -205,14 +220,20 @@ def _in_memory(
         raise UsageError("only what was quantised can be quantised again", where=str(base), hint="--quant nf4")
     if stored:  # the merge is done in float32, whatever it is stored as in the end
         model.float()
-    done: dict[str, Any] = {"streamed": False, "modules": _stand(model, adapters, force_base)}
+    with room_for_vocabulary(model, adapters) as notes:
+        done: dict[str, Any] = {"streamed": False, "modules": _stand(model, adapters, force_base), "notes": notes}
+    companions.require_rows(rows_of(model))
     before = _sampled_output(model)
     done["choices"] = _fold(model, requantize)
     if stored:
         _settle(model, _DTYPES.get(dtype, torch.float32), requantize)
     done["max_error"] = (_sampled_output(model) - before).abs().max().item()
     done["max_logit"] = before.abs().max().item()
-    write_model_folder(model, tokenizer, output)
+    with new_folder(output) as fresh:
+        save_into(model, tokenizer if base.is_file() else None, fresh)
+        if base.is_dir():
+            copy_rest(base, fresh, but=("config.json", INDEX))
+        companions.write(fresh)
     return done | {"dtype": str(model.dtype).removeprefix("torch.")}
 
 

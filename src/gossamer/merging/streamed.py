@@ -27,6 +27,7 @@ from gossamer.errors import DiskError, GossamerError, NonFiniteError, StateError
 from gossamer.files.atomic import TEMPORARY_SUFFIX, continued_folder, new_file, require_space, sha256_file, write_json
 from gossamer.files.folder import read_json
 from gossamer.files.shards import INDEX, Outline, Shard, pieces_of, write_shard
+from gossamer.merging.companions import TEMPLATES, Companions
 from gossamer.models.device import keep_freed_memory
 from gossamer.models.mapped import Mapped, Place, mapped_model
 from gossamer.progress import Progress
@@ -77,6 +78,7 @@ def merge_streamed(
     note: dict[str, Any],
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    companions: Companions | None = None,
 ) -> dict[str, Any]:
     """Write the folder of a base with what stands at it folded in; see `merge_into_base`.
 
@@ -84,6 +86,7 @@ def merge_streamed(
         base, groups: of `stand`, and `streamable`.
         note: what is merged, written into the folder; an interrupted merge is continued only by one with an equal note.
         dtype: of all floating parameters; None keeps what each is stored in.
+        companions: the adapters' own tokenizer and settings, which take the place of the base's.
 
     Returns: {"modules", "files", "continued", "bytes", "rounding"}; see `merge_into_base`.
     """
@@ -97,7 +100,10 @@ def merge_streamed(
             records = {file: record for file, record in found.items() if record is not None}
             continued = len(records)
             records |= work.write(folder, journal, [file for file in found if file not in records])
-            _copy_rest(base, folder, dtype)
+            copy_rest(base.folder, folder)
+            _tell_dtype(folder, dtype)
+            if companions:
+                companions.write(folder)
             rounding = _checked(folder, records)
         except GossamerError as error:
             if not isinstance(error, DiskError):  # nothing can come of it
@@ -241,11 +247,17 @@ def _finished(folder: Path, journal: Path, file: str) -> dict[str, Any] | None:
     return noted if same else None
 
 
-def _copy_rest(base: Mapped, folder: Path, dtype: torch.dtype | None) -> None:
-    """Config, tokenizer and index; nothing that could hold weights or code."""
-    for path in sorted(base.folder.iterdir()):
-        if path.is_file() and path.name.endswith(COPIED) and not path.name.startswith("gossamer-"):
-            shutil.copyfile(path, folder / path.name)
+def copy_rest(base: Path, folder: Path, but: Sequence[str] = ()) -> None:
+    """Config, tokenizer, processor and index; nothing that could hold weights or code, and no file named in `but`."""
+    for path in sorted([*base.iterdir(), *base.glob(f"{TEMPLATES[-1]}/*")]):
+        ours = path.name.startswith("gossamer-") or path.name in but
+        if path.is_file() and path.name.endswith(COPIED) and not ours:
+            (folder / path.relative_to(base)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / path.relative_to(base))
+
+
+def _tell_dtype(folder: Path, dtype: torch.dtype | None) -> None:
+    """Config and index of weights that are written in another dtype than the base's."""
     for name in ("config.json", INDEX) if dtype else ():
         if not (folder / name).is_file():
             continue

@@ -99,7 +99,7 @@ def _load_folder(
     forget_reading(model)
     if stored is not None and not packed_modules(model):
         raise BaseFileError("the config says that weights are quantised, but none is", where=str(folder))
-    return model, _tokenizer(folder), info
+    return model, read_tokenizer(folder), info
 
 
 def _load_gguf(file: Path, dtype: torch.dtype | str, quant: str | None) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
@@ -114,10 +114,11 @@ def _load_gguf(file: Path, dtype: torch.dtype | str, quant: str | None) -> tuple
         )
     if quant is not None:
         quantize_model(model, quant, kept_dense(model))
-    return model, _tokenizer(file.parent, gguf_file=file.name), info
+    return model, read_tokenizer(file.parent, gguf_file=file.name), info
 
 
-def _tokenizer(folder: Path, **options: Any) -> Any:
+def read_tokenizer(folder: Path, **options: Any) -> Any:
+    """The tokenizer of a folder, without a trace of how it was loaded."""
     tokenizer = AutoTokenizer.from_pretrained(folder, **options, **LOCAL)
     for name in LOCAL:  # it keeps how it was loaded, and would save it with itself
         tokenizer.init_kwargs.pop(name, None)

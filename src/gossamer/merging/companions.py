@@ -1,0 +1,222 @@
+"""What lies beside weights (tokenizer, chat template, processor, generation settings), and whose of it a result holds.
+
+An adapter that was trained with another tokenizer or template than the base's says something else without it, so its
+own files go where its change goes: into a merged model's folder, and into the folder of an adapter made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gossamer.errors import AdapterFileError, UsageError
+from gossamer.files.folder import read_json
+from gossamer.models.load import read_tokenizer
+from gossamer.models.scrutiny import read_config
+
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
+VOCABULARIES += ("sentencepiece.bpe.model", "tekken.json")
+TOKENIZER = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SETTINGS = {
+    "generation_config.json": "generation config",
+    "preprocessor_config.json": "processor",
+    "processor_config.json": "processor",
+    "video_preprocessor_config.json": "processor",
+}
+NAMES = (*TOKENIZER, *TEMPLATES, *SETTINGS)
+"""Files, and one folder, that are an adapter's own where they lie beside it."""
+_FREE = ("transformers_version", "_from_model_config")
+"""What two equal files of settings may differ in."""
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The files that a merged model takes from its adapters; none where they say what the base's say.
+
+    Attributes:
+        files: name -> content, of every such file of the result; None leaves the base's.
+        notes: in words, what differs from the base's.
+        tokens: numbers of tokens in use; 0 where that is not known.
+    """
+
+    files: dict[str, bytes] | None = None
+    notes: tuple[str, ...] = ()
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, base: Path, adapters: Sequence[Path]) -> Companions:
+        """Those of adapter folders, seen from a base's folder or GGUF file.
+
+        Raises: UsageError for adapters whose files disagree; AdapterFileError for a tokenizer that cannot be read.
+        """
+        holders = [folder for folder in adapters if held(folder)]
+        if not holders:
+            return cls()
+        with tempfile.TemporaryDirectory() as scratch:
+            before = _laid(base, None, Path(scratch, "base"))
+            places = [_laid(base, one, Path(scratch, str(number))) for number, one in enumerate(holders)]
+            plain = _facts(before, base)
+            each = [_facts(place, one) for place, one in zip(places, holders, strict=True)]
+            _require_agreement(holders, each)
+            differing = [name for name in each[0] if each[0][name] != plain.get(name)]
+            if not differing:
+                return cls()
+            files = {str(path.relative_to(places[0])): path.read_bytes() for path in _files(places[0])}
+        more = len(each[0]["vocabulary"].keys() - plain["vocabulary"].keys())
+        words = [f"{name} ({more} tokens more)" if name == "vocabulary" and more else name for name in differing]
+        note = f"of the adapter, not of the base: {', '.join(words)}"
+        return cls(files, (note,), 1 + max(each[0]["vocabulary"].values(), default=-1))
+
+    def require_rows(self, rows: int) -> None:
+        """Raise `AdapterFileError` where the tokenizer has tokens for which a model has no embedding."""
+        if self.tokens > rows:
+            raise AdapterFileError(
+                "the adapter's tokenizer has tokens that the merged model has no embedding for",
+                got=f"{self.tokens} tokens",
+                expected=f"at most {rows}",
+                hint="train the embedding and the head with it (modules_to_save), "
+                "or delete the tokenizer's files from the adapter's folder to merge with the base's",
+            )
+
+    def write(self, folder: Path) -> None:
+        """Put them in place of what a folder has of them."""
+        if self.files is None:
+            return
+        for name in NAMES:
+            _remove(folder / name)
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
+def held(folder: Path) -> list[str]:
+    """Which companions a folder holds."""
+    return [name for name in NAMES if (folder / name).exists()]
+
+
+def hand_on(sources: Sequence[Path], output: Path) -> list[str]:
+    """Copy the companions of adapter folders into the folder of what was made of them; returns their names.
+
+    Raises `UsageError` where two of them disagree.
+    """
+    holders = [folder for folder in sources if held(folder)]
+    if not holders:
+        return []
+    require_one(holders)
+    for name in held(holders[0]):
+        copy = shutil.copytree if (holders[0] / name).is_dir() else shutil.copyfile
+        copy(holders[0] / name, output / name)
+    return held(holders[0])
+
+
+def require_one(sources: Sequence[Path]) -> None:
+    """Raise `UsageError` where adapter folders hold different tokenizers, templates or settings."""
+    holders = [folder for folder in sources if held(folder)]
+    if len(holders) > 1 and any(_contents(one) != _contents(holders[0]) for one in holders):
+        _require_agreement(holders, [_facts(one, one) for one in holders])
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in _files(folder)}
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file of the companions of a folder."""
+    found = [folder / name for name in held(folder)]
+    return sorted(path for one in found for path in (one.iterdir() if one.is_dir() else (one,)) if path.is_file())
+
+
+def _laid(base: Path, adapter: Path | None, place: Path) -> Path:
+    """A folder with the base's companions and in their place what an adapter holds of them."""
+    place.mkdir()
+    if base.is_file():
+        read_tokenizer(base.parent, gguf_file=base.name).save_pretrained(place)
+    else:
+        shutil.copyfile(base / "config.json", place / "config.json")
+        for path in _files(base):
+            (place / path.relative_to(base)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place / path.relative_to(base))
+    if adapter is None:
+        return place
+    if any((adapter / name).exists() for name in VOCABULARIES):  # a whole tokenizer: nothing of the base's is mixed in
+        template = None if _has_template(adapter) else read_tokenizer(place).chat_template
+        for name in (*TOKENIZER, *TEMPLATES):
+            _remove(place / name)
+        if isinstance(template, str):
+            (place / TEMPLATES[0]).write_text(template, encoding="utf-8")
+    elif _has_template(adapter):
+        _drop_template(place)
+    for path in _files(adapter):
+        (place / path.relative_to(adapter)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place / path.relative_to(adapter))
+    return place
+
+
+def _has_template(folder: Path) -> bool:
+    settings = folder / "tokenizer_config.json"
+    written = settings.is_file() and bool(read_json(settings).get("chat_template"))
+    return written or any((folder / name).exists() for name in TEMPLATES)
+
+
+def _drop_template(folder: Path) -> None:
+    for name in TEMPLATES:
+        _remove(folder / name)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        kept = {key: value for key, value in read_json(settings).items() if key != "chat_template"}
+        settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _facts(folder: Path, source: Path) -> dict[str, Any]:
+    """What a folder's tokenizer does and what its settings say, for comparing. Raises `AdapterFileError`."""
+    facts: dict[str, Any] = {"vocabulary": {}}
+    try:
+        if (folder / "config.json").is_file():
+            read_config(folder)  # no code of its own
+        if any((folder / name).exists() for name in (*VOCABULARIES, "tokenizer_config.json")):
+            tokenizer = read_tokenizer(folder)
+            facts["vocabulary"] = tokenizer.get_vocab()
+            facts["chat template"] = tokenizer.chat_template
+            facts["special tokens"] = {name: str(one) for name, one in sorted(tokenizer.special_tokens_map.items())}
+            rules = getattr(tokenizer, "backend_tokenizer", None)
+            parts = json.loads(rules.to_str()) if rules is not None else {}
+            parts["model"] = {key: value for key, value in parts.get("model", {}).items() if key != "vocab"}
+            facts["tokenizer"] = {key: parts[key] for key in parts if key not in ("truncation", "padding")}
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise AdapterFileError(
+            "a tokenizer that cannot be read",
+            where=str(source),
+            got=reason,
+            hint="delete the tokenizer's files from the adapter's folder to use the base's",
+        ) from error
+    for name, words in SETTINGS.items():
+        found = read_json(folder / name) if (folder / name).is_file() else {}
+        facts.setdefault(words, {})[name] = {key: value for key, value in found.items() if key not in _FREE}
+    return facts
+
+
+def _require_agreement(holders: Sequence[Path], facts: Sequence[dict[str, Any]]) -> None:
+    for folder, one in zip(holders[1:], facts[1:], strict=True):
+        different = [name for name in one | facts[0] if one.get(name) != facts[0].get(name)]
+        if different:
+            raise UsageError(
+                "these adapters were made with different tokenizers or settings, and a result can have one",
+                where=str(folder),
+                got=f"another {', '.join(different)}",
+                expected=f"that of {holders[0]}",
+                hint=f"delete the files that shall not count from the adapter folders: {', '.join(held(folder))}",
+            )
