@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    JambaConfig,
+    JambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import gossamer as gs
 from bench.plan import Live
@@ -256,3 +264,46 @@ def test_the_real_base_takes_half_a_byte_a_parameter():
     assert sum(module.packed.nbytes for module in packed) / count <= 0.53
     stored = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
     assert live.peak <= stored * 1.15  # what quantising one weight takes beside what is stored already
+
+
+def mamba_hybrid(tmp_path: Path) -> Path:
+    """A model that reads the weight of a linear module without calling it, beside convolutions and experts."""
+    torch.manual_seed(0)
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kinds: Any = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+    config = JambaConfig(
+        vocab_size=320, num_hidden_layers=2, num_experts=4, mamba_d_state=8, use_mamba_kernels=False, **sizes, **kinds
+    )
+    return write_model_folder(JambaForCausalLM(config), tiny_tokenizer(), tmp_path / "base")
+
+
+STORED = {
+    "llama": ("embeddings", False),
+    "gpt2": ("embeddings", False),
+    "mixtral": ("experts that are stacked in one parameter", True),
+    "qwen3_moe": ("experts that are stacked in one parameter", True),
+    "jamba": ("experts that are stacked in one parameter", True),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_what_is_packed_and_what_is_not_is_counted_over_the_whole_model(kind: str, tmp_path: Path):
+    base = mamba_hybrid(tmp_path) if kind == "jamba" else None
+    base = base or write_model_folder(tiny(kind), tiny_tokenizer(), tmp_path / "base")
+    most, warns = STORED[kind]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model, _ = load_base(base, quant="nf4")
+    assert any(most in str(one.message) for one in said) == warns
+    whole = quantize_base(base, tmp_path / "packed", quant="nf4")["model"]
+    stored = load_file(tmp_path / "packed" / "model.safetensors")
+    files = sum(one.nbytes for name, one in stored.items() if "quant_map" not in name and "quant_state" not in name)
+    assert whole["parameters"] == sum(parameter.numel() for parameter in load_base(base)[0].parameters())
+    assert files == whole["bytes"] - 4 * len(packed_modules(model))  # the offset of the scales is in the state
+    assert whole["bits"] == 8 * whole["bytes"] / whole["parameters"]
+    assert next(iter(whole["dense"])) == most
+    dense, _ = load_base(base)
+    for path, module in packed_modules(model).items():  # however a weight is used, it is the one the codes stand for
+        own = dense.get_parameter(f"{path}.weight")
+        own.data.copy_(module.dequantized().T if module.turned else module.dequantized())
+    torch.testing.assert_close(model(tokens()).logits, dense(tokens()).logits, rtol=0, atol=1e-5)

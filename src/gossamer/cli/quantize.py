@@ -23,7 +23,11 @@ def command(base: str, output: str, quant: str, dtype: str, device: str, as_json
     if as_json:
         emit(done)
         return
+    whole = done["model"]
     click.echo(
-        f"{done['output']}: {done['modules']} weights of {done['parameters']:,} parameters in {quant}, "
-        f"{done['bits']:.3f} bits each, {amount(done['bytes'])}, {done['seconds']:.1f} s"
+        f"{done['output']}: {whole['bits']:.3f} bits a parameter over the whole model, {amount(whole['bytes'])}, "
+        f"{done['seconds']:.1f} s"
     )
+    click.echo(f"{whole['packed']:.1%} in {quant}: {done['modules']} weights, {done['bits']:.3f} bits each")
+    for kind, count in whole["dense"].items():
+        click.echo(f"{count / whole['parameters']:.1%} in {done['dtype']}: {kind}")

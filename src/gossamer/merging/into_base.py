@@ -90,9 +90,10 @@ def merge_into_base(
     Returns:
         {"output", "modules", "dtype", "streamed", "seconds", "choices", "notes"}, and where outputs were compared
         "max_error", the largest difference over a fixed sample of tokens, and "max_logit", the largest output. Of a
-        streamed merge also "files", "continued" (how many of them an interrupted merge had finished), "bytes", and "rounding":
-        what rounding to the dtype takes from the change, relative to it, estimated from the samples. `choices`, of a
-        quantised base: storage -> {"of_weight", "of_change"}, what rounding to it takes from the merged weights.
+        streamed merge also "files", "continued" (how many of them an interrupted merge had finished), "bytes", and
+        "rounding": what rounding to the dtype takes from the change, relative to it, estimated from the samples.
+        `choices`, of a quantised base: storage -> {"of_weight", "of_change"}, what rounding to it takes from the
+        merged weights.
 
     Raises:
         StateError: output exists. BaseMismatchError, AdapterFileError, BaseFileError: files that do not fit.

@@ -46,22 +46,25 @@ def room_for_vocabulary(model: PreTrainedModel, adapters: Sequence[Adapter]) -> 
         raise UsageError("adapters whose vocabularies differ in size have no one merge", got=", ".join(map(str, sizes)))
     if sizes != [rows]:
         _require_both(ends, adapters)
-        model.resize_token_embeddings(sizes[0], mean_resizing=False)
+        whole: Any = model
+        whole.resize_token_embeddings(sizes[0], mean_resizing=False)
         notes.append(f"the vocabulary has the adapter's {sizes[0]} rows; the base's has {rows}")
     ends = _ends(model)
     if _tied(ends):
         *_, head = ends.values()
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        described: Any = model.config
-        configs = [described, described.get_text_config()]
-        for config in {id(one): one for one in configs}.values():
-            config.tie_word_embeddings = False
+        _say_untied(model.config)
         notes.append("embedding and head, one weight in the base, are two now (tie_word_embeddings: false)")
     vars(model)[NOTED] = before
     try:
         yield notes
     finally:
         vars(model).pop(NOTED, None)
+
+
+def _say_untied(config: Any) -> None:
+    for one in (config, config.get_text_config()):
+        one.tie_word_embeddings = False
 
 
 def rows_of(model: PreTrainedModel) -> int:

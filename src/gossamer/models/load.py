@@ -24,6 +24,7 @@ from gossamer.errors import BaseFileError, GossamerError, ResourceError, UsageEr
 from gossamer.models.locate import locate
 from gossamer.models.quantizer import METHOD, LoadingConfig, faults_as_found, forget_reading, kept_dense, packed_modules
 from gossamer.models.scrutiny import read_config, require_plain_weights, require_same, require_tokenizer
+from gossamer.models.stored import warn_if_mostly_dense
 from gossamer.models.write import forget_quantisation, without_bars
 from gossamer.quant import format_of, quantize_model
 
@@ -54,9 +55,10 @@ def load_base(
             weights are dequantised) and on a CPU without 16-bit matrix units, where bfloat16 is tens of times slower.
         device: "auto" (the first CUDA device, else the CPU) or any device torch knows.
         quant: None, or what linear weights are stored as: "nf4" (4.127 bits each), "nf4-single" (4.5), "fp4",
-            "fp4-single" or "int8". Embeddings, the head, norms and biases keep their dtype, and `dtype` is what weights
-            are rebuilt in. A folder that is stored quantised loads so without being asked. Memory while loading: what
-            is quantised already and the tensor at hand (a GGUF file is loaded whole first).
+            "fp4-single" or "int8". Embeddings, the head, norms, biases and stacked experts keep their dtype (a warning
+            says so where they are most of the layers), and `dtype` is what weights are rebuilt in. A folder that is
+            stored quantised loads so without being asked. Memory while loading: what is quantised already and the
+            tensor at hand (a GGUF file is loaded whole first).
 
     Returns model and tokenizer. The model's class is the one its config names, so a classifier loads as a classifier.
 
@@ -74,6 +76,8 @@ def load_base(
         model, tokenizer, info = load(path, wanted, quant)
     require_exact(info, path)
     forget_quantisation(model)
+    if quant is not None:
+        warn_if_mostly_dense(model, quant)
     return _moved(model, place).eval(), tokenizer
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
-from gossamer.attachment.walk import modules
 from gossamer.errors import StateError
 from gossamer.models.load import load_base
+from gossamer.models.stored import storage
 from gossamer.models.write import write_model_folder
-from gossamer.quant import QuantizedLinear
 
 
 def quantize_base(
@@ -27,8 +27,10 @@ def quantize_base(
         dtype: what weights are rebuilt in, and what those that stay dense are stored as.
 
     Returns:
-        {"output", "quant", "dtype", "modules", "parameters", "bytes", "bits", "seconds"}: of the quantised weights
-        alone, `bits` being how many each parameter takes.
+        {"output", "quant", "dtype", "modules", "parameters", "bytes", "bits", "model", "seconds"}: of the quantised
+        weights alone, `bits` being how many each parameter takes. "model" says the same of the whole model:
+        {"parameters", "bytes", "bits", "packed", "dense"}, with the share that is packed, and the numbers that are not
+        by what they belong to.
 
     Raises: StateError when output exists; what `load_base` raises; DiskError.
     """
@@ -36,18 +38,25 @@ def quantize_base(
     if output.exists():
         raise StateError("the output folder exists already", where=str(output), hint="choose a new folder")
     start = time.monotonic()
-    model, tokenizer = load_base(base, dtype=dtype, device=device, quant=quant)
-    packed = [module for module in modules(model).values() if isinstance(module, QuantizedLinear)]
-    count = sum(module.in_features * module.out_features for module in packed)
-    nbytes = sum(module.packed.nbytes for module in packed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what stays dense is in the result
+        model, tokenizer = load_base(base, dtype=dtype, device=device, quant=quant)
+    stored = storage(model)
     write_model_folder(model, tokenizer, output)
     return {
         "output": str(output),
         "quant": quant,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "modules": len(packed),
-        "parameters": count,
-        "bytes": nbytes,
-        "bits": 8 * nbytes / count,
+        "modules": stored.modules,
+        "parameters": stored.packed,
+        "bytes": stored.packed_bytes,
+        "bits": 8 * stored.packed_bytes / stored.packed,
+        "model": {
+            "parameters": stored.total,
+            "bytes": stored.nbytes,
+            "bits": stored.bits,
+            "packed": stored.packed / stored.total,
+            "dense": stored.dense,
+        },
         "seconds": time.monotonic() - start,
     }

@@ -196,3 +196,108 @@ def test_not_finite_and_missing_factors(tmp_path: Path):
     save_file({f"{name}.lora_A.weight": torch.ones(2, 4)}, tmp_path / "m.safetensors")
     with pytest.raises(AdapterFileError, match="missing"):
         read_foreign(tmp_path / "m.safetensors")
+
+
+# What each format knows, and refuses by name ----------------------------------------------------------------------
+
+
+LANGUAGE = {
+    "llama": ("gguf", "torchtune"),
+    "mistral": ("gguf", "torchtune"),
+    "qwen2": ("gguf", "torchtune"),
+    "granite": ("gguf",),
+    "qwen3": ("gguf",),
+    "qwen3_moe": ("gguf",),
+    "gemma": ("gguf",),
+    "gemma2": ("gguf",),
+    "gemma3_text": ("gguf",),
+    "olmo2": ("gguf",),
+    "phi3": ("gguf",),
+    "mixtral": (),
+    "gpt_neox": (),
+    "cohere": (),
+    "": (),
+}
+PAIRED = {"gguf": ("llama", "mistral", "granite"), "torchtune": ("llama", "mistral")}
+"""Whose rows of queries and keys change places, by each tool's own converter."""
+
+
+@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("kind", LANGUAGE)
+def test_every_architecture_is_covered_or_refused_by_name(kind: str, name: str, base: Path, tmp_path: Path):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    path = "model.layers.0.self_attn." + ("qkv_proj" if kind == "phi3" else "q_proj")
+    slots = {"lora_A": torch.randn(4, WIDTH), "lora_B": torch.randn(WIDTH, 4)}
+    adapter = gs.Adapter(gs.LoRA(r=4, target_modules=(path,)), {path: slots})
+    output = tmp_path / f"out{suffix(name)}"
+    if name not in LANGUAGE[kind]:
+        with pytest.raises(UnsupportedError, match="an architecture that is not covered|torchtune's Llama has not"):
+            write_foreign(adapter, output, name, base)
+        assert not output.exists()
+        return
+    assert write_foreign(adapter, output, name, base).exact
+    if name == "gguf":
+        stored = {one.name: torch.tensor(one.data) for one in gguf.GGUFReader(output).tensors}
+        rows = next(value for key, value in stored.items() if key.endswith("lora_b"))
+        assert key_of(stored) == ("blk.0.attn_qkv" if kind == "phi3" else "blk.0.attn_q")
+    else:
+        rows = load_file(output / "adapter_0.safetensors")["layers.0.attn.q_proj.lora_b.weight"]
+    assert torch.equal(rows, slots["lora_B"]) == (kind not in PAIRED[name])
+
+
+def key_of(stored: dict[str, torch.Tensor]) -> str:
+    return next(iter(stored)).partition(".weight")[0]
+
+
+PARTS = {
+    "unet": ("kohya", "diffusers"),
+    "text_encoder": ("kohya", "diffusers"),
+    "text_encoder_2": ("kohya", "diffusers"),
+    "text_encoder_3": ("diffusers",),
+    "transformer": ("diffusers",),
+    "prior": (),
+}
+
+
+@pytest.mark.parametrize("name", ["kohya", "diffusers"])
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_a_pipeline_is_covered_or_refused_by_name(part: str, name: str, tmp_path: Path):
+    path = f"{part}.transformer_blocks.0.attn.to_q"
+    adapter = gs.Adapter(
+        gs.LoRA(r=4, target_modules=(path,)), {path: {"lora_A": torch.ones(4, 8), "lora_B": torch.ones(8, 4)}}
+    )
+    output = tmp_path / "out.safetensors"
+    if name in PARTS[part]:
+        assert write_foreign(adapter, output, name).exact
+        return
+    with pytest.raises(UnsupportedError) as refused:
+        write_foreign(adapter, output, name)
+    assert part in str(refused.value)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("stem", ["lora_unet_double_blocks_0_qkv", "lora_transformer_blocks_0_to_q"])
+def test_a_kohya_file_of_a_transformer_is_refused_by_name(stem: str, tmp_path: Path):
+    save_file(
+        {f"{stem}.lora_down.weight": torch.ones(2, 4), f"{stem}.lora_up.weight": torch.ones(6, 2)},
+        tmp_path / "k.safetensors",
+    )
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": None}))  # as a diffusers UNet has it
+    save_file({"transformer_blocks.0.attn.to_q.weight": torch.zeros(6, 4)}, folder / "model.safetensors")
+    with pytest.raises(UnsupportedError, match="of a transformer"):
+        read_foreign(tmp_path / "k.safetensors", base=folder)
+
+
+def test_what_a_tool_would_pass_over_or_misread_is_refused(base: Path, tmp_path: Path):
+    head = {"lora_A": torch.ones(4, WIDTH), "lora_B": torch.ones(64, 4)}
+    for path in ("lm_head", "transformer.h.0.attn.c_attn", "model.language_model.layers.0.self_attn.q_proj"):
+        adapter = gs.Adapter(gs.LoRA(r=4, target_modules=(path,)), {path: head})
+        for name in ("mlx", "gguf", "torchtune"):
+            with pytest.raises(UnsupportedError) as refused:
+                write_foreign(adapter, tmp_path / f"out{suffix(name)}", name, base)
+            assert path in str(refused.value)
+    with pytest.raises(UnsupportedError, match="alpha of 0"):  # which llama.cpp takes for a scaling of 1
+        write_foreign(language_adapter(alpha=0.0), tmp_path / "a.gguf", "gguf", base)

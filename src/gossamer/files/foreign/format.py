@@ -33,7 +33,7 @@ class Base:
     def of_folder(cls, folder: Path) -> Base:
         """From a model folder's `config.json` and the headers of its safetensors. Raises `AdapterFileError`."""
         config = read_json(folder / "config.json")
-        numbers = [config.get(key, 0) for key in ("num_attention_heads", "num_key_value_heads", "num_hidden_layers")]
+        numbers = [config.get(key) or 0 for key in ("num_attention_heads", "num_key_value_heads", "num_hidden_layers")]
         if not all(isinstance(number, int) and 0 <= number <= 65536 for number in numbers):
             raise AdapterFileError("not a model's config", where=str(folder / "config.json"), got=str(numbers))
         modules: list[str] = []

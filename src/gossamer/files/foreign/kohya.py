@@ -1,7 +1,9 @@
 """kohya and ComfyUI: `lora_unet_<path with underscores>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
 
 Where a dot was and where an underscore, the name does not say: a file of ours says it in its metadata, another one is
-read against the modules of the base.
+read against the modules of the base. The names are diffusers' own for a UNet and for CLIP's text encoders alone: what
+ComfyUI, sd-scripts and diffusers look for in a transformer's file (Flux, SD3) are other names, of other modules, whose
+queries, keys and values are one matrix, so such a file would be loaded by nobody.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gossamer.errors import AdapterFileError
+from gossamer.errors import AdapterFileError, UnsupportedError
 from gossamer.files.foreign.changes import Change, Changes
 from gossamer.files.foreign.diffusers import alpha_in, component_of
 from gossamer.files.foreign.format import (
@@ -29,11 +31,20 @@ PATHS = "gossamer.paths"
 ENDINGS = (".lora_down.weight", ".lora_up.weight")
 PREFIXES = {
     "unet": "lora_unet",
-    "transformer": "lora_unet",
     "text_encoder": "lora_te",
     "text_encoder_2": "lora_te2",
-    "text_encoder_3": "lora_te3",
 }
+"""Parts of a pipeline that the tools read under the names that are written here."""
+
+
+_ELSEWHERE = (
+    "lora_unet_double_blocks_",
+    "lora_unet_single_blocks_",
+    "lora_unet_joint_blocks_",
+    "lora_transformer_",
+    "lora_te3_",
+)
+"""How names of modules begin that are other modules here: of Flux and SD3."""
 
 
 class Kohya(Format):
@@ -59,6 +70,14 @@ class Kohya(Format):
         else:
             modules = needed(base, self.name, "its names do not say where the dots were").modules
             paths = {flat: module for module in modules for flat in _flat_names(module)}
+            unknown = next((name for name in pairs if name not in paths), None)
+            if unknown is not None and unknown.startswith(_ELSEWHERE):
+                raise UnsupportedError(
+                    "a kohya file of a transformer, whose modules have other names than the base's",
+                    where=f"{path}: {unknown}",
+                    expected=", ".join(PREFIXES),
+                    hint="load it in diffusers, which knows these names, and save it there",
+                )
         found: Changes = {}
         for name, (down, up) in pairs.items():
             if not isinstance(paths.get(name), str):
@@ -71,6 +90,15 @@ class Kohya(Format):
 
     def write(self, changes: Changes, path: Path, base: Base | None) -> list[str]:
         """See `Format`."""
+        for name in changes:
+            if component_of(name) not in PREFIXES:
+                raise UnsupportedError(
+                    "kohya's format names these modules in a way of its own, which is not covered",
+                    where=name,
+                    got=component_of(name),
+                    expected=", ".join(PREFIXES),
+                    hint="diffusers (--to diffusers), which ComfyUI reads too, and peft have a place for them",
+                )
         second = any(component_of(name) == "text_encoder_2" for name in changes)
         paths = {_flat(name, second): name for name in changes}
         if len(paths) != len(changes):

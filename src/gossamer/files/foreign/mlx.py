@@ -1,5 +1,6 @@
 """MLX (mlx-lm): `adapters.safetensors` and `adapter_config.json`, factors lying down: lora_a (in, r), lora_b (r, out).
 
+What a file says of modules outside its layers is passed over there, so it is refused here.
 One rank and one scale serve all modules: a smaller rank is filled up with zeros, another scale multiplied into lora_b.
 """
 
@@ -61,6 +62,14 @@ class MLX(Format):
     def write(self, changes: Changes, path: Path, base: Base | None) -> list[str]:
         """See `Format`."""
         only_matrices(changes, self.name)
+        for name in changes:
+            if not re.match(r"model\.layers\.\d+\.", name):
+                raise UnsupportedError(
+                    "mlx-lm adapts modules of its layers alone, and passes over every other tensor without a word",
+                    where=name,
+                    expected="a path below model.layers",
+                    hint="leave the module out, or merge the adapter",
+                )
         changes, scale, lost = with_one_alpha(changes, per_rank=True)
         rank = max(one.rank for one in changes.values())
         smaller = sum(one.rank < rank for one in changes.values())

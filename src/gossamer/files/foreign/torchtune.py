@@ -27,7 +27,8 @@ from gossamer.files.foreign.format import (
 )
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_0.safetensors"
-ROTATED = ("llama", "mistral")
+ROTATED = {"llama": True, "mistral": True, "qwen2": False}
+"""Model type -> whether torchtune holds its query and key rows in pairs; of others that was not looked up."""
 NAMES = {
     "self_attn.q_proj": "attn.q_proj",
     "self_attn.k_proj": "attn.k_proj",
@@ -91,6 +92,8 @@ class Torchtune(Format):
 
 
 def _turned(up: Tensor, module: str, base: Base, back: bool = False) -> Tensor:
-    if base.model_type not in ROTATED or not module.endswith(("q_proj", "k_proj")):
+    if base.model_type not in ROTATED:
+        raise UnsupportedError("an architecture that is not covered", got=base.model_type, expected=", ".join(ROTATED))
+    if not ROTATED[base.model_type] or not module.endswith(("q_proj", "k_proj")):
         return up
     return rotated(up, base.heads if module.endswith("q_proj") else base.kv_heads, back)
