@@ -52,7 +52,7 @@ def room_for_vocabulary(model: PreTrainedModel, adapters: Sequence[Adapter]) -> 
     ends = _ends(model)
     if _tied(ends):
         *_, head = ends.values()
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        head.weight = nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
         _say_untied(model.config)
         notes.append("embedding and head, one weight in the base, are two now (tie_word_embeddings: false)")
     vars(model)[NOTED] = before

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from gossamer.errors import BaseFileError, UnsupportedError, nearest
+from gossamer.planning.parts import composite, parts_of
 from gossamer.planning.shape import ModelShape
 
 Config = Mapping[str, Any]
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 """Types of models whose layers are in `models.blocks`."""
+_READ_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+"""Language models of several parts -> the type that has the same parameters."""
 _BIASED = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 
 
@@ -18,13 +22,14 @@ def shape_of_config(config: Config, name: str = "") -> ModelShape:
     """The numbers of a model.
 
     Args:
-        config: the content of a config.json; of a model of several parts its `text_config` is read.
+        config: the content of a config.json; of a model of several parts its language model is read, and the others
+            are counted.
         name: what to call it.
 
     Raises: UnsupportedError for an architecture that is not known; BaseFileError for numbers that are missing.
     """
-    if "text_config" in config:
-        config = dict(config["text_config"])
+    if composite(config):
+        return _of_parts(config, name)
     kind = str(config.get("model_type", ""))
     if kind not in READERS:
         known = ", ".join(READERS)
@@ -41,6 +46,30 @@ def shape_of_config(config: Config, name: str = "") -> ModelShape:
         raise BaseFileError(
             "the config lacks a number", where=name, got=str(error), expected="a whole config"
         ) from None
+
+
+def _of_parts(config: Config, name: str) -> ModelShape:
+    """A language model with towers beside it, its count held to transformers' own."""
+    found = parts_of(config, name)
+    text = dict(found.text)
+    text["model_type"] = _READ_AS.get(str(text.get("model_type")), text.get("model_type"))
+    stored = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16")
+    shape = replace(
+        shape_of_config(text, name or str(config.get("model_type"))),
+        tied=found.tied,
+        dtype=stored,
+        root=found.layers,
+        parts=found.others,
+        blocks=False,
+    )
+    if shape.language != found.language:
+        raise UnsupportedError(
+            "the plan does not know this language model well enough: it counts other parameters than transformers",
+            where=name,
+            got=f"{text['model_type']}: {shape.language:,}",
+            expected=f"{found.language:,}",
+        )
+    return shape
 
 
 def _decoder(config: Config) -> dict[str, Any]:

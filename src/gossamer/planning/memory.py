@@ -94,7 +94,9 @@ class Memory:
         if not self.setting.quant:
             return whole * width
         codes = sum(packed(linear.outer, linear.weights, self.setting.quant) for linear in self.shape.linears)
-        return self.shape.layers * codes + (whole - self.shape.quantisable) * width
+        beside = [(inner * outer, outer) for part in self.shape.parts for _, inner, outer in part.linears]
+        codes = self.shape.layers * codes + sum(packed(outer, count, self.setting.quant) for count, outer in beside)
+        return codes + (whole - self.shape.quantisable - sum(count for count, _ in beside)) * width
 
     @property
     def trained(self) -> int:

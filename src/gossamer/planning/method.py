@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
@@ -101,7 +101,12 @@ def _targets(patterns: str | tuple[str, ...], shape: ModelShape) -> tuple[Linear
     if isinstance(patterns, str):
         if patterns in ("all-linear", "auto"):
             return shape.linears
-        return _matching(patterns, shape, known)
+        chosen = _matching(patterns, shape, known)
+        _refuse_beside(shape, patterns, lambda path: bool(re.fullmatch(patterns, path)))
+        return chosen
+    _refuse_beside(
+        shape, str([*patterns]), lambda path: any(path == one or path.endswith("." + one) for one in patterns)
+    )
     for entry in patterns:
         if not any(_named(entry, linear) for linear in shape.linears):
             raise TargetError(
@@ -112,8 +117,25 @@ def _targets(patterns: str | tuple[str, ...], shape: ModelShape) -> tuple[Linear
     return tuple(linear for linear in shape.linears if any(_named(entry, linear) for entry in patterns))
 
 
+def _refuse_beside(shape: ModelShape, patterns: str, matches: Callable[[str], bool]) -> None:
+    """What is adapted in a tower would be counted nowhere."""
+    for part in shape.parts:
+        found = next((path for path, _, _ in part.linears if matches(path)), None)
+        if found is not None:
+            raise UnsupportedError(
+                "the plan knows adapters at the language model alone, and these patterns name modules of another part",
+                where=found,
+                got=patterns,
+                hint=f"all-linear, or a regular expression for paths below {shape.root}",
+            )
+
+
 def _named(entry: str, linear: Linear) -> bool:
-    return linear.path == entry or linear.path.endswith("." + entry)
+    return _ends(entry, linear.path)
+
+
+def _ends(entry: str, path: str) -> bool:
+    return path == entry or path.endswith("." + entry)
 
 
 def _matching(pattern: str, shape: ModelShape, known: list[str]) -> tuple[Linear, ...]:

@@ -172,7 +172,8 @@ def plan(
     fused: bool = True,
     device: Any = None,
 ) -> Plan:
-    """What a training run takes: memory by piece and moment, operations and time a token, disk. No weights, no torch.
+    """What a training run takes: memory by piece and moment, operations and time a token, disk. No weights; torch only
+    to count the towers of a model of several parts.
 
     Args:
         model: a known name, a folder or file with a config.json, a hub id (its config.json alone is fetched), a mapping
@@ -209,6 +210,15 @@ def plan(
 
 def _notes(shape: ModelShape, setting: Setting) -> tuple[str, ...]:
     notes = []
+    if shape.parts:
+        named = ", ".join(f"{part.name} ({part.parameters:,})" for part in shape.parts)
+        notes.append(
+            f"frozen beside the language model, and counted with the base: {named}; what they keep while they read an "
+            "image or a sound is not counted"
+        )
+    dense = shape.layers * shape.experts * shape.expert_weights
+    if setting.quant and dense:
+        notes.append(f"stacked experts, {dense / shape.total:.0%} of the parameters, stay in {setting.dtype}")
     if shape.experts:
         notes.append("experts: activations were measured on toys alone, with the plain loop over experts")
     if shape.family == "llama" and shape.norms == 4 and not shape.head_norm:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 
+from gossamer.planning.parts import Part
+
 KINDS = ("embedding", "attention", "mlp", "experts", "norm", "head")
 """The kinds that parameters are counted by."""
 
@@ -71,6 +73,8 @@ class ModelShape:
         experts, active: of the MLP, in all and for each token; shared: width of an MLP beside them.
         blocks: its decoder layers are of a class that this library has fused ones for.
         encoder: reads both ways, so that there is nothing to train it on here; head_norms: norms above the layers.
+        root: where the layers lie, if elsewhere than in the family. parts: towers and projectors beside the language
+            model, which is what all other numbers are of.
     """
 
     name: str
@@ -103,6 +107,8 @@ class ModelShape:
     active: int = 0
     encoder: bool = False
     blocks: bool = True
+    root: str = ""
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.kv_heads:
@@ -144,7 +150,7 @@ class ModelShape:
 
     def path(self, linear: Linear, layer: int) -> str:
         """The full path of a module."""
-        return f"{NAMES[self.family]['layer']}.{layer}.{linear.path}"
+        return f"{self.root or NAMES[self.family]['layer']}.{layer}.{linear.path}"
 
     @property
     def norm_width(self) -> int:
@@ -158,7 +164,7 @@ class ModelShape:
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """Parameters by kind; a tied head counts nothing."""
+        """Parameters by kind, and of each other part; a tied head counts nothing."""
         inside = {"attention": 0, "mlp": 0}
         for linear in self.linears:
             inside["attention" if linear.role in ("q", "k", "v", "qkv", "o") else "mlp"] += linear.parameters
@@ -168,7 +174,13 @@ class ModelShape:
         head = self.vocabulary * (self.hidden * (not self.tied) + self.head_bias)
         head += self.hidden * (self.hidden + 1) * self.encoder  # its pooler
         counts = (rows * self.hidden, *(self.layers * n for n in (*inside.values(), experts)), norms, head)
-        return {kind: count for kind, count in zip(KINDS, counts, strict=True) if count}
+        found = {kind: count for kind, count in zip(KINDS, counts, strict=True) if count}
+        return found | {part.name: part.parameters for part in self.parts}
+
+    @property
+    def language(self) -> int:
+        """Parameters of the language model."""
+        return self.total - sum(part.parameters for part in self.parts)
 
     @property
     def total(self) -> int:

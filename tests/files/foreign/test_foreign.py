@@ -232,7 +232,7 @@ def test_every_architecture_is_covered_or_refused_by_name(kind: str, name: str, 
     adapter = gs.Adapter(gs.LoRA(r=4, target_modules=(path,)), {path: slots})
     output = tmp_path / f"out{suffix(name)}"
     if name not in LANGUAGE[kind]:
-        with pytest.raises(UnsupportedError, match="an architecture that is not covered|torchtune's Llama has not"):
+        with pytest.raises(UnsupportedError, match=r"an architecture that is not covered|torchtune's Llama has not"):
             write_foreign(adapter, output, name, base)
         assert not output.exists()
         return
