@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gossamer.cli.plan import command
-from gossamer.errors import BaseFileError
+from gossamer.errors import BaseFileError, UnsupportedError
 from gossamer.planning import plan
 
 
@@ -63,3 +63,21 @@ def test_misuse(arguments: tuple[str, ...]):
 
 def test_an_unknown_model():
     assert isinstance(run("lama-3.1-8b").exception, BaseFileError)
+
+
+def test_a_run_s_own_config_is_planned_and_options_come_before_it(tmp_path: Path):
+    text = "base: llama-3.1-8b\nquant: nf4\nmethod: {name: lora, r: 4, target_modules: [q_proj]}\n"
+    text += "data: d.jsonl\noutput: o\n"
+    (tmp_path / "run.yaml").write_text(text + "train: {batch_size: 16, max_length: 1024, optimizer: paged_adamw8bit}\n")
+    found = as_json(str(tmp_path / "run.yaml"))
+    wanted = plan(
+        "llama-3.1-8b", {"r": 4, "target_modules": ("q_proj",)}, quant="nf4", sequence=1024, batch=8, accumulation=2,
+        optimizer="paged_adamw8bit", checkpointing="auto",
+    )  # fmt: skip
+    assert (found["peak"], found["trainable"]) == (wanted.peak, wanted.trainable)
+    assert found["setting"]["accumulation"] == 2
+    changed = as_json(str(tmp_path / "run.yaml"), "--r", "8", "--batch", "1", "--quant", "int8")
+    assert (changed["setting"]["batch"], changed["setting"]["quant"]) == (1, "int8")
+    assert changed["method"].startswith("LoRA r=8 on all-linear")
+    (tmp_path / "run.yaml").write_text(text + "task: classify\n")
+    assert isinstance(run(str(tmp_path / "run.yaml")).exception, UnsupportedError)

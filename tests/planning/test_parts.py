@@ -17,94 +17,38 @@ from gossamer.planning import plan
 from gossamer.planning.parts import composite
 from gossamer.planning.source import shape_of
 
-TEXT: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "vocab_size": 320,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-SEEING: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "image_size": 16,
-    "patch_size": 4,
-}
+TEXT: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT |= {"intermediate_size": 96, "vocab_size": 320, "max_position_embeddings": 64, "pad_token_id": 0}
+SEEING: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+SEEING |= {"image_size": 16, "patch_size": 4}
 QWEN: dict[str, Any] = {"depth": 2, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 HEARING: dict[str, Any] = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
 ROTATED = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
 
+
+def of(text: str, other: str, sizes: dict[str, Any], part: str = "vision", **fields: Any) -> dict[str, Any]:
+    """A config of a language model of one type and a tower of another; "" for the family's own."""
+    inner = TEXT | ({"model_type": text} if text else {})
+    return {"text_config": inner, f"{part}_config": sizes | ({"model_type": other} if other else {})} | fields
+
+
+CLIP, SIGLIP, GEMMA = "clip_vision_model", "siglip_vision_model", {"head_dim": 16}
+QWEN2 = QWEN | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+QWEN25 = QWEN | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llava": (
-        "LlavaForConditionalGeneration",
-        {"text_config": {"model_type": "llama"} | TEXT, "vision_config": {"model_type": "clip_vision_model"} | SEEING},
-    ),
-    "llava_mistral": (
-        "LlavaForConditionalGeneration",
-        {
-            "text_config": {"model_type": "mistral"} | TEXT,
-            "vision_config": {"model_type": "siglip_vision_model"} | SEEING,
-        },
-    ),
-    "llava_tied": (
-        "LlavaForConditionalGeneration",
-        {
-            "text_config": {"model_type": "qwen2"} | TEXT,
-            "vision_config": {"model_type": "clip_vision_model"} | SEEING,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "gemma3": (
-        "Gemma3ForConditionalGeneration",
-        {
-            "text_config": TEXT | {"head_dim": 16},
-            "vision_config": {"model_type": "siglip_vision_model"} | SEEING,
-            "mm_tokens_per_image": 4,
-        },
-    ),
-    "paligemma": (
-        "PaliGemmaForConditionalGeneration",
-        {
-            "text_config": {"model_type": "gemma", "head_dim": 16} | TEXT,
-            "vision_config": {"model_type": "siglip_vision_model"} | SEEING,
-            "projection_dim": 64,
-        },
-    ),
-    "qwen2_vl": (
-        "Qwen2VLForConditionalGeneration",
-        {"text_config": TEXT | ROTATED, "vision_config": QWEN | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}},
-    ),
-    "qwen2_5_vl": (
-        "Qwen2_5_VLForConditionalGeneration",
-        {
-            "text_config": TEXT | ROTATED,
-            "vision_config": QWEN | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48},
-        },
-    ),
-    "mistral3": (
-        "Mistral3ForConditionalGeneration",
-        {
-            "text_config": {"model_type": "mistral"} | TEXT,
-            "vision_config": {"model_type": "pixtral", "head_dim": 8} | SEEING,
-        },
-    ),
-    "idefics3": (
-        "Idefics3ForConditionalGeneration",
-        {"text_config": {"model_type": "llama"} | TEXT, "vision_config": SEEING},
-    ),
-    "qwen2_audio": (
-        "Qwen2AudioForConditionalGeneration",
-        {
-            "text_config": {"model_type": "qwen2"} | TEXT,
-            "audio_config": {"model_type": "qwen2_audio_encoder"} | HEARING,
-        },
-    ),
+    "llava": ("LlavaForConditionalGeneration", of("llama", CLIP, SEEING)),
+    "llava_mistral": ("LlavaForConditionalGeneration", of("mistral", SIGLIP, SEEING)),
+    "llava_tied": ("LlavaForConditionalGeneration", of("qwen2", CLIP, SEEING, tie_word_embeddings=True)),
+    "gemma3": ("Gemma3ForConditionalGeneration", of("", SIGLIP, SEEING, mm_tokens_per_image=4)),
+    "paligemma": ("PaliGemmaForConditionalGeneration", of("gemma", SIGLIP, SEEING, projection_dim=64)),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", of("", "", QWEN2)),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", of("", "", QWEN25)),
+    "mistral3": ("Mistral3ForConditionalGeneration", of("mistral", "pixtral", SEEING | {"head_dim": 8})),
+    "idefics3": ("Idefics3ForConditionalGeneration", of("llama", "", SEEING)),
+    "qwen2_audio": ("Qwen2AudioForConditionalGeneration", of("qwen2", "qwen2_audio_encoder", HEARING, "audio")),
 }
+for _name, _change in (("gemma3", GEMMA), ("paligemma", GEMMA), ("qwen2_vl", ROTATED), ("qwen2_5_vl", ROTATED)):
+    KINDS[_name][1]["text_config"].update(_change)
 
 
 def built(kind: str, device: str = "meta") -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from gossamer.cli.shared import emit, json_option
 
@@ -42,10 +43,15 @@ _SWITCH = {"on": True, "off": False, "auto": "auto"}
 @click.option("--html", metavar="FILE", help="Also write one offline page with a picture.")
 @json_option
 def command(config: str | None, compare: bool, html: str | None, as_json: bool, **options: Any) -> None:
-    """Say what a training run takes, from the model's config alone: memory, time, disk, and how it would fit."""
+    """Say what a training run takes, from the model's config alone: memory, time, disk, and how it would fit.
+
+    CONFIG_OR_ID may be the YAML file of a run: what it says is planned, and options given here come before it.
+    """
     from gossamer import planning
     from gossamer.planning.table import compared
 
+    run = _of_run(config) if config and config.endswith((".yaml", ".yml")) else {}
+    config = run.pop("base", config)
     model = _model(config, options)
     method = {
         "name": options.pop("method"),
@@ -53,9 +59,16 @@ def command(config: str | None, compare: bool, html: str | None, as_json: bool, 
         "target_modules": _targets(options.pop("target")),
     }
     options["checkpointing"] = _SWITCH[options["checkpointing"]]
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if not given & {"method", "rank", "target"}:
+        method = run.pop("method", method)
+    options |= {name: value for name, value in run.items() if name in options and name not in given}
     if compare:
         beside = {name: value for name, value in options.items() if name not in ("quant", "path", "checkpointing")}
-        plans = planning.compare(model, r=method["r"], **beside)
+        plans = planning.compare(
+            model, r=method["r"] if isinstance(method, dict) else getattr(method, "r", 16), **beside
+        )
         if as_json:
             emit({name: plan.to_dict() for name, plan in plans})
         else:
@@ -68,6 +81,23 @@ def command(config: str | None, compare: bool, html: str | None, as_json: bool, 
         emit(plan.to_dict())
     else:
         click.echo(str(plan))
+
+
+def _of_run(path: str) -> dict[str, Any]:
+    """What a run's config file says of base, method and sizes, under the plan's own names."""
+    from gossamer.errors import UnsupportedError
+    from gossamer.training import RunConfig
+
+    run = RunConfig.read(path)
+    if run.task != "sft":
+        raise UnsupportedError("the plan knows causal language models in training alone", got=f"task: {run.task}")
+    train = run.train
+    rows = max(1, train.batch_tokens // train.max_length) if train.batch_tokens else train.batch_size
+    batch = min(rows, max(1, train.micro_batch_tokens // train.max_length))  # what goes through the model at once
+    said = {"sequence": train.max_length, "batch": batch, "accumulation": train.accumulation * -(-rows // batch)}
+    said |= {"quant": run.quant, "optimizer": train.optimizer, "checkpointing": train.checkpointing}
+    dtype = {} if run.dtype == "auto" else {"dtype": run.dtype}
+    return {"base": run.base, "method": run.method} | said | dtype
 
 
 def _model(config: str | None, options: dict[str, Any]) -> Any:

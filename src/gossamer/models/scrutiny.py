@@ -39,6 +39,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             where=str(folder),
             got=str(stored.get("quant_method") if isinstance(stored, dict) else stored),
             expected=f"bitsandbytes, as one of {', '.join(FORMATS)}",
+            hint="take the 16-bit weights that it was made of, or write them once with transformers where it reads "
+            "this format (from_pretrained, dequantize, save_pretrained), and name that folder as the base",
         )
     return config
 
