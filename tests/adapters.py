@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gossamer as gs
@@ -36,3 +39,11 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Whether two such copies agree in every bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def as_peft_writes(folder: Path) -> Path:
+    """A folder of ours with nothing in it that PEFT would not write: no `gossamer.json`, no seal."""
+    (folder / "gossamer.json").unlink()
+    weights = folder / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt"})
+    return folder

@@ -107,9 +107,7 @@ class Adapter:
     def digest(self) -> str:
         """sha256 (hex) over spec and tensors: equal digests mean bit-equal behaviour on the same base."""
         total = hashlib.sha256(json.dumps(self.spec.to_dict(), sort_keys=True).encode())
-        for name, tensor in self.named_tensors().items():
-            total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            total.update(tensor_bytes(tensor))
+        hash_tensors(total, self.named_tensors())
         return total.hexdigest()
 
     def delta(self, path: str) -> Tensor:
@@ -220,6 +218,13 @@ class Adapter:
 def about_the_base(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """What a PEFT config says of the base, which is still true of an adapter computed from the one it describes."""
     return {key: value for key, value in foreign.items() if key in _ABOUT_THE_BASE}
+
+
+def hash_tensors(total: Any, named: Mapping[str, Tensor]) -> None:
+    """Feed names, dtypes, shapes and bytes to a hash, in the order given."""
+    for name, tensor in named.items():
+        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        total.update(tensor_bytes(tensor))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

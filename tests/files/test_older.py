@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import gossamer as gs
 from gossamer.errors import AdapterFileError, UnsupportedError
-from tests.adapters import trained
+from tests.adapters import as_peft_writes, trained
 from tests.conformance.oracle import Toys, logits, peft_loads, same_tensors, tensors_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -37,7 +37,7 @@ def renamed(folder: Path, change: Callable[[str], str]) -> None:
 
 def test_missing_keys_take_pefts_defaults_and_say_so(toy: Toys, tmp_path: Path):
     trained(toy("llama"), gs.LoRA(r=8, alpha=8.0, target_modules=("q_proj",))).save(tmp_path)
-    (tmp_path / "gossamer.json").unlink()
+    as_peft_writes(tmp_path)
     config = {"peft_type": "LORA", "target_modules": ["q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="r=8, lora_alpha=8"):
@@ -53,7 +53,7 @@ def test_missing_keys_take_pefts_defaults_and_say_so(toy: Toys, tmp_path: Path):
 def test_doras_magnitude_by_its_older_name(toy: Toys, tmp_path: Path):
     adapter = trained(toy("llama"), gs.DoRA(r=2))
     adapter.save(tmp_path)
-    (tmp_path / "gossamer.json").unlink()
+    as_peft_writes(tmp_path)
     renamed(tmp_path, lambda name: name + ".weight" if name.endswith("lora_magnitude_vector") else name)
     assert gs.Adapter.load(tmp_path).named_tensors().keys() == adapter.named_tensors().keys()
 
@@ -61,7 +61,7 @@ def test_doras_magnitude_by_its_older_name(toy: Toys, tmp_path: Path):
 @pytest.mark.parametrize("layers", [None, [0]])
 def test_layers_pattern_needs_layers(layers: list[int] | None, toy: Toys, tmp_path: Path):
     trained(toy("llama"), gs.LoRA(r=2, layers_to_transform=0)).save(tmp_path)
-    (tmp_path / "gossamer.json").unlink()
+    as_peft_writes(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     changed = config | {"layers_pattern": "layers", "layers_to_transform": layers}
     (tmp_path / "adapter_config.json").write_text(json.dumps(changed))

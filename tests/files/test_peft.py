@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import gossamer as gs
 from gossamer.errors import AdapterFileError, DiskError, StateError
-from tests.adapters import same_bits, trained
+from tests.adapters import as_peft_writes, same_bits, trained
 from tests.conformance.oracle import Toys, config_of, tensors_of
 
 SPEC = gs.LoRA(r=2, target_modules=("q_proj", "v_proj"), modules_to_save=("model.norm",), dropout=0.25)
@@ -34,7 +34,9 @@ def test_the_layout(adapter: gs.Adapter, tmp_path: Path):
     folder = adapter.save(tmp_path / "deep" / "adapter")
     assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors", "gossamer.json"]
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata().keys() == {"format", "gossamer"}
+        assert file.metadata()["format"] == "pt"
+        assert json.loads(file.metadata()["gossamer"]).keys() == {"base", "config", "tensors"}
     prefix = "base_model.model.model."
     layers = {
         f"{prefix}layers.{n}.self_attn.{p}.lora_{s}.weight" for n in (0, 1) for p in ("q_proj", "v_proj") for s in "AB"
@@ -197,6 +199,8 @@ def test_without_our_file_it_is_pefts_adapter(adapter: gs.Adapter, toy: Toys, tm
     folder = adapter.save(tmp_path)
     (folder / "gossamer.json").unlink()
     loaded = gs.Adapter.load(folder)
-    assert (loaded.base, dict(loaded.provenance)) == (None, {})
+    assert (loaded.base, dict(loaded.provenance)) == (adapter.base, {}), "the seal names the base"
+    as_peft_writes(adapter.save(tmp_path))
+    assert gs.Adapter.load(folder).base is None
     assert same_bits(loaded.named_tensors(), adapter.named_tensors())
     gs.attach(toy("llama"), loaded)

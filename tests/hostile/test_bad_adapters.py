@@ -20,7 +20,7 @@ import torch
 import gossamer as gs
 from gossamer.errors import AdapterFileError, GossamerError, UnsupportedError
 from gossamer.methods import METHODS, TargetedMethod
-from tests.adapters import tokens, trained
+from tests.adapters import as_peft_writes, tokens, trained
 from tests.conformance.oracle import Toys
 from tests.hostile import mutants
 from tests.hostile.mutants import CONFIG, NUMERIC, OURS, STRUCTURAL, WEIGHTS, WRONG_FIELDS
@@ -35,7 +35,7 @@ def sound(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     root = tmp_path_factory.mktemp("sound")
     value = trained(toy("llama"), gs.LoRA(r=2, alpha=4.0, target_modules=("q_proj", "v_proj")))
     ours, foreign = value.save(root / "ours"), value.save(root / "foreign")
-    (foreign / OURS).unlink()
+    as_peft_writes(foreign)
     return {"ours": ours, "foreign": foreign}
 
 
@@ -127,7 +127,7 @@ def test_mutants_of_every_layout(layout: str, kind: str, toy: Toys, tmp_path: Pa
     folder = trained(toy(name), spec).save(tmp_path / "sound")
     model = Model(toy, folder, name)
     if kind == "foreign":
-        (folder / OURS).unlink()
+        as_peft_writes(folder)
         model.expected = model.outcome(folder)
     judge(MUTANTS // 4, kind, {kind: folder}, model, tmp_path / "mutant", least=0.6)
 

@@ -30,14 +30,8 @@ def missing_hint(folder: Path) -> str:
 def read_json(path: Path, missing: str = "") -> dict[str, Any]:
     """A JSON object without duplicate keys. Raises `AdapterFileError`."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
-        return dict(pairs)
-
     try:
-        value = json.loads(_read_bytes(path), object_pairs_hook=unique)
+        value = json.loads(_read_bytes(path), object_pairs_hook=_unique)
     except OSError as error:
         raise AdapterFileError(
             "cannot read an adapter's file", where=str(path), got=error.strerror or str(error), hint=missing
@@ -49,17 +43,31 @@ def read_json(path: Path, missing: str = "") -> dict[str, Any]:
     return value
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the folder, all finite. Raises `AdapterFileError`; `UnsupportedError` for a pickle."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return found
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the folder, all finite, and their file's metadata.
+
+    Raises `AdapterFileError`; `UnsupportedError` for a pickle.
+    """
     path = folder / WEIGHTS
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise UnsupportedError(
             "only safetensors are read: a .bin file is a pickle, which can run code",
             where=str(folder / "adapter_model.bin"),
-            hint="load it once with PEFT and save_pretrained(safe_serialization=True)",
+            hint="load it once with PEFT, and its save_pretrained(folder) writes safetensors",
         )
     try:
-        tensors = load_safetensors(_read_bytes(path))
+        content = _read_bytes(path)
+        tensors = load_safetensors(content)
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length], object_pairs_hook=_unique)
     except OSError as error:
         raise AdapterFileError(
             "cannot read an adapter's file", where=str(path), got=error.strerror or str(error)
@@ -69,7 +77,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not tensors:
         raise AdapterFileError("the file holds no tensors", where=str(path))
     _check_numbers(tensors, str(path))
-    return tensors
+    return tensors, header.get("__metadata__") or {}
 
 
 def _check_numbers(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -1,28 +1,28 @@
 """Adapter folders: PEFT's two files, and `gossamer.json` beside them, which PEFT ignores.
 
     adapter_config.json          PEFT's config
-    adapter_model.safetensors    base_model.model.<path>.lora_A.weight ..., metadata {"format": "pt"}
+    adapter_model.safetensors    base_model.model.<path>.lora_A.weight ..., metadata "format": "pt" and our seal
     gossamer.json                our spec, the sha256 digest of spec and tensors, the base's fingerprint, provenance
 
-Reading is strict: every tensor must be understood, every slot filled, every number finite, and the digest, where there
-is one, must hold. Only safetensors and JSON are ever opened. What the names and keys mean is one small file a PEFT
-type, in `gossamer.files.layouts`.
+Reading is strict: every tensor must be understood, every slot filled, every number finite, and the digest and the seal
+(`gossamer.files.seal`), where there are any, must hold. Only safetensors and JSON are ever opened. What the names and
+keys mean is one small file a PEFT type, in `gossamer.files.layouts`.
 """
 
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from safetensors.torch import save as save_safetensors
 
 from gossamer.adapter import Adapter, Tensors
 from gossamer.errors import AdapterFileError, SpecError, StateError
 from gossamer.files.atomic import new_folder, write_bytes, write_json
 from gossamer.files.folder import CONFIG, OURS, WEIGHTS, missing_hint, read_json, read_tensors
 from gossamer.files.layouts import Layout, layout_for, layout_of
+from gossamer.files.seal import check_base, check_tensors, read_seal, same_config, sealed_file
 from gossamer.methods import TargetedMethod, method_from_dict
 
 FORMAT = 1
@@ -37,8 +37,13 @@ def read_adapter(folder: Path) -> Adapter:
     config_at, weights_at = str(folder / CONFIG), str(folder / WEIGHTS)
     layout = layout_of(config, config_at)
     layout.check_keys(config, config_at)
-    stored = read_tensors(folder)
+    stored, found = read_tensors(folder)
     ours = read_json(folder / OURS) if (folder / OURS).exists() else None
+    seal = read_seal(found, weights_at)
+    if ours is None:
+        check_tensors(stored, seal, weights_at)
+        if not same_config(config, seal):
+            warnings.warn(f"{config_at}: not what it said when these tensors were written; it is taken", stacklevel=2)
     tensors = layout.sorted_out(stored, config, weights_at)
     if ours is None:
         config, tensors = layout.renewed(config, tensors, weights_at)
@@ -46,7 +51,8 @@ def read_adapter(folder: Path) -> Adapter:
         spec = layout.spec(config, tensors, config_at)
         layout.check(tensors, spec, weights_at)
         if ours is None:
-            return Adapter(spec, layout.restored(spec, tensors), foreign=config)
+            return Adapter(spec, layout.restored(spec, tensors), seal.get("base"), foreign=config)
+    check_base(ours.get("base"), seal, str(folder / OURS))
     return _verified(ours, config, layout, tensors, folder)
 
 
@@ -130,7 +136,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> Path:
                 shutil.copytree(entry, fresh / entry.name, symlinks=True)
             elif entry.name not in (CONFIG, WEIGHTS, OURS):
                 shutil.copy2(entry, fresh / entry.name, follow_symlinks=False)
-        write_bytes(fresh / WEIGHTS, save_safetensors(named, {"format": "pt"}))
+        write_bytes(fresh / WEIGHTS, sealed_file(adapter, config, named))
         write_json(fresh / CONFIG, config)
         write_json(fresh / OURS, description)
     return folder
