@@ -38,6 +38,10 @@ class Method(Spec):
     def delta(self, path: str, slots: Mapping[str, Tensor]) -> Tensor:
         """The change of the weight at `path`, (out, in); at least float32."""
 
+    def idle(self, path: str, slots: Mapping[str, Tensor]) -> bool:
+        """Whether the tensors at `path` change nothing, whatever the base: B of zeros, for example."""
+        return False
+
     @abstractmethod
     def scaled(self, tensors: Tensors, weight: float) -> tuple[Method, Tensors]:
         """Spec and tensors of `weight` times the adapter."""
@@ -109,6 +113,11 @@ class Adapter:
         total = hashlib.sha256(json.dumps(self.spec.to_dict(), sort_keys=True).encode())
         hash_tensors(total, self.named_tensors())
         return total.hexdigest()
+
+    @cached_property
+    def idle_paths(self) -> tuple[str, ...]:
+        """The modules at which it changes nothing; all of them, for an adapter that was never trained."""
+        return tuple(path for path, slots in self.tensors.items() if path and self.spec.idle(path, slots))
 
     def delta(self, path: str) -> Tensor:
         """The change of the weight at `path`: `scaling * B @ A`, (out, in), at least float32. Raises `StateError`."""
@@ -198,11 +207,17 @@ class Adapter:
         size = f"{len(self.tensors)} modules, {self.num_parameters:,} parameters"
         return f"Adapter({self.spec!r}, {size}, {self.digest[:12]})"
 
-    def save(self, folder: str | Path) -> Path:
-        """Write PEFT's layout plus `gossamer.json`, atomically. Raises `DiskError`; see docs/file-format.md."""
-        from gossamer.files.peft import write_adapter
+    def save(self, folder: str | Path, *, beside: bool = False) -> Path:
+        """Write PEFT's layout plus `gossamer.json`, atomically; see docs/file-format.md.
 
-        return write_adapter(self, Path(folder))
+        Args:
+            beside: write into a folder of other things too, a Trainer's checkpoint for example, file by file.
+
+        Raises `DiskError`; `StateError` for a folder that is not an adapter's, without `beside`.
+        """
+        from gossamer.files.peft import write_adapter, write_beside
+
+        return (write_beside if beside else write_adapter)(self, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path) -> Adapter:

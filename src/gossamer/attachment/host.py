@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gossamer.attachment import walk
 from gossamer.attachment.match import Selection
 from gossamer.attachment.read_site import ReadSite
+from gossamer.attachment.saving import Saving
 from gossamer.attachment.site import Active, Site, Spans
 from gossamer.errors import StateError, nearest
 from gossamer.methods import Layer, Shape, TargetedMethod
@@ -42,6 +43,7 @@ class Host:
         self.stash: list[tuple[str, str, Tensor | None]] | None = None
         """While merged: path, parameter, and what it was before, in the order they were written."""
         self.merged: Active = ()
+        self.saving = Saving(self)
         self.size = walk.base_size(model)
         self.requires_grad = {name: parameter.requires_grad for name, parameter in walk.base_parameters(model)}
         for _, parameter in walk.base_parameters(model):
@@ -127,6 +129,7 @@ class Host:
             for name, parameter in walk.base_parameters(self.model):
                 parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
             del self.model.__dict__[_ATTRIBUTE]
+            self.saving.leave()
 
 
 def find_host(model: nn.Module) -> Host | None:
@@ -155,4 +158,5 @@ def make_host(model: nn.Module) -> Host:
                 )
         host = Host(model)
         model.__dict__[_ATTRIBUTE] = host
+        host.saving.stand_in()
     return host

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from gossamer.attachment.host import Attached, Host, find_host, make_host, requi
 from gossamer.attachment.layers import Layers, new_layers, stored_layers
 from gossamer.attachment.match import select
 from gossamer.attachment.merge import unmerge
+from gossamer.attachment.remarks import base_name, idle_note, warn_of_other_base
 from gossamer.attachment.report import InjectionReport, SiteRow
 from gossamer.attachment.site import Active, Span, Spans
 from gossamer.errors import BaseMismatchError, StateError, UnsupportedError, UsageError
@@ -60,6 +62,7 @@ def attach(
             )
     if isinstance(what, Adapter):
         _check_base(model, existing, what, force_base)
+        warn_of_other_base(model, what)
         selection, layers = stored_layers(model, what)
         spec: Any = what.spec
         if trainable and selection.idle:
@@ -73,7 +76,8 @@ def attach(
     host = make_host(model)
     host.add(name, attached, layers)
     host.active = (name,)
-    return _report(host, name, attached, layers)
+    report = _report(host, name, attached, layers)
+    return replace(report, notes=(*report.notes, *idle_note(what))) if isinstance(what, Adapter) else report
 
 
 def _check_base(model: nn.Module, host: Host | None, adapter: Adapter, force: bool) -> None:
@@ -221,7 +225,7 @@ def capture(model: nn.Module, name: str = "default") -> Adapter:
     foreign = dict(attached.foreign)
     if not foreign:
         config = getattr(host.model, "config", None)
-        foreign["base_model_name_or_path"] = getattr(config, "_name_or_path", None) or None
+        foreign["base_model_name_or_path"] = base_name(getattr(config, "_name_or_path", None)) or None
         foreign["fan_in_fan_out"] = any(host.sites[path].shape.kind == "conv1d" for path in attached.selection.targets)
     return Adapter(attached.spec, tensors, host.fingerprint, attached.provenance, foreign)
 

@@ -26,6 +26,8 @@ from gossamer.files.seal import check_base, check_tensors, read_seal, same_confi
 from gossamer.methods import TargetedMethod, method_from_dict
 
 FORMAT = 1
+Content = tuple[bytes, dict[str, Any], dict[str, Any]]
+"""The weights' file, PEFT's config, and our description."""
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -51,9 +53,16 @@ def read_adapter(folder: Path) -> Adapter:
         spec = layout.spec(config, tensors, config_at)
         layout.check(tensors, spec, weights_at)
         if ours is None:
-            return Adapter(spec, layout.restored(spec, tensors), seal.get("base"), foreign=config)
+            return _told(Adapter(spec, layout.restored(spec, tensors), seal.get("base"), foreign=config), folder, seal)
     check_base(ours.get("base"), seal, str(folder / OURS))
     return _verified(ours, config, layout, tensors, folder)
+
+
+def _told(adapter: Adapter, folder: Path, seal: Mapping[str, Any]) -> Adapter:
+    """Somebody else's adapter; a warning where it is one that changes nothing. Of our own, `attach` says so."""
+    if not seal and set(adapter.idle_paths) == {path for path in adapter.paths if path}:
+        warnings.warn(f"{folder}: this adapter changes nothing, at every module its change is zero", stacklevel=3)
+    return adapter
 
 
 def _verified(
@@ -106,14 +115,40 @@ def _unordered(value: Any) -> Any:
 
 def write_adapter(adapter: Adapter, folder: Path) -> Path:
     """Write an adapter folder whole or not at all; other files in an adapter folder that is replaced are kept."""
-    spec = adapter.spec
-    assert isinstance(spec, TargetedMethod)
     if folder.exists() and not (folder.is_dir() and ((folder / CONFIG).exists() or not any(folder.iterdir()))):
         raise StateError(
             "this folder is not an adapter's, so it is not written to", where=str(folder), hint="choose a new folder"
         )
+    content = _content(adapter, folder)
+    with new_folder(folder, replace=True) as fresh:
+        for entry in folder.iterdir() if folder.exists() else ():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.copytree(entry, fresh / entry.name, symlinks=True)
+            elif entry.name not in (CONFIG, WEIGHTS, OURS):
+                shutil.copy2(entry, fresh / entry.name, follow_symlinks=False)
+        _write(content, fresh)
+    return folder
+
+
+def write_beside(adapter: Adapter, folder: Path) -> Path:
+    """Write an adapter's files among others. Each is replaced whole; the digest tells a mixture of two adapters."""
+    _write(_content(adapter, folder), folder)
+    return folder
+
+
+def _write(content: Content, folder: Path) -> None:
+    weights, config, description = content
+    write_bytes(folder / WEIGHTS, weights)
+    write_json(folder / CONFIG, config)
+    write_json(folder / OURS, description)
+
+
+def _content(adapter: Adapter, folder: Path) -> Content:
+    """What the three files hold."""
     from gossamer import __version__
 
+    spec = adapter.spec
+    assert isinstance(spec, TargetedMethod)
     layout = layout_for(spec)
     description = {
         "format": FORMAT,
@@ -130,13 +165,4 @@ def write_adapter(adapter: Adapter, folder: Path) -> Path:
         for slot, tensor in slots.items()
     }
     config = dict(sorted(layout.config(adapter, str(folder)).items()))
-    with new_folder(folder, replace=True) as fresh:
-        for entry in folder.iterdir() if folder.exists() else ():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.copytree(entry, fresh / entry.name, symlinks=True)
-            elif entry.name not in (CONFIG, WEIGHTS, OURS):
-                shutil.copy2(entry, fresh / entry.name, follow_symlinks=False)
-        write_bytes(fresh / WEIGHTS, sealed_file(adapter, config, named))
-        write_json(fresh / CONFIG, config)
-        write_json(fresh / OURS, description)
-    return folder
+    return sealed_file(adapter, config, named), config, description

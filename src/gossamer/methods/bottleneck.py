@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedError
-from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, hold
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, all_zero, hold
 from gossamer.methods.factored import Rank
 from gossamer.methods.targeted import TargetedMethod
 from gossamer.spec import StrictFloat
@@ -47,6 +47,9 @@ class Bottleneck(TargetedMethod):
 
     def _draw(self, down: Tensor, generator: torch.Generator) -> None:
         raise NotImplementedError
+
+    def idle(self, path: str, slots: Mapping[str, Tensor]) -> bool:
+        return "up.weight" in slots and all_zero(slots["up.weight"]) and all_zero(slots["up.bias"])
 
     def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
         return BottleneckLayer(slots, self.activation, self.dropout)

@@ -58,6 +58,9 @@ class IA3(TargetedMethod):
     def initial(self, base: Base, generator: torch.Generator) -> dict[str, Tensor]:
         return {SLOT: torch.ones(self.expected(base.shape)[SLOT])}
 
+    def idle(self, path: str, slots: Mapping[str, Tensor]) -> bool:
+        return [*slots] == [SLOT] and bool((slots[SLOT] == 1).all())
+
     def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
         return IA3Layer(shape, slots[SLOT], self.scales_input(shape.path))
 

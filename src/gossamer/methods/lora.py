@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.adapter import Method, Tensors
 from gossamer.errors import StateError, UnsupportedError
-from gossamer.methods.base import Layer, Shape, wide
+from gossamer.methods.base import Layer, Shape, all_zero, wide
 from gossamer.methods.factored import RANDOM_STARTS, Factored, factors_in
 from gossamer.methods.lora_layers import LoRALayer, MatrixLoRA, product
 from gossamer.methods.pairs import Pair, added, only_factors, pairs_of, shrunk, slots_of
@@ -69,6 +69,15 @@ class LoRA(Factored):
         if "start_A" in slots:
             change = change - product(slots["start_A"], slots["start_B"])
         return self.scaling_at(path) * change
+
+    def idle(self, path: str, slots: Mapping[str, Tensor]) -> bool:
+        if any(slot.rpartition(".")[2] not in _FACTORS and not slot.startswith("start_") for slot in slots):
+            return False  # a bias that is trained whole may be the base's own or not
+        if "start_A" in slots:
+            inner, outer = factors_in(slots) or ()
+            return torch.equal(inner, slots["start_A"]) and torch.equal(outer, slots["start_B"])
+        inners = [slot for slot in slots if slot.endswith("_A")]
+        return all(all_zero(slots[f"{inner[:-1]}B"]) or all_zero(slots[inner]) for inner in inners)
 
     def scaled(self, tensors: Tensors, weight: float) -> tuple[Method, Tensors]:
         plain, tensors = self._plain(tensors)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import AdapterFileError
 from gossamer.kernels.routing import Share
-from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, all_zero, wide
 from gossamer.methods.factored import Rank
 from gossamer.methods.targeted import Names, Regex, TargetedMethod
 from gossamer.spec import StrictFloat, StrictInt
@@ -63,6 +63,10 @@ class VeRA(TargetedMethod):
             "vera_lambda_b": torch.zeros(base.shape.out_features),
             "vera_lambda_d": torch.full((self.r,), self.d_initial),
         }
+
+    def idle(self, path: str, slots: Mapping[str, Tensor]) -> bool:
+        names = ("vera_lambda_b", "vera_lambda_d")
+        return sorted(slots) == [*names] and any(all_zero(slots[name]) for name in names)
 
     def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
         assert isinstance(common, Projections)
