@@ -26,7 +26,7 @@ from gossamer.spec import Spec
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 
-_ABOUT_THE_BASE = ("base_model_name_or_path", "fan_in_fan_out")
+_ABOUT_THE_BASE = ("base_model_name_or_path", "fan_in_fan_out", "task_type", "auto_mapping")
 
 
 class Method(Spec):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModel, AutoPeftModelForCausalLM
 
 import gossamer as gs
-from gossamer.attachment.remarks import base_name
+from gossamer.attachment.remarks import base_name, described
 from gossamer.methods import METHODS, TargetedMethod
 from tests.adapters import as_peft_writes, shaken, tokens
 from tests.conformance.oracle import Toys
@@ -100,3 +102,37 @@ def test_a_snapshot_of_the_hub_is_called_by_its_id():
     assert base_name("/home/x/hub/models--owner--a-name/snapshots/0f3") == "owner/a-name"
     assert base_name("folder/base") == "folder/base"
     assert base_name(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("llama", "CAUSAL_LM"),
+        ("gpt2", "CAUSAL_LM"),
+        ("bert", None),
+        ("t5", "SEQ_2_SEQ_LM"),
+        ("whisper", None),
+        ("clip", None),
+        ("vit", None),
+    ],
+)
+def test_pefts_own_loaders_know_the_class(name: str, task: str | None, toy: Toys):
+    """By its task, or by the class itself where no task of PEFT's fits."""
+    model = toy(name)
+    said = described(model)
+    assert said["task_type"] == task
+    assert (said["auto_mapping"] is None) == (task is not None)
+    if task is None:
+        assert getattr(importlib.import_module(said["auto_mapping"]["parent_library"]), type(model).__name__)
+
+
+@pytest.mark.parametrize(("name", "loader"), [("llama", AutoPeftModelForCausalLM), ("bert", AutoPeftModel)])
+def test_pefts_own_loaders_open_it(name: str, loader: Any, toy: Toys, tmp_path: Path):
+    toy(name).save_pretrained(tmp_path / "base")
+    model = type(toy(name)).from_pretrained(tmp_path / "base").eval()
+    gs.attach(model, gs.LoRA(r=2))
+    shaken(model, "default")
+    gs.capture(model).save(tmp_path / "adapter")
+    with torch.no_grad():
+        theirs = loader.from_pretrained(tmp_path / "adapter").eval()(input_ids=tokens()).logits
+        assert torch.allclose(theirs, model(input_ids=tokens()).logits, atol=1e-5)

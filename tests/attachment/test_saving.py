@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import gossamer as gs
 from gossamer.errors import StateError, UnsupportedError
-from gossamer.models.quantizer import quantize_model
+from gossamer.quant import quantize_model
 from tests.adapters import bits, same_bits, shaken, tokens, trained
 from tests.conformance.oracle import Toys, logits
 
@@ -51,7 +51,7 @@ def test_merged_it_writes_the_merged_weights(toy: Toys, tmp_path: Path):
 
 def test_merged_beside_codes_is_refused(toy: Toys, tmp_path: Path):
     model = toy("llama")
-    quantize_model(model, "nf4", ())
+    quantize_model(model, "nf4", ("lm_head",))
     trained(model, gs.LoRA(r=2))
     gs.merge(model)
     with pytest.raises(UnsupportedError, match="codes"):

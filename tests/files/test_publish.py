@@ -89,6 +89,48 @@ def test_there_and_back(hub: type[FakeHub], adapter: gs.Adapter, tmp_path: Path)
     assert (tmp_path / "again" / "README.md").read_text() == "card"
 
 
+PATHS = ("/home/me/base", "~/base", "./base", "..\\base", "C:\\\\me\\base", "\\\\\\\\server\\base", "file:///me/base")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_path_of_this_machine_is_published(path: str, hub: type[FakeHub], adapter: gs.Adapter, tmp_path: Path):
+    """Wherever it stands: the base's name, a tokenizer's, and all that provenance says."""
+    foreign = {"base_model_name_or_path": path, "tokenizer_name_or_path": path, "other": {"deep": [path]}}
+    named = gs.Adapter(adapter.spec, adapter.tensors, None, {"base": path, "of": [{"file": path}], "by": "me"}, foreign)
+    folder = named.save(tmp_path / "named")
+    with pytest.raises(UsageError, match="path of this machine"):
+        push(folder, "me/thing", "a card that names no base")
+    assert hub.calls == []
+    push(folder, "me/thing", model_card(named, base="owner/base", licence="mit"))
+    sent = hub.root / "me/thing"
+    assert json.loads((sent / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/base"
+    everything = "".join(file.read_bytes().decode("latin-1") for file in sent.iterdir())
+    assert path not in everything
+    assert json.dumps(path)[1:-1] not in everything
+    assert pull("me/thing", tmp_path / "again") == adapter
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == path, "ours stays"
+
+
+@pytest.mark.parametrize(
+    ("named", "card", "sent"),
+    [
+        ("owner/base", "a card", "owner/base"),
+        (None, "a card", None),
+        ("/x/models--owner--base/snapshots/01", "a card", "owner/base"),
+        ("owner/base", "---\nbase_model: other/base\n---\n", "other/base"),
+        ("owner/base", "---\nbase_model: a name\n---\n", "owner/base"),
+    ],
+)
+def test_the_base_is_called_by_its_id(
+    named: str | None, card: str, sent: str | None, hub: type[FakeHub], adapter: gs.Adapter, tmp_path: Path
+):
+    foreign = {"base_model_name_or_path": named}
+    gs.Adapter(adapter.spec, adapter.tensors, None, {}, foreign).save(tmp_path / "named")
+    push(tmp_path / "named", "me/thing", card)
+    config = json.loads((hub.root / "me/thing" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == sent
+
+
 def test_a_dry_run_uses_no_network(hub: type[FakeHub], adapter: gs.Adapter, tmp_path: Path):
     done = push(tmp_path / "adapter", "me/thing", "card", dry_run=True)
     assert hub.calls == []

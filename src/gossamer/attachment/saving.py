@@ -81,9 +81,7 @@ class Saving:
             hint="gs.capture(model, name).save(folder), then `gossamer push folder owner/name`",
         )
 
-    def _save_merged(
-        self, folder: Any, is_main_process: bool, given: Mapping[str, Tensor] | None, options: Any
-    ) -> None:
+    def _save_merged(self, folder: Any, main: bool, given: Mapping[str, Tensor] | None, options: Any) -> None:
         model: Any = self.host.model
         if any(isinstance(module, QuantizedLinear) for module in model.modules()):
             raise UnsupportedError(

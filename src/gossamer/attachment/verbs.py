@@ -16,7 +16,7 @@ from gossamer.attachment.host import Attached, Host, find_host, make_host, requi
 from gossamer.attachment.layers import Layers, new_layers, stored_layers
 from gossamer.attachment.match import select
 from gossamer.attachment.merge import unmerge
-from gossamer.attachment.remarks import base_name, idle_note, warn_of_other_base
+from gossamer.attachment.remarks import described, idle_note, warn_of_other_base
 from gossamer.attachment.report import InjectionReport, SiteRow
 from gossamer.attachment.site import Active, Span, Spans
 from gossamer.errors import BaseMismatchError, StateError, UnsupportedError, UsageError
@@ -224,8 +224,7 @@ def capture(model: nn.Module, name: str = "default") -> Adapter:
                 tensors.setdefault(place, {}).update(copies)
     foreign = dict(attached.foreign)
     if not foreign:
-        config = getattr(host.model, "config", None)
-        foreign["base_model_name_or_path"] = base_name(getattr(config, "_name_or_path", None)) or None
+        foreign |= described(host.model)
         foreign["fan_in_fan_out"] = any(host.sites[path].shape.kind == "conv1d" for path in attached.selection.targets)
     return Adapter(attached.spec, tensors, host.fingerprint, attached.provenance, foreign)
 

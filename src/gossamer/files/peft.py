@@ -22,6 +22,7 @@ from gossamer.errors import AdapterFileError, SpecError, StateError
 from gossamer.files.atomic import new_folder, write_bytes, write_json
 from gossamer.files.folder import CONFIG, OURS, WEIGHTS, missing_hint, read_json, read_tensors
 from gossamer.files.layouts import Layout, layout_for, layout_of
+from gossamer.files.misread import warn_of_misreading
 from gossamer.files.seal import check_base, check_tensors, read_seal, same_config, sealed_file
 from gossamer.methods import TargetedMethod, method_from_dict
 
@@ -60,7 +61,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 def _told(adapter: Adapter, folder: Path, seal: Mapping[str, Any]) -> Adapter:
     """Somebody else's adapter; a warning where it is one that changes nothing. Of our own, `attach` says so."""
-    if not seal and set(adapter.idle_paths) == {path for path in adapter.paths if path}:
+    if not seal and adapter.idle_paths and set(adapter.idle_paths) == {path for path in adapter.paths if path}:
         warnings.warn(f"{folder}: this adapter changes nothing, at every module its change is zero", stacklevel=3)
     return adapter
 
@@ -165,4 +166,7 @@ def _content(adapter: Adapter, folder: Path) -> Content:
         for slot, tensor in slots.items()
     }
     config = dict(sorted(layout.config(adapter, str(folder)).items()))
+    if layout.peft_type == "LORA":
+        targets = layout.named_targets(tensors)
+        warn_of_misreading(str((adapter.base or {}).get("architecture", "")), targets, str(folder))
     return sealed_file(adapter, config, named), config, description
