@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gossamer as gs
-from gossamer.errors import AdapterFileError, GossamerError
+from gossamer.errors import AdapterFileError, BaseMismatchError, GossamerError
 from tests.adapters import as_peft_writes, trained
 from tests.conformance.oracle import Toys
 
@@ -131,7 +131,7 @@ def test_without_its_description_an_adapter_still_knows_its_base(sound: dict[str
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.5)
-    with pytest.raises(gs.errors.BaseMismatchError):
+    with pytest.raises(BaseMismatchError):
         gs.attach(other, gs.Adapter.load(sound["bare"]))
 
 

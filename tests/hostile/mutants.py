@@ -32,7 +32,7 @@ WRONG_FIELDS: dict[str, list[Any]] = {
     "use_rslora": ["yes", 1, None, "true", [True]],
     "use_dora": [True, "yes"],
     "lora_bias": [True, "yes"],
-    "init_lora_weights": ["pissa", "olora", "corda", "eva", 7, []],
+    "init_lora_weights": ["pissa", "olora", "corda", "lora_ga", 7, []],
     "trainable_token_indices": [[1, 2], {"embed_tokens": [1]}],
     "target_parameters": [["q_proj.weight"]],
     "layer_replication": [[[0, 1], [1, 2]]],

@@ -74,8 +74,8 @@ class LoRA(Factored):
         if any(slot.rpartition(".")[2] not in _FACTORS and not slot.startswith("start_") for slot in slots):
             return False  # a bias that is trained whole may be the base's own or not
         if "start_A" in slots:
-            inner, outer = factors_in(slots) or ()
-            return torch.equal(inner, slots["start_A"]) and torch.equal(outer, slots["start_B"])
+            pair = factors_in(slots)
+            return pair is not None and all(map(torch.equal, pair, (slots["start_A"], slots["start_B"])))
         inners = [slot for slot in slots if slot.endswith("_A")]
         return all(all_zero(slots[f"{inner[:-1]}B"]) or all_zero(slots[inner]) for inner in inners)
 

@@ -27,6 +27,9 @@ DESCRIPTIVE = {
 }
 """Keys of every PEFT config that change nothing about how the tensors act; kept as they are."""
 
+_NOTHING: tuple[Any, ...] = (None, False, {}, [])
+"""What says nothing, whatever the key: a feature of a newer or another PEFT that is off."""
+
 
 class Layout(ABC):
     """One PEFT type, both ways. What a class does not say about names is PEFT's common rule: prefix, path, slot."""
@@ -42,6 +45,8 @@ class Layout(ABC):
     """Keys that a spec says something about, with PEFT's defaults."""
     descriptive: ClassVar[Mapping[str, Any]] = {}
     """Further keys that change nothing about how the tensors act."""
+    inert: ClassVar[Mapping[str, Any]] = {}
+    """Keys that matter in training alone, with PEFT's defaults: kept, and nothing is made of them."""
     refused: ClassVar[Mapping[str, Any]] = {}
     """Features that are refused by name when set to anything but this default of PEFT's."""
     assumed: ClassVar[tuple[str, ...]] = ()
@@ -50,7 +55,14 @@ class Layout(ABC):
     @property
     def known(self) -> dict[str, Any]:
         """Every key that PEFT writes, with its default."""
-        return {"peft_type": self.peft_type, **self.modelled, **DESCRIPTIVE, **self.descriptive, **self.refused}
+        return {
+            "peft_type": self.peft_type,
+            **self.modelled,
+            **DESCRIPTIVE,
+            **self.descriptive,
+            **self.inert,
+            **self.refused,
+        }
 
     def can_say(self, spec: TargetedMethod) -> bool:
         """Whether PEFT has a place for all that the spec says."""
@@ -61,10 +73,10 @@ class Layout(ABC):
     def check_keys(self, config: Mapping[str, Any], where: str) -> None:
         """Refuse features that are not covered and keys that look misspelt; say what is assumed or not understood."""
         for key, default in self.refused.items():
-            if config.get(key, default) not in (default, None, False, {}, []):
+            if config.get(key, default) not in (default, *_NOTHING):
                 raise UnsupportedError("this PEFT feature is not covered", where=where, got=f"{key}={config[key]!r}")
         known = self.known
-        unknown = [key for key in config if key not in known]
+        unknown = [key for key in config if key not in known and config[key] not in _NOTHING]
         for key in unknown:
             hint = nearest(key, known, count=1, cutoff=0.8)
             if hint:

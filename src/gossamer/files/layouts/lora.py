@@ -21,6 +21,8 @@ from gossamer.methods.tokens import SLOT
 PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 OWN = frozenset((*PAIRS[0], *PAIRS[1], MAGNITUDE))
 PLAIN_STARTS = ("gaussian", "kaiming")
+_UNCHANGED = ("eva", "mica", "orthogonal")
+"""Further starts of PEFT's after which the base is what it was, so that the factors alone are the adapter."""
 
 _ENDINGS = {
     ".lora_A.weight": "lora_A",
@@ -61,22 +63,24 @@ class LoRALayout(Layout):
         "init_lora_weights": True,
     }
     descriptive = {"fan_in_fan_out": False, "megatron_core": "megatron.core", "qalora_group_size": 16}
+    inert = {
+        "corda_config": None,  # how a start is made; whether the file is relative to it, init_lora_weights says
+        "eva_config": None,
+        "loftq_config": {},
+        "lora_ga_config": None,
+        "velora_config": None,  # how activations are kept for the backward
+    }
     refused = {
         "alora_invocation_tokens": None,
         "arrow_config": None,
-        "corda_config": None,
         "ensure_weight_tying": False,
-        "eva_config": None,
         "kasa_config": None,
         "layer_replication": None,
-        "loftq_config": {},
         "lora_bias": False,
-        "lora_ga_config": None,
         "megatron_config": None,
         "monteclora_config": None,
         "use_bdlora": None,
         "use_qalora": False,
-        "velora_config": None,
     }
 
     def can_say(self, spec: TargetedMethod) -> bool:
@@ -241,6 +245,8 @@ def _start(init: Any, where: str) -> str:
         return "kaiming"
     if init == "gaussian":
         return "gaussian"
+    if init in _UNCHANGED:
+        return "kaiming"
     raise UnsupportedError(
         "this adapter's tensors are relative to a base that its initialisation changed",
         where=where,
