@@ -41,6 +41,7 @@ SECTIONS = {
     "Cost": "Cost",
     "Merge": "Merge",
     "When to use it": "When to use it",
+    "Learning rate": "Learning rate",
     "Source": "Source",
 }
 """First words of a docstring's part -> heading on the page."""

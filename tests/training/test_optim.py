@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gossamer.errors import UnsupportedError, UsageError
+from gossamer.methods import METHODS
 from gossamer.training.optim import (
     EIGHT_BIT,
     auto_lr,
@@ -30,6 +31,28 @@ def test_the_published_values(family: str, hidden: int, expected: float) -> None
     assert lr == pytest.approx(expected, rel=0.02)
     assert str(hidden) in line
     assert f"{lr:.3g}" in line
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_states_its_rate(name: str) -> None:
+    """A registered method without a rate of its own fails here."""
+    method = METHODS[name]
+    assert "lr_over_lora" in vars(method), "states its own, whatever it inherits"
+    assert method.lr_over_lora > 0
+    lr, line = auto_lr(SimpleNamespace(model_type="llama", hidden_size=2000), method)
+    assert lr == pytest.approx(5e-4 * method.lr_over_lora)
+    assert (name in line) == (method.lr_over_lora != 1)
+
+
+def test_lora_s_rate_is_what_it_was_and_full_fine_tuning_s_far_below() -> None:
+    assert METHODS["lora"].lr_over_lora == METHODS["dora"].lr_over_lora == 1.0
+    assert METHODS["full"].lr_over_lora <= 0.1
+
+
+def test_the_sizes_of_a_model_that_also_sees() -> None:
+    text = SimpleNamespace(model_type="llama", hidden_size=2000)
+    config = SimpleNamespace(get_text_config=lambda decoder: text, model_type="seeing")
+    assert auto_lr(config)[0] == pytest.approx(5e-4)
 
 
 def test_no_hidden_size() -> None:

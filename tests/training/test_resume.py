@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gossamer.errors import CheckpointError, Interrupted, StateError
+from gossamer.training.config import FIXED_ON_RESUME, FREE_ON_RESUME, SPLITS_ON_RESUME, TrainConfig
 from gossamer.training.run_folder import RunFolder, open_run
 from tests.training.toy_run import Watcher, curve, fingerprint, metrics_of, toy_config, toy_model, toy_train, write_rows
 
@@ -212,3 +214,51 @@ def test_a_torn_line_of_the_log_is_dropped(tmp_path: Path) -> None:
         file.write('{"step": 4, "lo')
     folder.forget_after(2)
     assert [one["step"] for one in metrics_of(tmp_path)] == [1, 2]
+
+
+def test_every_setting_is_declared_free_or_fixed() -> None:
+    """A new one must say which, or this fails."""
+    assert not FREE_ON_RESUME & FIXED_ON_RESUME
+    assert {*TrainConfig.model_fields} == FREE_ON_RESUME | FIXED_ON_RESUME
+    assert SPLITS_ON_RESUME < FREE_ON_RESUME
+
+
+OTHERWISE = {
+    "micro_batch_tokens": 16,
+    "packing": False,
+    "eval_batch_size": 2,
+    "checkpointing": "on",
+    "log_every": 2,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 5,
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_resumed_with_a_free_setting_changed(tmp_path: Path, uninterrupted: Path, name: str) -> None:
+    """What our own hints offer when a run has stopped must not make the run another one."""
+    with pytest.raises(Killed):
+        toy_train(toy_config(tmp_path), model=toy_model(dropout=0.0), progress=at(4, kill))
+    watcher = Watcher()
+    changed = toy_config(tmp_path, **{name: OTHERWISE[name]})
+    run = toy_train(changed, model=toy_model(dropout=0.0), resume=True, progress=watcher)
+    assert run.report["steps"] == 8
+    assert (f"{name} was" in watcher.text and "but for rounding" in watcher.text) == (name in SPLITS_ON_RESUME)
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.02}, {"batch_size": 4}, {"weight_decay": 0.1}, {"clip": None}])
+def test_resumed_with_a_fixed_setting_changed(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(Killed):
+        toy_train(toy_config(tmp_path), progress=at(4, kill))
+    with pytest.raises(CheckpointError, match=next(iter(change))):
+        toy_train(toy_config(tmp_path, **change), resume=True)
+
+
+def test_the_copy_of_the_config_is_gone(tmp_path: Path, uninterrupted: Path) -> None:
+    """The checkpoints hold all that is needed."""
+    with pytest.raises(Killed):
+        toy_train(toy_config(tmp_path), progress=at(4, kill))
+    (tmp_path / "run" / "config.yaml").unlink()
+    run = toy_train(toy_config(tmp_path), resume=True)
+    assert fingerprint(run.output) == fingerprint(uninterrupted)
+    assert (run.output / "config.yaml").exists()

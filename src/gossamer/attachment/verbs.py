@@ -211,6 +211,16 @@ def sites_of_parameters(model: nn.Module, name: str) -> dict[str, str]:
     return {f"{path}.{slot}": path for path, layer in layers.items() for slot in layer.slots()}
 
 
+def neutral_values(model: nn.Module, name: str) -> dict[str, Tensor | None]:
+    """`"<path>.<slot>"` -> what weight decay pulls it towards where that is not zero, or None: see `Layer.neutral`."""
+    host = require_host(model)
+    return {
+        f"{path}.{slot}": value
+        for path, layer in host.layers_of(name).items()
+        for slot, value in layer.neutral(host.sites[path].frozen).items()
+    }
+
+
 def capture(model: nn.Module, name: str = "default") -> Adapter:
     """The adapter as a value: its tensors copied to main memory, bit for bit. Raises `StateError`."""
     host = require_host(model)

@@ -39,9 +39,11 @@ def command(
 ) -> None:
     """Measure a base, or a base with an adapter, on held-out rows."""
     from gossamer.training import evaluate
+    from gossamer.training.evaluate import read_data
 
+    rows = read_data(data)  # before gigabytes are loaded
     model, tokenizer, digest = load_with_adapter(base, adapter, quant, dtype, device, force_base)
-    result = evaluate(model, tokenizer, data, task=task, batch_size=batch_size)
+    result = evaluate(model, tokenizer, rows, task=task, batch_size=batch_size)
     if as_json:
         emit({"base": base, "adapter_digest": digest, "data": data} | result)
         return

@@ -14,7 +14,7 @@ from gossamer.adapter import Adapter
 from gossamer.drawing import line_chart
 from gossamer.errors import UsageError
 from gossamer.files.folder import read_json
-from gossamer.linalg import singular_values
+from gossamer.methods.spectra import spectra
 
 _NAMED = 6
 """How many lines of the picture are named; the others are drawn thin."""
@@ -73,12 +73,13 @@ def model_card(
 
 
 def spectrum_picture(adapter: Adapter) -> str:
-    """SVG of each module's singular values, largest first, over the largest; "" where the change is no product."""
+    """SVG of each module's singular values, largest first, over the largest.
+
+    "" where nothing is changed, or where the adapter alone does not tell the change.
+    """
     lines = {}
-    for path, slots in adapter.tensors.items():
-        if not {"lora_A", "lora_B"} <= set(slots) or "lora_magnitude_vector" in slots:
-            continue
-        values = singular_values(slots["lora_A"].flatten(1), slots["lora_B"].flatten(1)).tolist()
+    for path, tensor in spectra(adapter).items():
+        values = tensor.tolist()
         if values and values[0] > 0:
             lines[path] = [(index + 1, value / values[0]) for index, value in enumerate(values)]
     if not lines:

@@ -171,6 +171,14 @@ class Layer(nn.Module):
         """
         return None
 
+    def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
+        """Slot -> the value that weight decay pulls it towards, so that decay leads back to the base's own output.
+
+        Zero for slots that are left out, which suits factors: a product of which one is zero changes nothing. None:
+        no value of the slot changes nothing, so it is not decayed.
+        """
+        return {}
+
     def common(self) -> dict[str, Tensor]:
         """Tensors that all layers of the adapter share, saved once, under the path ""."""
         return {}

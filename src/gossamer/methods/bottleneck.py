@@ -74,10 +74,14 @@ class Houlsby(Bottleneck):
     When to use it: to compare with the adapters of the paper, or where the change should not be linear in its input.
     For serving, a method that merges costs less.
 
+    Learning rate: `lr: auto` is LoRA's: the paper looks between 3e-5 and 3e-3, and Hu et al. 2021 take about the same
+    for both.
+
     Source: Houlsby et al. 2019, arXiv:1902.00751, section 2.1 and figure 2.
     """
 
     name: ClassVar[str] = "houlsby"
+    lr_over_lora: ClassVar[float] = 1.0
     roles = ("attention-output", "feedforward-output")
 
     activation: Activation = "gelu"
@@ -105,11 +109,14 @@ class Lin(Bottleneck):
     When to use it: where Houlsby's adapters would do and half as many are enough: there is one a layer, not two. For
     serving, a method that merges costs less.
 
+    Learning rate: `lr: auto` is LoRA's, as for Houlsby's.
+
     Source: Lin et al. 2020, arXiv:2004.03829, section 3 ("Adapter_L" of arXiv:2106.09685); the one place a layer also
     Pfeiffer et al. 2020, arXiv:2005.00247.
     """
 
     name: ClassVar[str] = "lin"
+    lr_over_lora: ClassVar[float] = 1.0
     roles = ("feedforward-output",)
 
     activation: Activation = "relu"
@@ -143,6 +150,11 @@ class BottleneckLayer(Layer):
         inner = self.activation(nn.functional.linear(inner, own["down.weight"], own["down.bias"]))
         inner = nn.functional.dropout(inner, self.dropout, self.training) if self.dropout else inner
         return out + nn.functional.linear(inner, own["up.weight"], own["up.bias"])
+
+    def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
+        """Ones for the gain of the norm, as where it starts."""
+        own = dict(self.named_parameters())
+        return {"norm.weight": torch.ones_like(own["norm.weight"].detach())} if "norm.weight" in own else {}
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise UnsupportedError(

@@ -44,10 +44,13 @@ class DoRA(Factored):
     paper finds it ahead of LoRA at ranks 4 to 64, most clearly below 8. Use plain LoRA where adapters are to be added,
     or served unmerged by a program that does not know DoRA.
 
+    Learning rate: `lr: auto` is LoRA's: appendix A of the paper takes LoRA's own settings, and its rate or half of it.
+
     Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
     """
 
     name: ClassVar[str] = "dora"
+    lr_over_lora: ClassVar[float] = 1.0
 
     def fits(self, shape: Shape) -> bool:
         return shape.kind in AFFINE_KINDS
@@ -103,6 +106,11 @@ class DoRALayer(FactorLayer):
         ratio, bias = wide(self.get_parameter(MAGNITUDE).detach()) / self._norms(base), base.bias()
         shift = found.shift if bias is None else (1 - ratio) * bias + (0.0 if found.shift is None else found.shift)
         return Share(found.lora_A, ratio[:, None] * found.lora_B, gain=ratio, shift=shift)
+
+    def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
+        """The magnitude is pulled to the norms of the rows of W."""
+        magnitude = squared_norms(base).sqrt().reshape(self.get_parameter(MAGNITUDE).shape)
+        return {**super().neutral(base), MAGNITUDE: magnitude}
 
     @torch.no_grad()
     def _norms(self, base: Base) -> Tensor:

@@ -36,10 +36,13 @@ class IA3(TargetedMethod):
     When to use it: with few examples and very many tasks: the paper learns from some tens of rows a task, and one
     adapter is a few vectors. It can only scale what the model already computes; for more, use LoRA.
 
+    Learning rate: `lr: auto` is six times LoRA's, which at a hidden size of 2,048 is the paper's 3e-3.
+
     Source: Liu et al. 2022, arXiv:2205.05638, section 3.3.
     """
 
     name: ClassVar[str] = "ia3"
+    lr_over_lora: ClassVar[float] = 6.0
     roles = ("key", "value", "fused", "feedforward-output")
 
     feedforward_modules: Names | Regex = "auto"
@@ -106,6 +109,10 @@ class IA3Layer(Layer):
             return None
         vector = wide(self.ia3_l.detach()).flatten()
         return Share(given=vector) if self.scales_input else Share(gain=vector)
+
+    def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
+        """Ones: a factor of 0 would silence the module."""
+        return {SLOT: torch.ones_like(self.ia3_l.detach())}
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight, scale = wide(current["weight"]), wide(self.ia3_l.detach())

@@ -44,12 +44,17 @@ class LoRA(Factored):
     about ten times that of full fine-tuning. "rslora" keeps the update's size as r grows, for ranks of 64 and more.
     What an adapter can hold is bounded by its size: where the loss stalls above full fine-tuning's, raise r.
 
+    Learning rate: `lr: auto` is `5e-4 (2000 / hidden) ** 0.781`, with 0.0775 for Qwen, from Schulman et al. 2025: about
+    ten times full fine-tuning's, and one for all ranks where scaling is alpha / r and alpha near 32. The update grows
+    with alpha, and under "rslora" with sqrt(r) besides: where that is far from it, set the rate yourself.
+
     Source: Hu et al. 2021, arXiv:2106.09685, equation 3; scaling "rslora": Kalajdzievski 2023, arXiv:2312.03732;
     starts: Meng et al. 2024, arXiv:2404.02948 (PiSSA), Buyukakyuz 2024, arXiv:2406.01775 (OLoRA). Targets, learning
     rate and capacity: Schulman et al. 2025, "LoRA Without Regret".
     """
 
     name: ClassVar[str] = "lora"
+    lr_over_lora: ClassVar[float] = 1.0
 
     def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
         if shape.matrices:

@@ -75,6 +75,13 @@ class FactorLayer(Layer):
         shift = bias_shift(self.bias.detach(), base) if "bias" in self._parameters else None
         return Share(inner, outer, shift=shift)
 
+    def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
+        """The factors of a start that is subtracted again; a bias is pulled to the module's own."""
+        found: dict[str, Tensor | None] = {}
+        if "start_A" in self._buffers:
+            found |= {self.first: self.start_A, self.second: self.start_B}
+        return found | ({"bias": base.bias()} if "bias" in self._parameters else {})
+
     def change(self) -> Tensor:
         """`scaling * (B A - B0 A0)`, (out, in, *kernel), at least float32; refused where groups make it no weight."""
         if self.groups > 1:

@@ -83,12 +83,16 @@ def only_factors(tensors: Tensors) -> None:
 def pairs_of(spec: Factored, tensors: Tensors) -> dict[str, Pair]:
     """Every pair of an adapter by the path of its matrix. Raises `UnsupportedError` for what is no pair of factors."""
     only_factors(tensors)
+    return {place: pair for path, slots in tensors.items() for place, pair in pairs_at(spec, path, slots).items()}
+
+
+def pairs_at(spec: Factored, path: str, slots: Mapping[str, Tensor]) -> dict[str, Pair]:
+    """The pairs at one module by the path of their matrix; none where parameters are trained whole."""
     found: dict[str, Pair] = {}
-    for path, slots in tensors.items():
-        for first in (name for name in slots if name.endswith("_A") and not name.endswith("start_A")):
-            stem = first[:-1]
-            place = f"{path}.{stem.rpartition('lora_')[0]}".strip(".")
-            found[place] = _pair(spec, place, slots, stem)
+    for first in (name for name in slots if name.endswith("_A") and not name.endswith("start_A")):
+        stem = first[:-1]
+        place = f"{path}.{stem.rpartition('lora_')[0]}".strip(".")
+        found[place] = _pair(spec, place, slots, stem)
     return found
 
 

@@ -41,6 +41,10 @@ class Replacement(ParameterLayer):
         hold(self, values)
         self.borrowed: dict[str, tuple[Replacement, str]] = {}
 
+    def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
+        """The module's own values: decay is of the change, as it is of a product of factors."""
+        return {name: base.value(name).detach() for name, _ in self.named_parameters()}
+
     def replaces(self) -> list[str]:
         return [*dict(self.named_parameters()), *self.borrowed]
 

@@ -44,6 +44,8 @@ class TargetedMethod(Method):
     only use of its weight. If not, they are other values of its parameters, which hold wherever those are used."""
     stands_at: ClassVar[str] = "linear modules"
     """In words, for the error of a model that has none of them."""
+    lr_over_lora: ClassVar[float]
+    """What `lr: auto` gives this method, over what it gives LoRA; every registered method states its own."""
     outer_slots: ClassVar[tuple[str, ...]] = ()
     """Slots that LoRA+ gives a learning rate of their own: the factor that is applied last."""
 

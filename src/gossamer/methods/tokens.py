@@ -45,6 +45,10 @@ class TokenRows(ParameterLayer):
     def replaces(self) -> list[str]:
         return ["weight"]
 
+    def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
+        """The embedding's own rows."""
+        return {} if self.owner else {SLOT: base.value("weight").detach()[self.rows]}
+
     def presented(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight = parameters["weight"]
         return dict(parameters) | {"weight": weight.index_copy(0, self.rows, self.values.to(weight.dtype))}

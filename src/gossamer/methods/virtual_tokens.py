@@ -27,6 +27,10 @@ class VirtualTokensLayer(Layer):
     def keys_and_values(self, base: Base) -> list[tuple[Tensor, Tensor]]:
         """For each layer of the model, keys and values (1, kv heads, P, head dim)."""
 
+    def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
+        """None: every token attends to the virtual ones, whatever they are."""
+        return {SLOT: None}
+
     def replaces(self) -> list[str]:
         return ["the beginning of the key-value cache"]
 

@@ -28,6 +28,7 @@ from gossamer.attachment.host import require_host
 from gossamer.attachment.walk import modules
 from gossamer.errors import BaseFileError, NonFiniteError, StateError, UnsupportedError, UsageError, nearest
 from gossamer.models import load_base
+from gossamer.models.language import positions, text_config
 from gossamer.models.locate import locate
 
 Pooling = Literal["mean", "cls", "last", "max"]
@@ -121,7 +122,7 @@ class Embedder:
         self.pooling, self.bounds = pooling or style.pooling, bounds or Bounds()
         self.normalise = style.normalise if normalise is None else normalise
         self.prompt = style.prompt
-        self.longest = min(_room(self.model), style.longest or 2**31)
+        self.longest = min(positions(self.model) or 2**31, style.longest or 2**31)
         self.digests: dict[str, str] = {}
         self.inner: dict[str, str] = {}  # a name may hold what no adapter on a model may be called
         self.count, self.mixes = itertools.count(), True
@@ -192,8 +193,9 @@ class Embedder:
         each = [adapters] * len(texts) if adapters is None or isinstance(adapters, str) else [*adapters]
         if len(each) != len(texts):
             raise UsageError("one adapter a text", got=f"{len(each)} adapters", expected=str(len(texts)))
-        if dimensions is not None and not 1 <= dimensions <= self.model.config.hidden_size:
-            expected = f"1 to {self.model.config.hidden_size:,}"
+        width = text_config(self.model.config).hidden_size
+        if dimensions is not None and not 1 <= dimensions <= width:
+            expected = f"1 to {width:,}"
             raise UsageError("out of range", where="dimensions", got=str(dimensions), expected=expected)
         used = {name for name in each if name is not None}
         inner = {name: self._known(name) for name in used}
@@ -251,7 +253,7 @@ class Embedder:
                 return self._pooled(ids, [*rows])
             except StateError:  # a model that does not keep rows apart, as OPT does not within its layers
                 self.mixes = False
-        found = torch.empty(len(ids), self.model.config.hidden_size)
+        found = torch.empty(len(ids), text_config(self.model.config).hidden_size)
         for name in dict.fromkeys(rows):
             own = [row for row, other in enumerate(rows) if other == name]
             found[own] = self._pooled([ids[row] for row in own], name)
@@ -281,15 +283,6 @@ def _named(adapters: str | Path | Mapping[str, Source] | None) -> Mapping[str, S
     if not folder.is_dir():
         raise UsageError("adapters are a folder of adapters", where=str(folder), got="no such folder")
     return {one.name: one for one in sorted(folder.iterdir()) if (one / "adapter_config.json").is_file()}
-
-
-def _room(model: Any) -> int:
-    """Tokens that the model has positions for."""
-    room = getattr(model.config, "max_position_embeddings", None) or 2**31
-    table = next((one for path, one in modules(model).items() if path.endswith("position_embeddings")), None)
-    if isinstance(table, nn.Embedding) and table.padding_idx is not None:  # RoBERTa counts from behind the padding's id
-        room = min(room, table.num_embeddings) - table.padding_idx - 1
-    return room
 
 
 def _style(base: Path) -> _Style:

@@ -21,6 +21,7 @@ from gossamer.errors import GossamerError, NonFiniteError, ResourceError, StateE
 from gossamer.models import load_base
 from gossamer.models.cached import CachedDecoder
 from gossamer.models.device import free_bytes, keep_freed_memory
+from gossamer.models.language import positions
 from gossamer.models.steps import Decoder, Piece, Step
 from gossamer.models.whole_steps import TransformersDecoder, refusal
 from gossamer.serving.folder import Folder
@@ -75,8 +76,7 @@ class Engine:
         self.cache = self.decoder.cache(most.rows, most.cache // most.rows)
         self.prefixes = Prefixes(prefixes)
         self.terms = BatchTerms()
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.context: int = min(positions or self.scheduler.limits.cache, self.scheduler.limits.cache)
+        self.context: int = min(positions(self.model) or self.scheduler.limits.cache, self.scheduler.limits.cache)
         """Tokens that a prompt and its answer may have together."""
         named = getattr(self.model.generation_config, "eos_token_id", None)
         self.ends = {*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id} - {None}

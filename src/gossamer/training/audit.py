@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from gossamer.attachment import active, attached, trainable_parameters, use
+from gossamer.attachment.host import require_host
 from gossamer.errors import DataError, GradientError, StateError
 from gossamer.methods.tokens import SLOT
+from gossamer.methods.virtual_tokens import VirtualTokensLayer
+from gossamer.models.language import positions, text_config
 from gossamer.training.masks import Example
 
 
@@ -60,9 +63,14 @@ def _check_parameters(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -
 
 
 def refuse_misfits(model: nn.Module, examples: Iterable[Example]) -> None:
-    """Raise `DataError` for tokens the model has no embedding for, and rows longer than its position embeddings."""
-    config = getattr(model, "config", None)
-    words, positions = (getattr(config, field, None) for field in ("vocab_size", "max_position_embeddings"))
+    """Raise `DataError` for tokens the model has no embedding for, and rows longer than its position embeddings.
+
+    Virtual tokens stand in front of a row and take positions as well.
+    """
+    words = getattr(text_config(getattr(model, "config", None)), "vocab_size", None)
+    virtual = _virtual_tokens(model)
+    room = positions(model)
+    room = None if room is None else room - virtual
     for example in examples:
         if words and max(example.ids) >= words:
             raise DataError(
@@ -71,14 +79,25 @@ def refuse_misfits(model: nn.Module, examples: Iterable[Example]) -> None:
                 got=f"token {max(example.ids):,}",
                 expected=f"tokens below {words:,}",
             )
-        if positions and len(example) > positions:
+        if room is not None and len(example) > room:
             raise DataError(
                 "longer than the model can read",
                 where=example.where,
                 got=f"{len(example):,} tokens",
-                expected=f"at most {positions:,}",
-                hint="set max_length, and overlong to drop or truncate",
+                expected=f"at most {room:,}" + (f", as {virtual} virtual tokens stand before them" if virtual else ""),
+                hint=f"set max_length to {room} or less, and overlong to drop or truncate",
             )
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    """How many virtual tokens the adapters that run put in front of every row."""
+    running = {name for one in active(model) for name in ([one] if isinstance(one, str) else one)}
+    return sum(
+        len(layer.prompt_embeddings)
+        for name in running
+        for layer in require_host(model).layers_of(name).values()
+        if isinstance(layer, VirtualTokensLayer)
+    )
 
 
 def audit_gradients(trainable: Mapping[str, nn.Parameter], sites: Mapping[str, str]) -> None:

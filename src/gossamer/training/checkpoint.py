@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,14 @@ class Checkpoint:
     moments: Mapping[str, Tensor]
     rng: Mapping[str, Tensor]
 
-    def refuse_other_run(self, identity: Mapping[str, Any]) -> None:
-        """Raise `CheckpointError` with every difference unless the checkpoint is of a run with this identity."""
+    def refuse_other_run(self, identity: Mapping[str, Any], free: Collection[str] = ()) -> None:
+        """Raise `CheckpointError` with every difference unless the checkpoint is of a run with this identity.
+
+        Args:
+            free: names that an older version counted to the identity, and that may differ.
+        """
         then, now = _flat(self.state["identity"]), _flat(identity)
-        names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in free]
         if names:
             listing = [f"  - {name}: {then.get(name, 'absent')} then, {now.get(name, 'absent')} now" for name in names]
             raise CheckpointError(

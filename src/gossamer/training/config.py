@@ -104,7 +104,8 @@ class LoopConfig(Spec):
     """adamw keeps its moments in float32; the others, from bitsandbytes and for CUDA alone, in 8 bits, and paged in
     memory that can leave the card. Without CUDA a run uses adamw, and says so."""
     lr: LearningRate = "auto"
-    """Peak learning rate, or auto: `5e-4 * (2000 / hidden size) ** p`."""
+    """Peak learning rate, or auto: `5e-4 * (2000 / hidden size) ** p` for LoRA, and for another method as
+    many times that as its page says."""
     lr_ratio: Annotated[StrictFloat, Field(gt=0)] = 1.0
     """LoRA+: learning rate of B over that of A; 1 is plain LoRA, 16 what the paper found to serve hard tasks."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -112,7 +113,8 @@ class LoopConfig(Spec):
     warmup: Annotated[StrictFloat, Field(ge=0)] = 0.03
     """Steps on which the learning rate rises to its peak: below 1 a share of all steps, from 1 on a number of them."""
     weight_decay: Annotated[StrictFloat, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay, towards no change: factors are pulled to zero, scales such as IA3's to one, and
+    parameters that are trained whole to the base's own values."""
     clip: Annotated[StrictFloat, Field(gt=0)] | None = 1.0
     """Largest norm of the whole gradient; None leaves it as it is."""
     seed: Seed = 0
@@ -178,6 +180,21 @@ class TrainConfig(LoopConfig):
     def loop(self) -> LoopConfig:
         """The loop's settings alone."""
         return LoopConfig(**{name: getattr(self, name) for name in LoopConfig.model_fields})
+
+
+SPLITS_ON_RESUME = frozenset({"micro_batch_tokens", "packing", "eval_batch_size"})
+"""Settings that say how a step goes through the model: a resumed run may have others, and then ends the same but for
+rounding. All others that are free leave every bit as it is."""
+FREE_ON_RESUME = SPLITS_ON_RESUME | {
+    "output", "data", "checkpointing", "shard", "log_every", "checkpoint_every", "keep_checkpoints"
+}  # fmt: skip
+"""Settings that a resumed run may change. What was read from `data` counts by its content; `eval_every` is free too
+where there is no patience, which ends the run by what was seen then."""
+FIXED_ON_RESUME = frozenset({
+    "epochs", "max_steps", "batch_size", "accumulation", "batch_tokens", "optimizer", "lr", "lr_ratio", "schedule",
+    "warmup", "weight_decay", "clip", "seed", "max_length", "overlong", "eval_every", "patience", "task",
+})  # fmt: skip
+"""Settings with another value of which it would be another run."""
 
 
 class RunConfig(Spec):

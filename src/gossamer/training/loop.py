@@ -33,7 +33,7 @@ from gossamer.training.evaluate import keeping_modes, pad_id
 from gossamer.training.fast import fast_path
 from gossamer.training.interrupt import interruptible
 from gossamer.training.loss import refuse_unless_causal, supervised_nll
-from gossamer.training.material import Material
+from gossamer.training.material import Files, Material
 from gossamer.training.memory import agreed, checkpointing
 from gossamer.training.outcome import run_config
 from gossamer.training.run_folder import open_run
@@ -54,6 +54,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     world: World | None = None,
+    files: Files | None = None,
 ) -> Run:
     """Train the one trainable adapter of a model, and write a run folder.
 
@@ -65,6 +66,7 @@ def train(
             as without the interruption.
         progress: what is told how far the run is; by default a bar or lines on the error stream.
         world: the processes of the run; by default those that torchrun started, or this one alone.
+        files: the rows, where `read_files` has read them already.
 
     Returns:
         The run. The model keeps the trained adapter attached and active.
@@ -87,9 +89,9 @@ def train(
     refuse_unless_causal(model)
     with world.opened(lambda: open_run(settings.output, resume=resume)) as folder:
         began = world.first(folder.began)
-        material = Material.read(settings, tokenizer, show.say, model=model, began=began)
+        material = Material.read(settings, tokenizer, show.say, files, model=model, began=began)
         refuse_misfits(model, material.examples)
-        trainee = Trainee(model, name, running, whole, material, folder, show, resume, world=world)
+        trainee = Trainee(model, tokenizer, name, running, whole, material, folder, show, resume, world=world)
         loop = Loop(model, tokenizer, [trainee], show, world=world)
         loop.run()
         return loop.finished[name]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from gossamer.errors import UnsupportedError
 from gossamer.planning.layers import CHUNK, columns_at_once
 from gossamer.training.batches import Batch
+from gossamer.training.causal import refuse_if_it_sees_ahead
 
 _CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
 """Models seen to do more to their hidden states than to send them through the head."""
@@ -112,7 +113,10 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def refuse_unless_causal(model: nn.Module) -> None:
-    """Raise `UnsupportedError` for a transformers model that does not predict the next token."""
+    """Raise `UnsupportedError` for a transformers model that does not predict the next token from those before it.
+
+    What a model reads is tried once, see `gossamer.training.causal`.
+    """
     config = getattr(model, "config", None)
     generates = getattr(model, "can_generate", None)
     if getattr(config, "is_encoder_decoder", False) or (callable(generates) and not generates()):
@@ -121,6 +125,7 @@ def refuse_unless_causal(model: nn.Module) -> None:
             where=type(model).__name__,
             expected="a ...ForCausalLM class that reads left to right",
         )
+    refuse_if_it_sees_ahead(model)
 
 
 def head_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

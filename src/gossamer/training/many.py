@@ -191,7 +191,7 @@ class _Room:
         attach(self.model, job.method, name, seed=settings.seed)
         whole = run_config(self.model, name, config)
         shared: dict[str, Any] = {"measured": self.measured, "world": self.world}
-        return Trainee(self.model, name, (name,), whole, material, folder, show, resume, **shared)
+        return Trainee(self.model, self.tokenizer, name, (name,), whole, material, folder, show, resume, **shared)
 
 
 def _check(model: PreTrainedModel, jobs: Mapping[str, Job | RunConfig], resume: bool, world: World) -> None:

@@ -13,14 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from gossamer.training import clock, formats
 from gossamer.training.batches import largest_part, plan_batches, split_batch
-from gossamer.training.config import TrainConfig
+from gossamer.training.config import DataFiles, TrainConfig
 from gossamer.training.evaluate import Evaluation, make_evaluation, read_data
-from gossamer.training.formats import Row
+from gossamer.training.formats import Row, Rows
 from gossamer.training.masks import Encoding, Example, encode
 from gossamer.training.pieces import Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Files = tuple[Rows, Rows | None]
+"""The rows to learn from, and the held-out ones."""
+
+
+def read_files(data: DataFiles) -> Files:
+    """Read the files of a config, before anything heavy is loaded. Raises `DataError`."""
+    return read_data(data.train, data.format), read_data(data.eval, data.format) if data.eval is not None else None
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Material:
         config: TrainConfig,
         tokenizer: PreTrainedTokenizerBase,
         say: Callable[[str], None],
+        files: Files | None = None,
         *,
         model: PreTrainedModel | None = None,
         began: str | None = None,
@@ -49,6 +59,7 @@ class Material:
         """Read and encode the files of a config, saying what was found.
 
         Args:
+            files: what `read_files` made of them already.
             model: whose generation must stop where the answers end; None if that is not to be said.
             began: the day the run began, as `2026-12-31`; today when None. The config's own day comes first.
 
@@ -62,7 +73,7 @@ class Material:
             "chat_template": data.chat_template,
             "date": date,
         }
-        rows = read_data(data.train, data.format)
+        rows, held_out = files or read_files(data)
         say(rows.describe())
         if config.task == "classify" and data.eval is None:
             formats.labels(rows)
@@ -75,9 +86,8 @@ class Material:
         if date:
             say(f"the chat template writes a date; in this run, resumed or not, it is {date} (data.date)")
         identity = {"train": rows.digest, "tokens": _digest(examples)}
-        if data.eval is None:
+        if held_out is None:
             return cls(examples, (), None, identity, date)
-        held_out = read_data(data.eval, data.format)
         say(held_out.describe())
         labels = formats.labels([*rows, *held_out]) if config.task == "classify" else None
         evaluation = make_evaluation(

@@ -157,9 +157,8 @@ def _thriftier(model: nn.Module, checkpointed: bool, part: tuple[int, int]) -> s
     changes = [] if checkpointed or _obstacle(model) else ["train.checkpointing: on"]
     if rows > 1:
         changes.append(f"train.micro_batch_tokens: {rows // 2 * tokens}, which makes the same steps in smaller parts")
-    if stored_as(model) is None:
-        changes.append("quant: nf4")
-    return "; or ".join([*changes, f"train.max_length below {tokens}"])
+    anew = [*(["quant: nf4"] if stored_as(model) is None else []), f"train.max_length below {tokens}"]
+    return "; or ".join([*changes, f"in a new run {' or '.join(anew)}"])
 
 
 def _gib(count: int) -> str:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedError, UsageError
+from gossamer.methods import LoRA, TargetedMethod
+from gossamer.models.language import text_config
+from gossamer.training.config import RunConfig
 
 ANCHOR = 5e-4
-"""Learning rate at a hidden size of 2000: ten times full fine-tuning's 5e-5."""
+"""LoRA's learning rate at a hidden size of 2000: ten times full fine-tuning's 5e-5."""
 EXPONENTS = {"qwen": 0.0775}
 """Family -> how the best learning rate falls with the hidden size; others behave as Llama does."""
 LLAMA = 0.781
@@ -33,6 +37,7 @@ def make_optimizer(
     outer: Collection[str] = (),
     ratio: float = 1.0,
     kind: str = "adamw",
+    neutral: Mapping[str, Tensor | None] = MappingProxyType({}),
 ) -> torch.optim.Optimizer:
     """AdamW over adapter parameters alone; its moments have the parameters' dtype, float32, or 8 bits.
 
@@ -40,19 +45,39 @@ def make_optimizer(
         parameters: "<path>.<slot>" -> parameter.
         outer: slots whose learning rate is `ratio` times the others' (LoRA+): the factors that are applied last.
         kind: "adamw", or a name in `EIGHT_BIT`, of which bitsandbytes keeps tensors below 4,096 numbers in float32.
+        neutral: parameters that decay does not pull to zero -> what it pulls them to instead, or None for those that
+            it leaves alone: `p = p - lr * weight_decay * (p - neutral)` in front of each step.
 
     Raises: UsageError when a ratio is asked for and no parameter is an outer factor; UnsupportedError when an 8-bit
     optimiser is asked for and bitsandbytes is not there.
-    Source: LoRA+: Hayou et al. 2024, arXiv:2402.12354, section 4. 8-bit moments: Dettmers et al. 2022,
+    Source: decay towards a value: Li et al. 2018, arXiv:1802.01483, equation 2, decoupled as in Loshchilov and Hutter
+    2017, arXiv:1711.05101. LoRA+: Hayou et al. 2024, arXiv:2402.12354, section 4. 8-bit moments: Dettmers et al. 2022,
     arXiv:2110.02861, section 2; paged: Dettmers et al. 2023, arXiv:2305.14314, section 3.
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault(ratio if name.rpartition(".")[2] in outer else 1.0, []).append(parameter)
-    if ratio != 1.0 and ratio not in groups:
+        rate = ratio if name.rpartition(".")[2] in outer else 1.0
+        groups.setdefault((rate, weight_decay == 0 or name not in neutral), []).append(parameter)
+    if ratio != 1.0 and not any(rate == ratio for rate, _ in groups):
         raise UsageError("lr_ratio is about the factor B of LoRA, and this method has none", got=f"lr_ratio={ratio:g}")
-    named = [{"params": members, "lr_ratio": factor} for factor, members in groups.items()]
-    return _maker(kind)(named, lr=0.0, weight_decay=weight_decay)
+    named = [
+        {"params": members, "lr_ratio": rate, "weight_decay": weight_decay if to_zero else 0.0}
+        for (rate, to_zero), members in groups.items()
+    ]
+    optimizer = _maker(kind)(named, lr=0.0, weight_decay=weight_decay)
+    goals = {parameters[name]: goal for name, goal in neutral.items() if name in parameters and goal is not None}
+    if weight_decay and goals:
+        optimizer.register_step_pre_hook(lambda *_: _pull(optimizer, weight_decay, goals))
+    return optimizer
+
+
+@torch.no_grad()
+def _pull(optimizer: torch.optim.Optimizer, weight_decay: float, goals: Mapping[nn.Parameter, Tensor]) -> None:
+    """Decoupled weight decay of the parameters that have another goal than zero."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in goals and parameter.grad is not None:
+                parameter.lerp_(goals[parameter].to(parameter), group["lr"] * weight_decay)
 
 
 def _maker(kind: str) -> Callable[..., torch.optim.Optimizer]:
@@ -77,17 +102,20 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_ratio"]
 
 
-def auto_lr(config: object) -> tuple[float, str]:
-    """The learning rate for a model, and a line that says how it came about.
+def auto_lr(config: object, method: type[TargetedMethod] | TargetedMethod = LoRA) -> tuple[float, str]:
+    """The learning rate for a model and a method, and a line that says how it came about.
 
-        lr = 5e-5 * 10 * (2000 / hidden) ** p        p = 0.781 (Llama and others), 0.0775 (Qwen)
+        lr = 5e-4 * (2000 / hidden) ** p * lr_over_lora        p = 0.781 (Llama and others), 0.0775 (Qwen)
 
     Args:
-        config: a transformers config.
+        config: a transformers config; one that keeps its text's sizes inside another says them there.
+        method: what is trained; how its rate compares with LoRA's is `lr_over_lora` of its class.
 
-    Raises: UsageError when it does not state a hidden size.
+    Raises: UsageError when the config does not state a hidden size.
     Source: Schulman et al. 2025, "LoRA Without Regret", and its cookbook; within 0.5% of a sweep's best loss there.
+    Each method's docstring says where its own factor comes from.
     """
+    config = text_config(config)
     hidden = getattr(config, "hidden_size", None)
     if not isinstance(hidden, int) or hidden < 1:
         raise UsageError(
@@ -95,8 +123,16 @@ def auto_lr(config: object) -> tuple[float, str]:
         )
     kind = str(getattr(config, "model_type", ""))
     power = next((value for family, value in EXPONENTS.items() if kind.startswith(family)), LLAMA)
-    lr = ANCHOR * (2000 / hidden) ** power
-    return lr, f"lr auto: 5e-5 x 10 x (2000 / {hidden}) ^ {power} = {lr:.3g}"
+    factor = method.lr_over_lora
+    lr = ANCHOR * (2000 / hidden) ** power * factor
+    own = "" if factor == 1 else f" x {factor:g} for {method.name}"
+    return lr, f"lr auto: 5e-4 x (2000 / {hidden}) ^ {power}{own} = {lr:.3g}"
+
+
+def peak_lr(config: object, run: RunConfig) -> tuple[float, str]:
+    """The highest learning rate of a run on a model with this config, and a line that says where it comes from."""
+    lr = run.train.lr
+    return auto_lr(config, run.method) if lr == "auto" else (lr, f"lr {lr:g}")
 
 
 def warmup_steps(warmup: float, total: int) -> int:

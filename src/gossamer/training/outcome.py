@@ -7,24 +7,28 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from gossamer import __version__, linalg
+from gossamer import __version__
 from gossamer.adapter import Adapter
 from gossamer.attachment import active, attached, capture
 from gossamer.attachment.walk import CONTAINER
 from gossamer.errors import ArtefactError, StateError
 from gossamer.files.atomic import sha256_file, write_json
-from gossamer.methods.lora import plain_slots
+from gossamer.methods import spectra as changes
 from gossamer.quant import QuantizedLinear
 from gossamer.training.config import RunConfig, TrainConfig
 from gossamer.training.material import Material
 from gossamer.training.memory import stored_as
 from gossamer.training.report import write_report
 from gossamer.training.run_folder import RunFolder
+from gossamer.training.vocabulary import keep_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SAMPLES = 5
 
@@ -46,8 +50,12 @@ def write_outcome(
     before: Mapping[str, Any] | None,
     after: Mapping[str, Any] | None,
     figures: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Outcome:
-    """Save the adapter with its provenance, then the report, then the page made of it. Raises `DiskError`."""
+    """Save the adapter with its provenance, a tokenizer that is not the base's, the report, and the page made of it.
+
+    Raises `DiskError`.
+    """
     origin = {
         "created_by": f"gossamer {__version__}",
         "operation": "train",
@@ -58,6 +66,7 @@ def write_outcome(
     }
     adapter = replace(adapter, provenance=origin)
     file = adapter.save(folder.adapter) / "adapter_model.safetensors"
+    keep_tokenizer(tokenizer, folder.adapter)
     trainable = sum(tensor.numel() for tensor in adapter.named_tensors().values())
     memory, kind = peak_memory(next(model.parameters()).device)
     report = {
@@ -175,20 +184,17 @@ def _examples(
 
 
 def spectra(adapter: Adapter) -> dict[str, list[float]]:
-    """Singular values of each low-rank weight change, largest first."""
-    spec: Any = adapter.spec
-    return {
-        path: linalg.singular_values(plain["lora_A"], plain["lora_B"], spec.scaling_at(path)).tolist()
-        for path, slots in adapter.tensors.items()
-        if "lora_A" in slots and (plain := plain_slots(slots))["lora_A"].ndim == 2
-    }
+    """Singular values of each weight change that the adapter alone tells, largest first."""
+    return {path: values.tolist() for path, values in changes.spectra(adapter).items()}
 
 
-def peak_memory(device: torch.device) -> tuple[int, str]:
-    """The most memory in use so far, in bytes, and what was measured."""
+def peak_memory(device: torch.device) -> tuple[int | None, str]:
+    """The most memory in use so far, in bytes or None where the system does not say, and what was measured."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "allocated on the CUDA device"
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows keeps no such account
+        return None, "not known on this system"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024), "resident set of the whole process"

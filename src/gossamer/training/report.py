@@ -43,7 +43,7 @@ def write_report(folder: Path, *, spectra: Mapping[str, Sequence[float]] | None 
     config = folder / "config.yaml"
     sections = [
         _before_after(report),
-        _loss(_read_metrics(folder / "metrics.jsonl")),
+        _loss(_read_metrics(folder / "metrics.jsonl"), report),
         _confusions(report),
         _spectra(spectra or {}),
         _examples(report.get("examples") or ()),
@@ -168,8 +168,8 @@ def _change(name: str, before: Any, after: Any) -> str:
     return change.replace("-", "\u2212", 1)
 
 
-def _loss(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The training loss: every point faint, its running mean strong, evaluations along the way as their own line."""
+def _loss(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> str:
+    """The training loss: every point faint, its running mean strong, the held-out loss as its own line."""
     trained = [
         (row["step"], row["loss"]) for row in metrics if _is_number(row.get("step")) and _is_number(row.get("loss"))
     ]
@@ -180,6 +180,11 @@ def _loss(metrics: Sequence[Mapping[str, Any]]) -> str:
     ]
     if not trained:
         return ""
+    ends = {"eval_before": 0, "eval_after": report.get("steps", trained[-1][0])}
+    around: dict[Any, Any] = {
+        step: loss for name, step in ends.items() if _is_number(loss := (report.get(name) or {}).get("loss"))
+    }
+    held_out = sorted((around | dict(held_out)).items())
     smooth = _running_mean(trained)
     series = {"each step": _thinned(trained), "training": _thinned(smooth)} | (
         {"held out": held_out} if held_out else {}

@@ -62,6 +62,27 @@ def _step_of(line: str) -> int:
     return record.get("step", -1) if isinstance(record, dict) else -1
 
 
+def refuse_output(output: str | Path, *, resume: bool = False) -> Path:
+    """The folder of a run that may begin there, or be resumed there; nothing is made. Raises what `open_run` raises."""
+    path = Path(output)
+    if resume:
+        run = RunFolder(path)
+        if not path.is_dir() or not (run.config.exists() or run.checkpoints.is_dir() or not any(path.iterdir())):
+            raise CheckpointError(
+                "there is no run to resume",
+                where=str(path),
+                expected="a folder with config.yaml or checkpoints/",
+                hint="start it without resume",
+            )
+    elif path.exists() and not path.is_dir():
+        raise StateError("the output is a file, not a folder", where=str(path))
+    elif path.is_dir() and any(path.iterdir()):
+        raise StateError(
+            "the output folder is not empty", where=str(path), hint="resume the run in it, or choose another folder"
+        )
+    return path
+
+
 @contextmanager
 def open_run(output: str | Path, *, resume: bool = False) -> Iterator[RunFolder]:
     """A run folder that nobody else writes to for the length of a block.
@@ -71,14 +92,10 @@ def open_run(output: str | Path, *, resume: bool = False) -> Iterator[RunFolder]
         CheckpointError: there is nothing to resume.
         DiskError: it cannot be made.
     """
-    path = Path(output)
-    if resume and not (path.is_dir() and (RunFolder(path).config.exists() or not any(path.iterdir()))):
-        raise CheckpointError("there is no run to resume", where=str(path), hint="start it without resume")
+    path = refuse_output(output, resume=resume)
     created = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise StateError("the output is a file, not a folder", where=str(path)) from None
     except OSError as error:
         raise DiskError("cannot make the run folder", where=str(path), got=error.strerror or str(error)) from error
     with _locked(path):

@@ -14,23 +14,29 @@ from gossamer.training.distributed import World
 from gossamer.training.loop import train
 from gossamer.training.loss import refuse_unless_causal
 from gossamer.training.masks import preview
-from gossamer.training.material import Material, Steps
+from gossamer.training.material import Material, Steps, read_files
 from gossamer.training.memory import decide
-from gossamer.training.optim import auto_lr
+from gossamer.training.optim import peak_lr
+from gossamer.training.run_folder import refuse_output
 from gossamer.training.sharding import shard
 from gossamer.training.trainee import Run
 
 
 def run(config: RunConfig, *, resume: bool = False, progress: Progress | None = None) -> Run:
-    """Load the base that a config names, attach its method, and `train`. Raises what these three raise."""
+    """Load the base that a config names, attach its method, and `train`. Raises what these three raise.
+
+    What can be refused without the base, such as a folder in use or a file that is not there, is refused before it.
+    """
     world = World.here(config.device)
     show = world.shown(progress)
+    go_on = resume or (world.restarts > 0 and world.first(lambda: Path(config.output).exists()))
+    world.first(lambda: str(refuse_output(config.output, resume=go_on)))
+    files = read_files(config.data)
     model, tokenizer, report = _prepared(config, world)
     show.say(str(report))
     if world.size > 1 and config.train.shard != "none":
         show.say(str(shard(model, world, across=config.train.shard)))
-    go_on = resume or (world.restarts > 0 and world.first(lambda: Path(config.train_config().output).exists()))
-    run = train(model, tokenizer, config, resume=go_on, progress=show, world=world)
+    run = train(model, tokenizer, config, resume=go_on, progress=show, world=world, files=files)
     world.close()
     return run
 
@@ -70,11 +76,12 @@ class Rehearsal:
 
 def rehearse(config: RunConfig) -> Rehearsal:
     """Everything that `run` does before its first step, but for evaluating and writing. Raises what `run` raises."""
+    files = read_files(config.data)
     model, tokenizer, report = _prepared(config, World())
     settings, said = config.train_config(), []
     refuse_unless_causal(model)
-    material = Material.read(settings, tokenizer, said.append, model=model)
-    lr = auto_lr(model.config)[1] if settings.lr == "auto" else f"lr {settings.lr:g}"
+    material = Material.read(settings, tokenizer, said.append, files, model=model)
+    lr = peak_lr(model.config, config)[1]
     pieces = preview(material.examples[0], tokenizer)
     steps = Steps(material.examples, settings)
     memory = decide(model, config, steps.largest()).rule

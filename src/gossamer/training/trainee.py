@@ -10,7 +10,7 @@ trained alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gossamer.adapter import Adapter
-from gossamer.attachment import capture, sites_of_parameters, trainable_parameters, using
-from gossamer.errors import NonFiniteError
+from gossamer.attachment import capture, neutral_values, sites_of_parameters, trainable_parameters, using
+from gossamer.errors import NonFiniteError, UnsupportedError
 from gossamer.files.atomic import write_text
 from gossamer.progress import Progress
 from gossamer.training.audit import audit_gradients
@@ -32,18 +33,18 @@ from gossamer.training.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from gossamer.training.config import RunConfig
+from gossamer.training.config import FREE_ON_RESUME, SPLITS_ON_RESUME, RunConfig
 from gossamer.training.distributed import World
 from gossamer.training.fast import drops_out
 from gossamer.training.material import Material, Steps
 from gossamer.training.memory import decide, stored_as
-from gossamer.training.optim import auto_lr, lr_factor, make_optimizer, set_lr, usable_optimizer, warmup_steps
+from gossamer.training.optim import lr_factor, make_optimizer, peak_lr, set_lr, usable_optimizer, warmup_steps
 from gossamer.training.outcome import peak_memory, read_outcome, sampled, write_outcome
 from gossamer.training.run_folder import RunFolder
 from gossamer.training.stopping import Stopping
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Batches = list[list[int]]
 """What one step learns from: batches of indices of examples."""
@@ -74,6 +75,7 @@ class Trainee:
     """
 
     model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     name: str
     active: tuple[str, ...]
     whole: RunConfig
@@ -96,9 +98,12 @@ class Trainee:
         self.draws = drops_out(self.model, self.active)
         outer = self.whole.method.outer_slots
         self.kind, self.kind_rule = usable_optimizer(config.optimizer, self.device)
-        self.optimizer = make_optimizer(self.parameters, config.weight_decay, outer, config.lr_ratio, self.kind)
+        neutral = self._neutral() if config.weight_decay else {}
+        self.optimizer = make_optimizer(
+            self.parameters, config.weight_decay, outer, config.lr_ratio, self.kind, neutral
+        )
         self.warmup = warmup_steps(config.warmup, self.steps.total)
-        self.lr, self.lr_rule = auto_lr(self.model.config) if config.lr == "auto" else (config.lr, f"lr {config.lr:g}")
+        self.lr, self.lr_rule = peak_lr(self.model.config, self.whole)
         self.random = random_state(self.device)
         self.step = self.first = self.tokens = 0
         self.training_seconds = self.seconds_before = 0.0
@@ -106,6 +111,20 @@ class Trainee:
         self.saved_step = -1
         self.stopping = Stopping(config.patience)
         self.logged_at = (0, 0.0)  # tokens and seconds, for the rate since the last line
+
+    def _neutral(self) -> dict[str, Tensor | None]:
+        """What weight decay pulls parameters to; said where it leaves some alone."""
+        neutral = neutral_values(self.model, self.name)
+        spread = [name for name, goal in neutral.items() if isinstance(goal, DTensor)]
+        if spread:
+            raise UnsupportedError(
+                "weight decay pulls these to the base's own values, which are spread over processes",
+                where=", ".join(spread[:3]),
+                hint="weight_decay: 0, or shard: none",
+            )
+        if alone := [name for name, goal in neutral.items() if goal is None]:
+            self.show.say(f"weight_decay leaves {', '.join(alone[:3])} alone: no value of it changes nothing")
+        return neutral
 
     @property
     def left(self) -> int:
@@ -147,7 +166,7 @@ class Trainee:
             self.world.first(lambda: newest_checkpoint(self.folder.checkpoints, self.show.say)) if self.resume else None
         )
         if checkpoint:
-            checkpoint.refuse_other_run(self.identity)
+            checkpoint.refuse_other_run(self.identity, free={f"train.{name}" for name in FREE_ON_RESUME})
         self.world.first(lambda: write_text(self.folder.config, self.whole.to_yaml()))
         if checkpoint:
             checkpoint.restore(self.parameters, self.optimizer, self.device)
@@ -156,8 +175,9 @@ class Trainee:
             self.training_seconds = checkpoint.state["training_seconds"]
             self.seconds_before += checkpoint.state["seconds"]
             self.stopping = Stopping(**checkpoint.state["stopping"])
-            if said := self.world.resumed(checkpoint.state.get("processes", 1)):
-                self.show.say(said)
+            for said in (self.world.resumed(checkpoint.state.get("processes", 1)), self._split_anew(checkpoint.state)):
+                if said:
+                    self.show.say(said)
             self.show.say(f"resuming after step {self.step:,} of {self.steps.total:,}")
         else:
             key = (id(self.material), start.digest)
@@ -208,6 +228,7 @@ class Trainee:
     def record(self, taken: dict[str, float]) -> dict[str, float]:
         """All there is to show of the step that was just taken."""
         tokens, seconds = self.tokens - self.logged_at[0], self.training_seconds - self.logged_at[1]
+        memory = peak_memory(self.device)[0]
         return {
             "step": self.step,
             "epoch": round(self.steps.epochs(self.step), 4),
@@ -215,7 +236,7 @@ class Trainee:
             "tokens": self.tokens,
             "tokens_per_second": tokens / max(seconds, 1e-9),
             "seconds": self.training_seconds,
-            "memory_bytes": peak_memory(self.device)[0],
+            **({} if memory is None else {"memory_bytes": memory}),
         }
 
     def log_if_due(self, record: dict[str, float]) -> None:
@@ -257,7 +278,7 @@ class Trainee:
             after = self._evaluate("after training")
             figures = self._figures() | best | {"steps": self.step, "processes": self.world.size}
             written = self.folder, self.whole, self.model, adapter, self.material, self.before, after, figures
-            outcome = self.world.first(lambda: write_outcome(*written))
+            outcome = self.world.first(lambda: write_outcome(*written, self.tokenizer))
         return Run(self.folder.path, outcome.report, outcome.adapter)
 
     def _back_to_best(self) -> dict[str, int]:
@@ -286,6 +307,7 @@ class Trainee:
             "position": position,
             "eval_before": self.before,
             "identity": self.identity,
+            "split": self._split(),
             "torch": torch.__version__,
             "processes": self.world.size,
             "stopping": self.stopping.state(),
@@ -346,9 +368,23 @@ class Trainee:
             "checkpointing_rule": self.memory.rule,
         }
 
+    def _split(self) -> dict[str, Any]:
+        """Settings that change no step but the order of its sums."""
+        return {name: getattr(self.config, name) for name in SPLITS_ON_RESUME}
+
+    def _split_anew(self, state: Mapping[str, Any]) -> str:
+        """What is said when a run goes on with its steps split otherwise than before."""
+        then = state.get("split", {})
+        now = {name: value for name, value in self._split().items() if then.get(name, value) != value}
+        if not now:
+            return ""
+        changes = ", ".join(f"{name} was {then[name]} and is {value}" for name, value in now.items())
+        drawn = " and the numbers that dropout draws" if self.draws else ""
+        return f"{changes}: the steps are the same but for rounding{drawn}, no longer bit for bit"
+
     def _identity(self, start: Adapter) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run. What is only shown or kept may change."""
-        free = {"output", "data", "log_every", "checkpoint_every", "keep_checkpoints", "checkpointing", "shard"}
+        free = FREE_ON_RESUME | (set() if self.config.patience else {"eval_every"})
         train = {name: value for name, value in self.config.to_dict().items() if name not in free} | {"lr": self.lr}
         return {
             "train": train,
