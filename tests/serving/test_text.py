@@ -154,3 +154,59 @@ def test_the_work_for_a_token_does_not_grow(name: str, kind: str, monkeypatch: p
     for _ in range(600):
         writer.add(draw.randrange(len(tokenizer)) if one is None else one)
     assert decoded <= 600 * 48
+
+
+PIECES = ["a", "b", "é", "日", " ", "<|im_end|>", "<|im_start|>", "<|mask|>"]
+SPECIAL = [one for one in PIECES if one.startswith("<")]
+
+
+def _ended(pieces: list[str], stop: list[str]) -> tuple[str, bool]:
+    """By definition: the first place where a stop text is complete; the text before it, without special tokens."""
+    seen = "".join(pieces)
+    found = [end for end in range(len(seen) + 1) if any(seen[:end].endswith(one) for one in stop)]
+    cut = min((seen.index(one) for one in stop if one in seen[: found[0]]), default=len(seen)) if found else len(seen)
+    text, at = "", 0
+    for piece in pieces:
+        text += "" if piece in SPECIAL else piece[: max(cut - at, 0)]
+        at += len(piece)
+    return text, bool(found)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from(PIECES), max_size=25),
+    stop=st.lists(
+        st.one_of(
+            st.sampled_from(SPECIAL),
+            st.lists(st.sampled_from(PIECES), min_size=1, max_size=3).map("".join),
+            st.sampled_from(["im_end", "|>a", "<|im_", "é<"]),
+        ),
+        max_size=3,
+    ),
+)
+def test_the_text_of_a_special_token_is_a_stop_text_too(pieces: list[str], stop: list[str]) -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    text, stopped = _ended(pieces, stop)
+    writer, told = Writer(tokenizer, stop), ""
+    for token in tokenizer("".join(pieces))["input_ids"]:
+        if writer.stopped:
+            break
+        told += writer.add(token)
+    told += writer.end()
+    assert (told, writer.text, writer.stopped) == (text, text, stopped)
+
+
+def test_a_stop_text_alone_is_no_list_of_letters() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    writer = Writer(tokenizer, "END")
+    told = "".join(map(writer.add, tokenizer("DEN EN END")["input_ids"]))
+    assert (told, writer.stopped) == ("DEN EN ", True)
+
+
+def test_special_tokens_of_sentencepiece_stop_it_after_bytes() -> None:
+    tokenizer = TOKENIZERS["sentencepiece-like"]
+    end = tokenizer.convert_tokens_to_ids("</s>")
+    for stop in ("</s>", "é</s>"):
+        writer = Writer(tokenizer, [stop])
+        told = "".join(map(writer.add, [*_tokens(tokenizer, [*"aé".encode()], 2), end]))
+        assert (told, writer.stopped) == ("aé".removesuffix(stop.removesuffix("</s>")), True)

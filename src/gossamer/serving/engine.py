@@ -8,7 +8,7 @@ settle     draw a token for each that came to its end, finish those that are don
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +34,7 @@ from gossamer.serving.store import Store
 from gossamer.serving.terms import BatchTerms
 from gossamer.serving.text import Writer
 from gossamer.serving.ticket import Ticket
+from gossamer.serving.vocabulary import encoded, ends_of, texts, vocabulary_of
 
 
 class Engine:
@@ -78,8 +79,8 @@ class Engine:
         self.terms = BatchTerms()
         self.context: int = min(positions(self.model) or self.scheduler.limits.cache, self.scheduler.limits.cache)
         """Tokens that a prompt and its answer may have together."""
-        named = getattr(self.model.generation_config, "eos_token_id", None)
-        self.ends = {*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id} - {None}
+        self.ends = ends_of(self.model, self.tokenizer)
+        self.vocabulary = vocabulary_of(self.model, self.tokenizer)
         for name, source in _named(adapters).items():
             self.store.register(name, source)
 
@@ -105,13 +106,16 @@ class Engine:
     def submit(self, request: Request) -> Ticket:
         """Let a request wait its turn; `step` brings it on.
 
-        Raises: UsageError for an empty or too long prompt or an unknown adapter; ResourceError when too many wait.
+        Raises: UsageError for an empty or too long prompt, for ids that are no tokens in it or in `logit_bias`, or an
+            unknown adapter; ResourceError when too many wait.
             What is wrong with an adapter shows when it is read, and becomes the ticket's fault.
         """
         if not 0 < len(request.prompt) < self.context:
             got = f"{len(request.prompt):,} tokens"
             raise UsageError("a prompt of an impossible length", got=got, expected=f"1 to {self.context - 1:,}")
         sampling = request.sampling
+        self.vocabulary.check(request.prompt, "prompt")
+        self.vocabulary.check(sampling.logit_bias, "logit_bias")
         guide = Guide(sampling.schema, self.tokenizer) if sampling.schema is not None else None
         held = self.store.hold([*request.adapters])
         ticket = Ticket(
@@ -119,7 +123,7 @@ class Engine:
             [*request.prompt],
             min(len(request.prompt) + sampling.max_tokens, self.context),
             held,
-            Sampler(sampling, request.prompt, guide),
+            Sampler(sampling, request.prompt, guide, self.vocabulary),
             Writer(self.tokenizer, sampling.stop),
         )
         if not self.scheduler.offer(ticket):
@@ -138,26 +142,30 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str],
-        adapters: Sequence[str | Mapping[str, float] | None] | str | None = None,
+        prompts: str | Iterable[str],
+        adapters: Sequence[str | Mapping[str, float] | None] | str | Mapping[str, float] | None = None,
         **sampling: Any,
     ) -> Iterator[Reply]:
         """Continue prompts, all at once; replies come in the order of the prompts.
 
         Args:
+            prompts: texts, or one. What the tokenizer puts around texts is added, but no second beginning of a
+                sequence to a text that has one.
             adapters: one for all, or one for each prompt: a name, a mapping of names to weights, or None for the base.
             sampling: fields of `Sampling`.
 
         Raises: what `submit` raises, and the fault of a request.
         """
-        each = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else [*adapters]
-        if len(each) != len(prompts):
-            raise UsageError("one adapter a prompt", got=f"{len(each)} adapters", expected=str(len(prompts)))
+        listed = texts(prompts, "prompts")
+        one = adapters is None or isinstance(adapters, str | Mapping)
+        each: list[Any] = [adapters] * len(listed) if one else [*(adapters or ())]
+        if len(each) != len(listed):
+            raise UsageError("one adapter a prompt", got=f"{len(each)} adapters", expected=str(len(listed)))
         tickets: list[Ticket] = []
         try:
-            for prompt, adapter in zip(prompts, each, strict=True):
+            for prompt, adapter in zip(listed, each, strict=True):
                 chosen = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
-                ids = tuple(self.tokenizer(prompt)["input_ids"])
+                ids = encoded(self.tokenizer, prompt)
                 tickets.append(self.submit(Request(ids, chosen, Sampling(**sampling))))
             for ticket in tickets:
                 while not ticket.done:
@@ -234,7 +242,7 @@ class Engine:
     def _settle(self, tickets: Sequence[Ticket], logits: Tensor) -> None:
         """Draw a token for each, and let those leave that are done."""
         wide = logits.float()
-        best, likeliest = wide.max(1)
+        best, likeliest = self.vocabulary.drawable(wide).max(1)
         found = torch.stack([wide.logsumexp(1), best, likeliest.double()]).T.tolist()
         for number, (ticket, (total, top, first)) in enumerate(zip(tickets, found, strict=True)):
             if not math.isfinite(total):

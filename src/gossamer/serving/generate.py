@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from gossamer.errors import UsageError
+from gossamer.serving.vocabulary import Vocabulary, encoded, texts, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: str | Iterable[str],
     *,
     max_tokens: int = 64,
     temperature: float = 0.0,
@@ -28,28 +30,43 @@ def generate(
     """Continue prompts, one after another, through transformers' own generation.
 
     Args:
-        prompts: texts, continued as they are, or user messages when `chat`.
+        prompts: texts, or one, continued as they are, or user messages when `chat`. What the tokenizer puts around
+            texts is added, but no second beginning of a sequence to a text that has one.
         max_tokens: at most this many new tokens; generation also ends at the end-of-sequence token.
         temperature: 0 takes the likeliest token each time; above 0 samples from softmax(logits / temperature).
         seed: of the sampling; torch's own random state is left as it was.
         chat: put each prompt through the tokenizer's chat template.
 
     Returns:
-        One {"prompt", "text", "tokens", "seconds"} a prompt; `text` is the continuation alone.
+        One {"prompt", "text", "tokens", "seconds"} a prompt; `text` is the continuation alone. Only tokens that the
+        tokenizer has are drawn, whatever rows the model's head has beside them.
 
-    Raises: UsageError for an empty prompt or settings out of range.
+    Raises: UsageError for an empty prompt, for one that is no text, or settings out of range.
     """
     if max_tokens < 1 or temperature < 0:
         got = f"max_tokens={max_tokens}, temperature={temperature}"
         raise UsageError("settings out of range", got=got, expected="max_tokens >= 1, temperature >= 0")
+    listed = texts(prompts, "prompts")
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling["temperature"] = temperature
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        settings = {"max_new_tokens": max_tokens, "pad_token_id": pad} | sampling
-        return [_continued(model, tokenizer, prompt, chat, settings) for prompt in prompts]
+        drawn = [_Tokens(vocabulary_of(model, tokenizer))]
+        settings = {"max_new_tokens": max_tokens, "pad_token_id": pad, "logits_processor": drawn} | sampling
+        return [_continued(model, tokenizer, prompt, chat, settings) for prompt in listed]
+
+
+class _Tokens:
+    """One of transformers' changes to logits: rows that are no tokens are not drawn."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    def __call__(self, _: Tensor, logits: Tensor) -> Tensor:
+        logits[..., self.vocabulary.width :] = -torch.inf
+        return logits.index_fill_(-1, self.vocabulary.holes.to(logits.device), -torch.inf)
 
 
 def _continued(model: Any, tokenizer: Any, prompt: str, chat: bool, settings: dict[str, Any]) -> dict[str, Any]:
@@ -59,12 +76,12 @@ def _continued(model: Any, tokenizer: Any, prompt: str, chat: bool, settings: di
             raise UsageError("this tokenizer has no chat template", hint="leave chat off")
         turns = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-    length = encoded["input_ids"].shape[1]
+    ids = torch.tensor([encoded(tokenizer, text, special=not chat)], dtype=torch.long, device=model.device)
+    length = ids.shape[1]
     if length == 0:
         raise UsageError("an empty prompt has nothing to continue", got=repr(prompt))
     start = time.monotonic()
-    tokens = model.generate(**encoded, **settings)[0, length:]
+    tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0, length:]
     return {
         "prompt": prompt,
         "text": tokenizer.decode(tokens, skip_special_tokens=True),

@@ -29,7 +29,7 @@ class Sampling:
         repetition_penalty: logits of tokens in the prompt or the answer are divided by it, negative ones multiplied.
         logit_bias: token id -> what is added to its logit.
         seed: of this request's own random numbers, which no other request draws from; None for a fresh one.
-        stop: texts that end it; they are not part of the answer.
+        stop: texts that end it, or one; they are not part of the answer. The text of a special token is one too.
         ignore_eos: go on after the end-of-sequence token.
         top_logprobs: so many of the likeliest tokens are told in the place of each.
         schema: a JSON schema that the answer will satisfy, or "json" for any object.
@@ -56,6 +56,8 @@ class Sampling:
         return hash((self.max_tokens, self.temperature, self.seed, self.stop, self.schema))
 
     def __post_init__(self) -> None:
+        # a text alone is one stop text, not its letters
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         biases = self.logit_bias
         ranges = {
             "max_tokens": (1 <= self.max_tokens < 2**31, "1 to 2^31 - 1"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from gossamer.errors import StateError
 from gossamer.serving.guidance import Guide
 from gossamer.serving.request import Sampling, Top
+from gossamer.serving.vocabulary import Vocabulary
 
 _FIRST = 1024
 _COLDEST = 1e-6
@@ -37,13 +38,20 @@ class Sampler:
     Args:
         prompt: whose tokens count as repeated.
         guide: what the answer has to satisfy.
+        vocabulary: the rows that are tokens, which alone are drawn and told; all of them without one.
 
     Attributes:
         plain: the likeliest token is all that is asked for, so that `draw` need not be called.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], guide: Guide | None = None) -> None:
-        self.sampling, self.guide = sampling, guide
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        guide: Guide | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        self.sampling, self.guide, self.vocabulary = sampling, guide, vocabulary
         penalised = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
         self.plain = not (sampling.temperature or penalised or sampling.logit_bias or sampling.top_logprobs or guide)
         self.counts: Counter[int] = Counter()
@@ -66,6 +74,8 @@ class Sampler:
         total = logits.logsumexp(0)
         if not bool(total.isfinite()):
             raise StateError("the logits are not finite", got=str(total.item()))
+        if self.vocabulary is not None:
+            logits = self.vocabulary.drawable(logits)
         changed = self._changed(logits)
         if not bool((changed > -torch.inf).any()):
             raise StateError("no token is left to draw", hint="the schema or the biases forbid all of them")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-_BROKEN = "\ufffd"
+from gossamer.serving.vocabulary import BYTE
+
+BROKEN = "\ufffd"
 """What bytes that are no whole character decode to."""
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-"""A token that is one byte of a character, in vocabularies like sentencepiece's."""
 _LONG, _KEPT = 32, 16
 _SURE = 4
 """No character has more bytes; so many characters before it, and it lies whole within the window."""
-_SPECIAL: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
+_SPECIAL: WeakKeyDictionary[Any, tuple[int, dict[int, str]]] = WeakKeyDictionary()
 
 
 class Writer:
@@ -22,13 +21,15 @@ class Writer:
 
         text = decode(tokens without special ones), up to the first stop text
 
+    Stop texts are looked for where special tokens stand by their own text, which is not told: `</s>` may be one.
+
     Only a window of the last tokens is decoded when one comes, so that the work for each does not grow. Tokens that
     stand for single bytes wait for one that does not: a vocabulary like sentencepiece's decodes a run of bytes as a
     whole.
 
     Args:
         tokenizer: one of transformers.
-        stop: texts that end it, and are not part of it.
+        stop: texts that end it, or one, and are not part of it.
 
     Attributes:
         text: what is certain so far.
@@ -36,37 +37,54 @@ class Writer:
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
-        self.special = _special(tokenizer)
+        self.tokenizer, self.stop = tokenizer, (stop,) if isinstance(stop, str) else tuple(stop)
+        self.special = special_of(tokenizer)
         self.window: list[int] = []
         self.told = 0
         """Characters of the decoded window that were passed on."""
         self.text = self.held = ""
+        self.silent: list[tuple[int, int]] = []
+        """Where in what is held the texts of special tokens stand."""
         self.stopped = False
 
     def add(self, token: int) -> str:
         """Take a token; gives the text that is newly certain."""
-        if self.stopped or token in self.special:
+        if self.stopped:
             return ""
+        if token in self.special:
+            return self._passed(self.special[token]) if self.stop else ""
         self.window.append(token)
         piece = self.tokenizer.convert_ids_to_tokens(token)
-        if isinstance(piece, str) and _BYTE.fullmatch(piece):
+        if isinstance(piece, str) and BYTE.fullmatch(piece):
             return ""
-        text = self._decoded(self.window)
-        certain = _certain(text)
-        fresh, self.told = text[self.told : certain], max(self.told, certain)
-        if len(self.window) > _LONG:
-            self._slide()
-        return self._take(fresh)
+        return self._take(self._fresh())
 
     def end(self) -> str:
         """No token follows; gives the rest."""
         if self.stopped:
             return ""
         rest = self._take(self._decoded(self.window)[self.told :])
-        held, self.held, self.window, self.told = self.held, "", [], 0
+        held = self._shown(len(self.held))
+        self.held, self.silent, self.window, self.told = "", [], [], 0
         self.text += held
         return rest + held
+
+    def _fresh(self) -> str:
+        """What of the window became certain."""
+        text = self._decoded(self.window)
+        certain = _certain(text)
+        fresh, self.told = text[self.told : certain], max(self.told, certain)
+        if len(self.window) > _LONG:
+            self._slide()
+        return fresh
+
+    def _passed(self, name: str) -> str:
+        """A special token: what stands before it, and its text for the stop texts alone."""
+        before = self._take(self._fresh() if self.window else "")
+        if self.stopped:
+            return before
+        self.silent.append((len(self.held), len(self.held) + len(name)))
+        return before + self._take(name)
 
     def _slide(self) -> None:
         """Forget the oldest tokens of the window, unless an unfinished character might have begun there."""
@@ -82,17 +100,26 @@ class Writer:
         self.held += fresh
         found = [self.held.index(one) for one in self.stop if one in self.held]
         if found:
-            certain, self.held, self.stopped = self.held[: min(found)], "", True
+            certain, self.held, self.stopped = self._shown(min(found)), "", True
         else:
-            kept = max((_overlap(self.held, one) for one in self.stop), default=0)
-            certain, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
+            end = len(self.held) - max((_overlap(self.held, one) for one in self.stop), default=0)
+            certain, self.held = self._shown(end), self.held[end:]
+            self.silent = [(max(first - end, 0), last - end) for first, last in self.silent if last > end]
         self.text += certain
         return certain
+
+    def _shown(self, end: int) -> str:
+        """What is held up to a place, without the texts of special tokens."""
+        shown, at = "", 0
+        for first, last in self.silent:
+            shown += self.held[at : min(first, end)]
+            at = last
+        return shown + self.held[at:end]
 
 
 def _certain(text: str) -> int:
     """How many characters no further token changes: an unfinished one at the end decodes to a single sign."""
-    return len(text) - text.endswith(_BROKEN)
+    return len(text) - text.endswith(BROKEN)
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -100,8 +127,11 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def _special(tokenizer: Any) -> frozenset[int]:
-    if tokenizer not in _SPECIAL:
-        added = {token for token, about in tokenizer.added_tokens_decoder.items() if about.special}
-        _SPECIAL[tokenizer] = frozenset(added | {*tokenizer.all_special_ids})
-    return _SPECIAL[tokenizer]
+def special_of(tokenizer: Any) -> dict[int, str]:
+    """The special tokens, which are no part of a text, with their own texts."""
+    size = len(tokenizer)
+    if tokenizer not in _SPECIAL or _SPECIAL[tokenizer][0] != size:
+        added = {token: about.content for token, about in tokenizer.added_tokens_decoder.items() if about.special}
+        others = {token: tokenizer.convert_ids_to_tokens(token) for token in tokenizer.all_special_ids}
+        _SPECIAL[tokenizer] = size, others | added
+    return _SPECIAL[tokenizer][1]

@@ -76,7 +76,8 @@ class Shapes:
         if "anyOf" in schema:
             return any(self.allows(one, value) for one in schema["anyOf"])
         if "const" in schema or "enum" in schema:
-            return value in (schema.get("enum") or [schema["const"]])
+            fine = schema.get("enum") or [schema["const"]]
+            return any(type(one) is type(value) and one == value for one in fine)  # 0 is not false
         if "type" not in schema:
             return True
         if isinstance(value, dict) and schema["type"] == "object":
@@ -105,6 +106,8 @@ class Shapes:
 def _allows_scalar(schema: Schema, value: Any) -> bool:
     kinds = {"string": str, "boolean": bool, "null": type(None), "integer": int, "number": int | float}
     kind = schema["type"]
+    if kind == "integer" and isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON schema's integers may be written with a point
     if kind not in kinds or not isinstance(value, kinds[kind]):
         return False
     if isinstance(value, str):

@@ -30,12 +30,12 @@ FIELDS: list[tuple[str, Any]] = [
     *[("max_tokens", value) for value in (-1, 0, 2**63, 10**30, "many", 1e400, True)],
     *[("temperature", value) for value in (-1, 3, float("nan"), float("inf"), "hot", [], True)],
     *[("top_p", value) for value in (0, -0.1, 1.1, float("nan"))],
-    *[("top_k", value) for value in (-1, 2**64, 0.5)],
+    *[("top_k", value) for value in (-2, 2**64, 0.5)],
     *[("min_p", value) for value in (-1, 2)],
     *[("presence_penalty", value) for value in (-2.1, 2.1)],
     *[("frequency_penalty", value) for value in (-2.1, float("-inf"))],
     *[("repetition_penalty", value) for value in (0, -1, 1000, 1e-40)],
-    *[("seed", value) for value in (-1, 2**63, 0.5, "x")],
+    *[("seed", value) for value in (-2, 2**63, 0.5, "x")],
     *[("stop", value) for value in (["x"] * 100_000, "", [""], ["x" * 257], 7, [[]], {"a": 1})],
     *[("logit_bias", value) for value in ({"x": 1}, {"-1": 1}, {"1": 101}, {"1": None}, {"9" * 400: 1}, [1, 2])],
     ("logit_bias", {str(one): 0 for one in range(1025)}),
@@ -206,7 +206,7 @@ def test_chat_fields(shared: TestClient, role: Any) -> None:
         {"top_logprobs": 3},
         {"max_tokens": 1, "max_completion_tokens": 2},
         {"tools": [{}]},
-        {"functions": []},
+        {"functions": [{}]},
     ):
         chat = {"model": "sql", "messages": [{"role": "user", "content": "x"}]} | more
         assert post(shared, chat, "/v1/chat/completions").status_code == 400

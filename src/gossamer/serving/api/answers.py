@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
 from gossamer.serving.api.worker import Progress
+from gossamer.serving.request import Top
+from gossamer.serving.spelling import Spelled, Spelling
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
@@ -66,7 +68,7 @@ class Form:
         self.chat, self.model, self.scales, self.tokenizer, self.logprobs = chat, model, scales, tokenizer, logprobs
         self.number = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
-        self.letters: dict[int, int] = {}
+        self.spellings: dict[int, Spelling] = {}
 
     def whole(self, answers: Sequence[Answer], usage: Usage, digests: Mapping[str, str]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -82,15 +84,27 @@ class Form:
         kind = "chat.completion" if self.chat else "text_completion"
         return self._head(kind) | {"choices": choices, "usage": usage.fields()} | self.made_by(digests)
 
-    def chunk(self, progress: Progress, first: bool) -> dict[str, Any]:
-        """A piece of a stream: what is new of one sequence."""
+    def chunks(self, progress: Progress, first: bool) -> Iterator[dict[str, Any]]:
+        """The pieces of a stream that tell what is new of one sequence.
+
+        That it is finished stands in a piece of its own, as clients read no text there.
+        """
         new = Answer(progress.text, [*progress.tokens], [*progress.logprobs], [*progress.tops], progress.finish)
+        made = self.made_by(progress.digests)
+        listed = self._logprobs(progress.index, new)
+        if new.tokens or new.text or first:
+            yield self._chunk(progress.index, new.text, first, listed, None, made if first else {})
+        if new.finish:
+            none = self._logprobs(progress.index, Answer())
+            yield self._chunk(progress.index, "", False, none, new.finish, made)
+
+    def _chunk(
+        self, index: int, text: str, first: bool, logprobs: Any, finish: str | None, made: dict[str, Any]
+    ) -> dict[str, Any]:
         role = {"role": "assistant"} if first else {}
-        said = {"delta": role | {"content": new.text}} if self.chat else {"text": new.text}
-        logprobs = self._logprobs(progress.index, new)
-        choice = {"index": progress.index, **said, "logprobs": logprobs, "finish_reason": new.finish}
-        named = self.made_by(progress.digests) if first or progress.finish else {}
-        return self._head(self._piece) | {"choices": [choice]} | named
+        said = {"delta": role | {"content": text}} if self.chat else {"text": text}
+        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
+        return self._head(self._piece) | {"choices": [choice]} | made
 
     def last(self, usage: Usage, digests: Mapping[str, str]) -> dict[str, Any]:
         """The piece that tells the usage, after all others."""
@@ -111,31 +125,35 @@ class Form:
     def _logprobs(self, index: int, new: Answer) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
+        spelling = self.spellings.setdefault(index, Spelling(self.tokenizer))
         tops = new.tops or [()] * len(new.tokens)
-        if self.chat:
-            listed = [
-                self._entry(token, value) | {"top_logprobs": [self._entry(*one) for one in top]}
-                for token, value, top in zip(new.tokens, new.logprobs, tops, strict=True)
-            ]
-            return {"content": listed, "refusal": None}
-        texts, offsets = [self._text(token) for token in new.tokens], []
-        for text in texts:
-            offsets.append(self.letters.get(index, 0))
-            self.letters[index] = offsets[-1] + len(text)
-        return {
-            "tokens": texts,
-            "token_logprobs": [_finite(value) for value in new.logprobs],
-            "top_logprobs": [{self._text(token): _finite(value) for token, value in top} for top in tops],
-            "text_offset": offsets,
-        }
+        spelled = [spelling.add(token, [one for one, _ in top]) for token, top in zip(new.tokens, tops, strict=True)]
+        if new.finish and spelled:
+            spelling.end(spelled[-1][0])
+        if not self.chat:
+            return {
+                "tokens": [token.text for token, _ in spelled],
+                "token_logprobs": [_finite(value) for value in new.logprobs],
+                "top_logprobs": [_by_text(others, top) for (_, others), top in zip(spelled, tops, strict=True)],
+                "text_offset": [token.offset for token, _ in spelled],
+            }
+        listed = [
+            _entry(token, value) | {"top_logprobs": [_entry(one, of) for one, (_, of) in zip(others, top, strict=True)]}
+            for (token, others), value, top in zip(spelled, new.logprobs, tops, strict=True)
+        ]
+        return {"content": listed, "refusal": None}
 
-    def _entry(self, token: int, value: float) -> dict[str, Any]:
-        text = self._text(token)
-        whole = "\ufffd" not in text  # else a part of a character, which has no text of its own
-        return {"token": text, "logprob": _finite(value), "bytes": [*text.encode()] if whole else None}
 
-    def _text(self, token: int) -> str:
-        return self.tokenizer.decode([token], skip_special_tokens=False)
+def _entry(token: Spelled, value: float) -> dict[str, Any]:
+    return {"token": token.text, "logprob": _finite(value), "bytes": None if token.raw is None else [*token.raw]}
+
+
+def _by_text(tokens: Sequence[Spelled], top: Top) -> dict[str, float]:
+    """By their texts; a token whose text stands there already by its number, as no other may take its place."""
+    found: dict[str, float] = {}
+    for token, (number, value) in zip(tokens, top, strict=True):
+        found[f"token_id:{number}" if token.text in found else token.text] = _finite(value)
+    return found
 
 
 def named(digests: Mapping[str, str]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from gossamer.serving.api.fetching import Fetching
 from gossamer.serving.api.keys import Keyring
 from gossamer.serving.api.limits import Bounds, Gate
 from gossamer.serving.api.metrics import Metrics
+from gossamer.serving.api.openais import reason
 from gossamer.serving.api.service import Gone, Service
 from gossamer.serving.api.told import ERRORS
 from gossamer.serving.api.vectors import Vectors
@@ -109,14 +110,22 @@ async def _gone(request: HttpRequest, _: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def _invalid(_: HttpRequest, error: Exception) -> JSONResponse:
+async def _invalid(request: HttpRequest, error: Exception) -> JSONResponse:
     """The first fault of a body: which field, and what is wrong with it; not what was in it."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        message = "Bodies are JSON: send the header Content-Type: application/json."
+        return Refusal(415, message, "unsupported_media_type").response()
+    faults = error.errors()
+    # of the members of a union the one that was followed furthest says what is meant
+    first = max((one for one in faults if one["loc"][:2] == faults[0]["loc"][:2]), key=lambda one: len(one["loc"]))
     # what pydantic calls the members of a union is no part of the field's name
     parts = [str(part) for part in first["loc"][1:] if isinstance(part, int) or re.fullmatch(r"\w{1,64}", part)]
     place = ".".join(parts)[:256]
     message = "This field is not known." if first["type"] == "extra_forbidden" else first["msg"]
+    if why := reason(place):
+        message = f"This is not supported: {why}."
     return Refusal(400, f"{place or 'body'}: {message}"[:512], "invalid_request", param=place or None).response()
 
 

@@ -17,11 +17,14 @@ from gossamer.serving.api import told
 from gossamer.serving.api.answers import Answer, Form, Usage, named
 from gossamer.serving.api.faults import Refusal, refusal
 from gossamer.serving.api.keys import Tenant, Visit
-from gossamer.serving.api.schema import Chat, Completion, Generation
+from gossamer.serving.api.schema import Chat, Completion, Generation, StreamOptions
 from gossamer.serving.api.service import Service
 from gossamer.serving.api.worker import Job, Progress
 from gossamer.serving.guidance import check_schema
 from gossamer.serving.request import Request
+
+PLAIN = 16
+"""Tokens of a plain completion that does not say how many, as with OpenAI."""
 
 router = APIRouter()
 
@@ -32,7 +35,7 @@ async def chat(asked: Chat, request: HttpRequest) -> Response:
     service: Service = request.app.state.service
     service.check_ready()
     adapters = await service.found(request, asked.model, asked.lora)
-    prompt = await service.encode_chat(asked.messages)
+    prompt = await service.encode_chat(asked.messages, asked)
     return await _answer(request, asked, adapters, [prompt], asked.max_completion_tokens or asked.max_tokens)
 
 
@@ -42,11 +45,9 @@ async def completions(asked: Completion, request: HttpRequest) -> Response:
     service: Service = request.app.state.service
     service.check_ready()
     adapters = await service.found(request, asked.model, asked.lora)
-    prompts = [await service.encode(one) if isinstance(one, str) else tuple(one) for one in asked.prompts]
-    most = len(service.tokenizer)
-    if any(token >= most for prompt in prompts for token in prompt):
-        raise Refusal(400, f"Token ids lie below {most:,}.", "no_such_token", param="prompt")
-    return await _answer(request, asked, adapters, prompts, asked.max_tokens or 16)
+    special = asked.add_special_tokens is not False
+    prompts = [await service.encode(one, special) if isinstance(one, str) else tuple(one) for one in asked.prompts]
+    return await _answer(request, asked, adapters, prompts, asked.max_tokens)
 
 
 async def _answer(
@@ -60,7 +61,10 @@ async def _answer(
     if asked.response_format and (schema := asked.response_format.schema_text):
         await asyncio.to_thread(check_schema, schema)  # it may take a second, and the engine waits for nobody
     room = service.room(max(map(len, prompts)))
-    most = min(max_tokens or room, room)
+    if max_tokens is not None and max_tokens > room:
+        message = f"The context has {service.context:,} tokens; the prompt leaves {room:,}, not {max_tokens:,}."
+        raise Refusal(400, message, "context_length_exceeded", param="max_tokens")
+    most = max_tokens or (room if isinstance(asked, Chat) else min(PLAIN, room))
     count = asked.n or 1
     wanted = [
         Request(prompt, adapters, asked.sampling(most, number), tenant.name)
@@ -80,8 +84,7 @@ async def _answer(
     finally:
         if not asked.stream:
             run.leave()
-    usage = bool(asked.stream_options and asked.stream_options.include_usage)
-    return Events(run, first, usage)
+    return Events(run, first, asked.stream_options or StreamOptions())
 
 
 class Run:
@@ -150,8 +153,9 @@ class Run:
 class Events(StreamingResponse):
     """Server-sent events of a run; when the client leaves, the run ends."""
 
-    def __init__(self, run: Run, first: Progress, usage: bool) -> None:
-        self.run, self.usage = run, usage
+    def __init__(self, run: Run, first: Progress, options: StreamOptions) -> None:
+        self.run, self.usage = run, bool(options.include_usage)
+        self.each = self.usage and bool(options.continuous_usage_stats)
         super().__init__(self._events(first), media_type="text/event-stream", headers=named(run.digests))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -168,9 +172,9 @@ class Events(StreamingResponse):
     async def _events(self, first: Progress) -> AsyncIterator[bytes]:
         begun = {first.index}
         try:
-            yield self._event(self.run.form.chunk(first, True))
+            yield self._pieces(first, True)
             async for progress in self.run:
-                yield self._event(self.run.form.chunk(progress, progress.index not in begun))
+                yield self._pieces(progress, progress.index not in begun)
                 begun.add(progress.index)
             if self.usage:
                 yield self._event(self.run.form.last(self.run.usage, self.run.digests))
@@ -178,7 +182,10 @@ class Events(StreamingResponse):
         except Exception as error:  # the status is sent: what is left is to say it in the stream
             yield self._event(refusal(error).body)
 
+    def _pieces(self, progress: Progress, first: bool) -> bytes:
+        return b"".join(map(self._event, self.run.form.chunks(progress, first)))
+
     def _event(self, value: Mapping[str, Any]) -> bytes:
         if self.usage and value.get("choices"):
-            value = {**value, "usage": None}
+            value = {**value, "usage": self.run.usage.fields() if self.each else None}
         return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"

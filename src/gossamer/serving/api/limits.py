@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ OPEN = frozenset({"/health", "/"})
 
 STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 BRACKETS = re.compile(rb"[\[\]{}]")
+NUMBER = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+"""What a client may call its request."""
+log = logging.getLogger("gossamer.serving")
 
 
 @dataclass(frozen=True)
@@ -59,32 +63,39 @@ class Gate:
                 await self.app(scope, receive, send)
             return
         parts: list[bytes] = []
+        given, method = scope["path"], scope["method"]
+        path = re.sub("/+", "/", given).rstrip("/") or "/"
+        # HEAD asks for what GET answers, less the body, which the server leaves out by the scope that it keeps
+        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
+        answer = _Answer(send, _number(scope), method == "HEAD")
         try:
-            await self._answer(scope, receive, send, parts)
+            route = await self._answer(scope, receive, answer, parts, given)
+            if answer.status:
+                self.count(route, answer.status)
+                log.info("request %s: %s %s %d", answer.number or "-", method, route, answer.status)
         finally:
             self.held -= sum(map(len, parts))
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, parts: list[bytes]) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, answer: _Answer, parts: list[bytes], given: str) -> str:
+        """Let it be answered; gives the route for the metrics and the log."""
         try:
-            self._look(scope)
+            self._look(scope, given)
             body = await self._read(receive, parts)
         except Refusal as refused:
-            await refused.response()(scope, receive, _Answer(send))
-            self.count("(refused)", refused.status)
-            return
+            await refused.response()(scope, receive, answer)
+            return "(refused)"
         except _Gone:
-            return
-        answer = _Answer(send)
+            return "(gone)"
         try:
             await self.app(scope, _again(body, receive), answer)
         except Exception as error:  # a fault of ours: its text is for nobody
             said = unexpected(error).response()
             if answer.status == 0:
                 await said(scope, receive, answer)
-        self.count(getattr(scope.get("route"), "path", "(none)"), answer.status)
+        return getattr(scope.get("route"), "path", "(none)")
 
-    def _look(self, scope: Scope) -> None:
-        """Who asks, from where. Raises `Refusal`."""
+    def _look(self, scope: Scope, given: str) -> None:
+        """Who asks, from where, for the path as it was given. Raises `Refusal`."""
         if len(scope["headers"]) > self.bounds.headers:
             raise Refusal(431, f"At most {self.bounds.headers} headers.", "too_many_headers")
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -95,7 +106,7 @@ class Gate:
         if self.keyring.open and origin and origin.partition("://")[2] != headers.get(b"host", ""):
             raise Refusal(403, "Pages of other origins may not use this server.", "foreign_origin")
         tenant = self.keyring.whose(headers.get(b"authorization", ""))
-        if tenant is None and scope["path"] not in OPEN:
+        if tenant is None and given not in OPEN:
             raise Refusal(401, "A key is needed: Authorization: Bearer ...", "invalid_api_key")
         scope.setdefault("state", {})["tenant"] = tenant
         if headers.get(b"content-encoding", "identity") != "identity":
@@ -143,6 +154,12 @@ def deeper(body: bytes, most: int) -> bool:
     return False
 
 
+def _number(scope: Scope) -> str:
+    """What the client calls its request, if it calls it anything that may stand in a log."""
+    given = next((value for name, value in scope["headers"] if name.lower() == b"x-request-id"), b"")
+    return given.decode() if NUMBER.fullmatch(given) else ""
+
+
 def _local(host: str) -> bool:
     name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
     return name.lower() in ("localhost", "127.0.0.1", "[::1]")
@@ -159,10 +176,14 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 class _Answer:
-    """Passes an answer on, with what keeps a browser from guessing and keeping; notes its status."""
+    """Passes an answer on, with its request's number and what keeps a browser from guessing and keeping.
 
-    def __init__(self, send: Send) -> None:
-        self.send, self.status = send, 0
+    Attributes:
+        status: that it had; 0 before. number: of the request. bare: it has no body.
+    """
+
+    def __init__(self, send: Send, number: str, bare: bool) -> None:
+        self.send, self.status, self.number, self.bare = send, 0, number, bare
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -171,5 +192,8 @@ class _Answer:
                 *message.get("headers", []),
                 (b"x-content-type-options", b"nosniff"),
                 (b"cache-control", b"no-store"),
+                *([(b"x-request-id", self.number.encode())] if self.number else []),
             ]
+        elif self.bare:
+            message = {**message, "body": b""}
         await self.send(message)

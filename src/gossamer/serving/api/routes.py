@@ -65,13 +65,12 @@ async def tokenize(asked: Tokenize, request: HttpRequest) -> dict[str, Any]:
     service.check_ready()
     if asked.model is not None:
         service.chosen(request.state.tenant, asked.model)
+    special = asked.add_special_tokens is not False
     if asked.messages is not None:
-        tokens = await service.encode_chat(asked.messages)
+        tokens = await service.encode_chat(asked.messages, asked, bounded=False)
     else:
-        tokens = await service.encode(asked.prompt or "", asked.add_special_tokens)
-    assert service.worker.engine
-    most = service.worker.engine.context
-    return {"tokens": tokens, "count": len(tokens), "max_model_len": most}
+        tokens = await service.encode(asked.prompt or "", special, bounded=False)
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": service.context}
 
 
 @router.post("/detokenize", response_model=told.Detokenized)

@@ -1,40 +1,41 @@
-"""What may be asked, field by field, each within bounds. A field that is not here is refused, never ignored."""
+"""What may be asked, field by field, each within bounds. A field that is not here is refused, never ignored.
+
+What need not be given may be null as well, which clients write for what is not set; but a weight in a mix is a number.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
+from gossamer.serving.api.fields import (
+    MOST_IDS,
+    Asked,
+    Digits,
+    Flag,
+    Ids,
+    Integer,
+    Name,
+    Note,
+    Number,
+    Stop,
+    Text,
+    TokenId,
+    all_whole,
+)
+from gossamer.serving.api.openais import IdleChat, IdleCompletion, IdleMessage
 from gossamer.serving.request import Sampling
 
-MOST_TEXT = 2_000_000
-MOST_IDS = 262_144
 MOST_PROMPTS = 64
 MOST_SEQUENCES = 128
 """Of one request: prompts times `n`."""
-
-Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)]
-Text = Annotated[str, StringConstraints(strict=True, max_length=MOST_TEXT)]
-Integer = Annotated[int, Field(strict=True)]
-Number = Annotated[float, Field(strict=True)]
-TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_IDS)]
-Flag = Annotated[bool, Field(strict=True)]
-Stop = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)]
-Digits = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
 
 
 def several(given: Any) -> list[Any]:
     """Texts or lists of token ids, of what may be one of them or several."""
     return [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
-
-
-class Asked(BaseModel):
-    """Base of all that is asked."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class Weighted(Asked):
@@ -45,15 +46,17 @@ class Weighted(Asked):
 
 
 class StreamOptions(Asked):
-    """What a stream tells besides its text."""
+    """What a stream tells besides its text: the usage after all, or in every piece as far as it came."""
 
-    include_usage: Flag = False
+    include_usage: Flag | None = None
+    continuous_usage_stats: Flag | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class NamedSchema(Asked):
     """A JSON schema that the answer shall satisfy."""
 
-    name: Name = "schema"
+    name: Name | None = None
     description: Annotated[str, StringConstraints(max_length=4096)] | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: Flag | None = None
@@ -90,17 +93,19 @@ class Generation(Asked):
     max_tokens: Annotated[Integer, Field(ge=1, le=1_000_000)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Integer, Field(ge=0, le=1_000_000)] | None = None
+    top_k: Annotated[Integer, Field(ge=-1, le=1_000_000)] | None = None
+    """-1 leaves all, as 0 does."""
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=2)] | None = None
     logit_bias: Annotated[dict[Digits, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
-    seed: Annotated[Integer, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[Integer, Field(ge=-1, lt=2**63)] | None = None
+    """-1 for a fresh one."""
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     ignore_eos: Flag | None = None
     response_format: ResponseFormat | None = None
-    user: Annotated[str, StringConstraints(max_length=256)] | None = None
+    user: Note | None = None
 
     @model_validator(mode="after")
     def _options_of_streams(self) -> Generation:
@@ -122,9 +127,11 @@ class Generation(Asked):
         """For sequence `number` of a request. A seed gives each its own numbers. Raises `UsageError`."""
         given = {
             name: value
-            for name in ("top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+            for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
             if (value := getattr(self, name)) is not None
         }
+        if self.top_k is not None:
+            given["top_k"] = max(self.top_k, 0)
         if self.logit_bias:
             given["logit_bias"] = {int(token): float(bias) for token, bias in self.logit_bias.items()}
         if self.response_format and (schema := self.response_format.schema_text):
@@ -134,7 +141,7 @@ class Generation(Asked):
         return Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
-            seed=None if self.seed is None else (self.seed + number) % 2**63,
+            seed=None if self.seed is None or self.seed < 0 else (self.seed + number) % 2**63,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             ignore_eos=bool(self.ignore_eos),
             **given,
@@ -147,21 +154,62 @@ class TextPart(Asked):
     type: Literal["text"]
     text: Text
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, given: Any) -> Any:
+        kind = given.get("type") if isinstance(given, dict) else None
+        if isinstance(kind, str) and kind in _PARTS:
+            raise ValueError(f"{_PARTS[kind]} not read: parts are of the type 'text'")
+        return given
 
-class Message(Asked):
-    """Who said what."""
+
+_PARTS = {
+    "image_url": "images are",
+    "input_image": "images are",
+    "image": "images are",
+    "input_audio": "sound is",
+    "audio": "sound is",
+    "video_url": "videos are",
+    "file": "files are",
+    "refusal": "refusals are",
+}
+
+
+class Message(IdleMessage):
+    """Who said what. A name is for chat templates that write it."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=256)]
     name: Name | None = None
 
-    def plain(self) -> dict[str, str]:
-        """As chat templates want it."""
+    def plain(self, named: bool = True) -> dict[str, str]:
+        """As chat templates want it, with its name if it has one."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({"name": self.name} if named and self.name else {})
 
 
-class Chat(Generation):
+class Templated(Asked):
+    """How a chat template writes a conversation.
+
+    Attributes:
+        add_generation_prompt: begin the assistant's turn; so where it is not given, unless the last goes on.
+        continue_final_message: go on with the last message, the assistant's, instead of closing it.
+        chat_template_kwargs: the template's own variables, such as enable_thinking.
+    """
+
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
+    chat_template_kwargs: Annotated[dict[Name, Any], Field(max_length=16)] | None = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Templated:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("give add_generation_prompt or continue_final_message")
+        return self
+
+
+class Chat(Generation, Templated, IdleChat):
     """/v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
@@ -186,7 +234,7 @@ class Chat(Generation):
         return bool(self.logprobs)
 
 
-class Completion(Generation):
+class Completion(Generation, IdleCompletion):
     """/v1/completions"""
 
     prompt: (
@@ -196,9 +244,13 @@ class Completion(Generation):
         | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
     )
     logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    add_special_tokens: Flag | None = None
+    """Whether the tokenizer puts around a text what it puts around texts; so where it is not given."""
 
     @model_validator(mode="after")
     def _not_too_many(self) -> Completion:
+        if self.best_of and (self.n or 1) > 1:
+            raise ValueError("best_of is n at least")
         if len(self.prompts) * (self.n or 1) > MOST_SEQUENCES:
             raise ValueError(f"at most {MOST_SEQUENCES} sequences: prompts times n")
         return self
@@ -227,9 +279,9 @@ class Embedding(Asked):
         | Annotated[list[Text], Field(min_length=1, max_length=2048)]
         | Annotated[list[Ids], Field(min_length=1, max_length=2048)]
     )
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[Integer, Field(ge=1, le=65_536)] | None = None
-    user: Annotated[str, StringConstraints(max_length=256)] | None = None
+    user: Note | None = None
 
     @property
     def texts(self) -> list[Any]:
@@ -247,7 +299,7 @@ class Load(Asked):
 
     lora_name: Annotated[str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     lora_path: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)]
-    load_inplace: Flag = False
+    load_inplace: Flag | None = None
 
 
 class Unload(Asked):
@@ -256,18 +308,20 @@ class Unload(Asked):
     lora_name: Name
 
 
-class Tokenize(Asked):
+class Tokenize(Templated):
     """/tokenize"""
 
     model: Name | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=2048)] | None = None
-    add_special_tokens: Flag = True
+    add_special_tokens: Flag | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Tokenize:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give prompt or messages")
+        if self.messages is None and self.model_fields_set & Templated.model_fields.keys():
+            raise ValueError("how a chat template writes goes with messages")
         return self
 
 
@@ -275,4 +329,4 @@ class Detokenize(Asked):
     """/detokenize"""
 
     model: Name | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MOST_IDS)]
+    tokens: Annotated[list[TokenId], Field(max_length=MOST_IDS), BeforeValidator(all_whole)]

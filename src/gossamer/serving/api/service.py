@@ -17,10 +17,12 @@ from gossamer.serving.api.fetching import Fetching
 from gossamer.serving.api.keys import Keyring, Tenant
 from gossamer.serving.api.limits import Bounds
 from gossamer.serving.api.metrics import Metrics
-from gossamer.serving.api.schema import Message, Weighted
+from gossamer.serving.api.prompts import rendered, too_long, within
+from gossamer.serving.api.schema import Message, Templated, Weighted
 from gossamer.serving.api.vectors import Vectors
 from gossamer.serving.api.worker import Worker
 from gossamer.serving.folder import Folder
+from gossamer.serving.vocabulary import encoded
 
 Result = TypeVar("Result")
 
@@ -113,26 +115,23 @@ class Service:
         assert self.worker.engine
         return self.worker.engine.tokenizer
 
-    async def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
-        """Token ids of a text."""
+    async def encode(self, text: str, special: bool = True, *, bounded: bool = True) -> tuple[int, ...]:
+        """Token ids of a text, with what the tokenizer puts around texts if `special`.
+
+        Raises: Refusal for one that is `bounded` and far over the context.
+        """
+        tokenizer, context = self.tokenizer, self.context
+        if bounded:
+            return await self._aside(lambda: within(tokenizer, text, special, context))
+        return await self._aside(lambda: encoded(tokenizer, text, special))
+
+    async def encode_chat(
+        self, messages: Sequence[Message], how: Templated, special: bool = False, *, bounded: bool = True
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation that the assistant shall go on with. Raises `UsageError`; Refusal."""
         tokenizer = self.tokenizer
-        return tuple((await self._aside(lambda: tokenizer(text, add_special_tokens=special)))["input_ids"])
-
-    async def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of a conversation that the assistant shall go on with. Raises `UsageError`."""
-        tokenizer = self.tokenizer
-        if not tokenizer.chat_template:
-            raise UsageError("this base has no chat template", hint="use /v1/completions")
-        turns = [message.plain() for message in messages]
-
-        def render() -> str:
-            try:
-                return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            except (TypeError, ValueError, *_template_errors()) as error:  # a template's own rules, as of turns
-                got = type(error).__name__
-                raise UsageError("the chat template refuses these messages", where="messages", got=got) from None
-
-        return await self.encode(await self._aside(render), special=False)
+        text = await self._aside(lambda: rendered(tokenizer, messages, how))
+        return await self.encode(text, special, bounded=bounded)
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids."""
@@ -145,15 +144,17 @@ class Service:
     async def _aside(self, function: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.texts, function)
 
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        assert self.worker.engine
+        return min(self.worker.engine.context, self.worker.engine.scheduler.limits.cache)
+
     def room(self, prompt: int) -> int:
         """Tokens that may follow a prompt of so many. Raises `Refusal` if there is no room for one."""
-        assert self.worker.engine
-        engine = self.worker.engine
-        most = min(engine.context, engine.scheduler.limits.cache)
-        if not 0 < prompt < most:
-            message = f"A prompt has 1 to {most - 1:,} tokens here; this one has {prompt:,}."
-            raise Refusal(400, message, "context_length_exceeded", param="messages or prompt")
-        return most - prompt
+        if not 0 < prompt < self.context:
+            raise too_long(f"{prompt:,}", self.context)
+        return self.context - prompt
 
     # Limits ----------------------------------------------------------------------------------------------------
 
@@ -192,12 +193,6 @@ class Service:
 async def _left(request: HttpRequest) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _template_errors() -> tuple[type[Exception], ...]:
-    from jinja2 import TemplateError
-
-    return (TemplateError,)
 
 
 def digests_of(described: Mapping[str, Any]) -> dict[str, Any]:

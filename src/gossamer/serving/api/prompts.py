@@ -1,0 +1,82 @@
+"""From what was asked to the tokens of a prompt: as the chat template writes it, and no longer than the context."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from gossamer.errors import UsageError
+from gossamer.serving.api.faults import Refusal
+from gossamer.serving.api.schema import Message, Templated
+from gossamer.serving.vocabulary import encoded
+
+_LETTERS = 16
+"""Of a token, as a first guess: so many times the context are encoded before it is looked whether more is needed."""
+_SEAM = 64
+"""Tokens that the beginning of a text may have more than it has within the whole: where it was cut."""
+
+
+def rendered(tokenizer: Any, messages: Sequence[Message], how: Templated) -> str:
+    """A conversation as the chat template writes it. Raises `UsageError` where it cannot, or leaves something out."""
+    if not tokenizer.chat_template:
+        raise UsageError("this base has no chat template", hint="use /v1/completions")
+    variables = how.chat_template_kwargs or {}
+    _check_variables(tokenizer, variables)
+    goes_on = bool(how.continue_final_message)
+    if goes_on and messages[-1].role != "assistant":
+        raise UsageError("the last message is not the assistant's", where="continue_final_message")
+    begins = not goes_on if how.add_generation_prompt is None else how.add_generation_prompt
+    options: Any = {**variables, "add_generation_prompt": begins, "continue_final_message": goes_on}
+    text = _written(tokenizer, [one.plain() for one in messages], options)
+    if any(one.name for one in messages):
+        for number, named in enumerate(messages):
+            others = [one.plain(named=place != number) for place, one in enumerate(messages)]
+            if named.name and _written(tokenizer, others, options) == text:
+                raise UsageError(
+                    "the chat template of this model does not write names",
+                    where=f"messages.{number}.name",
+                    hint="say in the content who speaks",
+                )
+    return text
+
+
+def _written(tokenizer: Any, turns: list[dict[str, str]], options: Mapping[str, Any]) -> str:
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except TemplateError as error:  # a template's own rules, as of turns, in its own words
+        got = str(error)[:300] or type(error).__name__
+        raise UsageError("the chat template refuses these messages", where="messages", got=got) from None
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        got = type(error).__name__
+        raise UsageError("the chat template refuses these messages", where="messages", got=got) from None
+
+
+def _check_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    """Only what the template itself reads: what it does not would be ignored, and the rest is the tokenizer's."""
+    template = tokenizer.chat_template
+    text = template if isinstance(template, str) else " ".join(map(str, template.values()))
+    own = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", *tokenizer.special_tokens_map}
+    for name in variables:
+        if name in own or not re.search(rf"\b{re.escape(name)}\b", text):
+            raise UsageError("the chat template has no such variable", where="chat_template_kwargs", got=name[:64])
+
+
+def within(tokenizer: Any, text: str, special: bool, context: int) -> tuple[int, ...]:
+    """Token ids of a text; one far over the context is refused by its beginning. Raises `Refusal`."""
+    size = context * _LETTERS
+    while size < len(text):
+        least = len(encoded(tokenizer, text[:size], special)) - _SEAM
+        if least >= context:
+            raise too_long(f"at least {least:,}", context)
+        size *= 2
+    return encoded(tokenizer, text, special)
+
+
+def too_long(tokens: str, context: int) -> Refusal:
+    """Of a prompt that leaves no room for an answer."""
+    message = f"A prompt has 1 to {context - 1:,} tokens here; this one has {tokens}."
+    return Refusal(400, message, "context_length_exceeded", param="messages or prompt")
