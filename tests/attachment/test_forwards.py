@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.adapters import bits, same_bits, shaken, trained
 Build = Callable[[], nn.Module]
 
 
-def seeded(build: Build) -> nn.Module:
+def seeded(build: Build) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return build().eval()
@@ -341,7 +342,7 @@ def test_a_forward_that_is_the_map(build: Build, dtype: torch.dtype):
     net = nn.Sequential(seeded(build)).to(dtype)
     x = torch.tensor([[0, 4]]) if isinstance(net[0], nn.Embedding) else drawn(3, 4).to(dtype)
     trained(net, gs.LoRA(r=2, target_modules=("0",)))
-    near = {"rtol": 0.1, "atol": 0.1} if dtype == torch.bfloat16 else {}
+    near: dict[str, Any] = {"rtol": 0.1, "atol": 0.1} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(net(x), merged(net, x), **near)
 
 
