@@ -87,7 +87,9 @@ def test_texts_are_tokenized_and_cut_to_dimensions() -> None:
 # The model's own files -----------------------------------------------------------------------------------------
 
 
-def folder(path: Path, pooling: dict[str, Any], *, normalise: bool = True, **files: Any) -> Path:
+def folder(
+    path: Path, pooling: dict[str, Any], *, normalise: bool = True, template: str | None = None, **files: Any
+) -> Path:
     """An encoder with sentence-transformers' files."""
     config = transformers.BertConfig(
         vocab_size=320,
@@ -98,7 +100,9 @@ def folder(path: Path, pooling: dict[str, Any], *, normalise: bool = True, **fil
         max_position_embeddings=64,
     )
     torch.manual_seed(0)
-    write_model_folder(transformers.BertModel(config).eval(), tiny_tokenizer(), path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    write_model_folder(transformers.BertModel(config).eval(), tokenizer, path)
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if normalise else [])]
     listed = [{"idx": number, "name": str(number), "path": where, "type": f"sentence_transformers.models.{kind}"}
               for number, (where, kind) in enumerate(kinds)]  # fmt: skip

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from gossamer.cli.shared import base_options
 from gossamer.errors import UnsupportedError, UsageError
@@ -16,7 +18,7 @@ from gossamer.errors import UnsupportedError, UsageError
 
 @click.command("serve")
 @base_options
-@click.option("--adapters", metavar="DIR", type=click.Path(path_type=Path), help="A folder of adapter folders.")
+@click.option("--adapters", metavar="DIR", type=click.Path(path_type=Path), help="A folder of adapters, or one.")
 @click.option("--hub", metavar="OWNER/NAME", multiple=True, help="Ids of the hub that may be fetched: owner/*, ...")
 @click.option("--name", help="What clients call the base; by default the last part of --base.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Others than this machine's own need --keys.")
@@ -34,15 +36,17 @@ from gossamer.errors import UnsupportedError, UsageError
 @click.option("--timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds a request.")
 @click.option("--log-json", is_flag=True, help="Log JSON lines.")
 @click.option("--dry-run", is_flag=True, help="With --engine vllm: check the adapters and print the command only.")
-def command(**options: Any) -> None:
+@click.pass_context
+def command(context: click.Context, **options: Any) -> None:
     """Serve a base and its adapters to OpenAI's clients."""
-    name = options["name"] or Path(options["base"]).name
+    name = options["name"] or _called(options["base"])
     if ":" in name:
         raise UsageError("a name without a colon", where="--name", got=name)
+    if options["embedding_adapters"] and not options["embeddings"]:
+        raise UsageError("--embedding-adapters goes with --embeddings")
     if options["engine"] == "vllm":
-        if options["hub"]:
-            raise UsageError("--hub goes with --engine embedded")
-        _vllm(name, options)
+        given = {one for one in options if context.get_parameter_source(one) is not ParameterSource.DEFAULT}
+        _vllm(name, options, given)
         return
     if options["dry_run"]:
         raise UsageError("--dry-run goes with --engine vllm")
@@ -61,11 +65,12 @@ def _serve(name: str, options: dict[str, Any]) -> None:
     from gossamer.serving.api.app import create_app
     from gossamer.serving.api.keys import Keyring
     from gossamer.serving.api.limits import Bounds
-    from gossamer.serving.api.server import check_host, serve
+    from gossamer.serving.api.server import bound, check_host, serve
     from gossamer.serving.api.vectors import Vectors
     from gossamer.serving.embedding import Embedder
     from gossamer.serving.engine import Engine
     from gossamer.serving.hub import Hub
+    from gossamer.serving.names import check_names
     from gossamer.serving.scheduler import Limits
 
     check_host(options["host"], bool(options["keys"]))
@@ -77,32 +82,77 @@ def _serve(name: str, options: dict[str, Any]) -> None:
 
     def engine() -> Engine:
         made = Engine(options["base"], folder, limits=limits, memory=options["memory"] * 2**20, **loading)
+        check_names(name, made.store.names(), vectors and vectors.name)
         click.echo(f"base      {name}")
         if made.decoder.copied:
             click.echo(f"weights   prepacked for this CPU: {made.decoder.copied / 1e6:,.0f} MB beside the base")
         click.echo(f"adapters  {len(made.store.names()):,}" + (f" in {folder}" if folder else ""))
         click.echo(f"keys      {len(keyring.entries) or 'none: this machine only'}")
-        click.echo(f"listening http://{options['host']}:{options['port']}")
+        host = f"[{options['host']}]" if ":" in options["host"] else options["host"]
+        click.echo(f"listening http://{host}:{at.getsockname()[1]}")
         return made
 
     vectors = None
     if options["embeddings"]:
         base, found = options["embeddings"], options["embedding_adapters"]
         vectors = Vectors(
-            Path(base).name, lambda: Embedder(base, found, dtype=loading["dtype"], device=loading["device"])
+            _called(base), lambda: Embedder(base, found, dtype=loading["dtype"], device=loading["device"])
         )
-    elif options["embedding_adapters"]:
-        raise UsageError("--embedding-adapters goes with --embeddings")
     bounds = Bounds(answering=options["timeout"])
     app = create_app(engine, name=name, keyring=keyring, folder=folder, bounds=bounds, vectors=vectors, hub=hub)
-    serve(app, options["host"], options["port"], options["drain"])
+    with closing(bound(options["host"], options["port"])) as at:  # before anything is loaded
+        serve(app, at, options["drain"])
     click.echo("stopped")
 
 
-def _vllm(name: str, options: dict[str, Any]) -> None:
+FOR_VLLM: dict[str, str | None] = {
+    "rows": "--max-num-seqs",
+    "tokens": "--max-num-batched-tokens",
+    "dtype": "--dtype",
+    "base": None,
+    "adapters": None,
+    "name": None,
+    "host": None,
+    "port": None,
+    "engine": None,
+    "dry_run": None,
+}
+"""Options that vLLM is given, and as what; None where `vllm.serve` takes them itself."""
+NOT_FOR_VLLM = {
+    "quant": "vLLM quantises in ways of its own; give it a base that is stored so",
+    "device": "vLLM takes the devices that CUDA_VISIBLE_DEVICES names",
+    "hub": "vLLM fetches no adapters; fetch them with gossamer pull",
+    "keys": "vLLM knows one key for all, the environment's VLLM_API_KEY, and no tenants",
+    "waiting": "vLLM's queue has no bound",
+    "memory": "vLLM counts adapters, not bytes: --max-cpu-loras in its command",
+    "prepack": "it is the embedded engine's",
+    "embeddings": "vLLM serves one base; start a second server for it",
+    "embedding_adapters": "vLLM serves one base; start a second server for it",
+    "drain": "vLLM has no such option",
+    "timeout": "vLLM has no such option",
+    "log_json": "vLLM logs in its own way",
+}
+"""Options that it cannot be given, and why."""
+
+
+def _vllm(name: str, options: dict[str, Any], given: set[str]) -> None:
     from gossamer.serving import vllm
 
-    vllm.serve(options["base"], options["adapters"], options["host"], options["port"], options["dry_run"], name=name)
+    for one in sorted(given & NOT_FOR_VLLM.keys()):
+        option = "--" + one.replace("_", "-")
+        raise UnsupportedError("an option of the embedded engine only", where=option, hint=NOT_FOR_VLLM[one])
+    words = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    more: list[str] = []
+    for one in sorted(given & FOR_VLLM.keys()):
+        if option := FOR_VLLM[one]:
+            more += [option, words.get(options[one], str(options[one]))]
+    asked = (options["base"], options["adapters"], options["host"], options["port"], options["dry_run"])
+    vllm.serve(*asked, name=name, options=more)
+
+
+def _called(base: str) -> str:
+    """What clients call a base: the last part of its id or path."""
+    return Path(base).name or Path(base).resolve().name
 
 
 class _Lines(logging.Formatter):

@@ -78,8 +78,8 @@ def load_with_adapter(
     """Model, tokenizer and the digest of the adapter that stands on it ("" without one)."""
     from gossamer.adapter import Adapter
     from gossamer.attachment import attach
+    from gossamer.files.places import adapter_of
     from gossamer.models import load_base
-    from gossamer.training import adapter_of
 
     value = Adapter.load(adapter_of(adapter)) if adapter else None
     model, tokenizer = load_base(base, quant=quant, dtype=dtype, device=device)

@@ -27,9 +27,12 @@ from gossamer.attachment import attached as names_attached
 from gossamer.attachment.host import require_host
 from gossamer.attachment.walk import modules
 from gossamer.errors import BaseFileError, NonFiniteError, StateError, UnsupportedError, UsageError, nearest
+from gossamer.files.places import adapter_of
 from gossamer.models import load_base
 from gossamer.models.language import positions, text_config
 from gossamer.models.locate import locate
+from gossamer.serving.dialect import check_same
+from gossamer.serving.folder import Folder
 
 Pooling = Literal["mean", "cls", "last", "max"]
 Source = Adapter | Path | str
@@ -42,6 +45,12 @@ _POOLS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 _FIELDS = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last", "max_tokens": "max"}
 """In a pooling's config `pooling_mode_<field>`."""
+_PLAIN_TEXT: Mapping[str, Any] = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": "token_embeddings",
+}
+"""What sentence_bert_config.json may say besides a length."""
 _LARGEST_FILE = 2**20
 _LONGEST_TEXT = 2**20
 
@@ -79,6 +88,8 @@ class _Style(NamedTuple):
     normalise: bool = True
     longest: int | None = None
     prompt: str = ""
+    as_chat: bool = False
+    """Whether sentence-transformers would put texts through a chat template, if the tokenizer has one."""
 
 
 class Embedder:
@@ -112,6 +123,13 @@ class Embedder:
         self.model, self.tokenizer = loaded
         if names := names_attached(self.model):
             raise StateError("vectors are of a base as it is", got=f"attached: {', '.join(names)}", hint="detach")
+        if style.as_chat and self.tokenizer.chat_template:
+            raise UnsupportedError(
+                "sentence-transformers puts this model's texts through its tokenizer's chat template",
+                where=str(base),
+                hint='if it was trained on plain texts, let sentence_bert_config.json say so: "modality_config": '
+                '{"text": {"method": "forward", "method_output_name": "last_hidden_state"}}',
+            )
         self.model.eval()
         self.body: Any = self.model.base_model
         self.takes = {*inspect.signature(self.body.forward).parameters}
@@ -126,7 +144,10 @@ class Embedder:
         self.digests: dict[str, str] = {}
         self.inner: dict[str, str] = {}  # a name may hold what no adapter on a model may be called
         self.count, self.mixes = itertools.count(), True
-        for name, source in _named(adapters).items():
+        self.folder = Folder(adapters) if isinstance(adapters, str | Path) else None
+        """That its adapters came from."""
+        named = adapters if isinstance(adapters, Mapping) else {}
+        for name, source in (self.folder.adapters() if self.folder else named).items():
             self.register(name, source)
 
     # Adapters --------------------------------------------------------------------------------------------------
@@ -141,7 +162,10 @@ class Embedder:
         Raises: what reading and attaching an adapter raises, and UnsupportedError for virtual tokens, which are not
             below the head; the name then means what it meant before.
         """
-        adapter = source if isinstance(source, Adapter) else Adapter.load(Path(source))
+        if not isinstance(source, Adapter):
+            source = adapter_of(source)
+            check_same(source, self.tokenizer)
+        adapter = source if isinstance(source, Adapter) else Adapter.load(source)
         inner = f"adapter-{next(self.count)}"
         attach(self.model, adapter, inner)
         inside = {*modules(self.body).values()} - {self.model}
@@ -276,15 +300,6 @@ class Embedder:
 # Files and configs ---------------------------------------------------------------------------------------------
 
 
-def _named(adapters: str | Path | Mapping[str, Source] | None) -> Mapping[str, Source]:
-    if adapters is None or isinstance(adapters, Mapping):
-        return adapters or {}
-    folder = Path(adapters)
-    if not folder.is_dir():
-        raise UsageError("adapters are a folder of adapters", where=str(folder), got="no such folder")
-    return {one.name: one for one in sorted(folder.iterdir()) if (one / "adapter_config.json").is_file()}
-
-
 def _style(base: Path) -> _Style:
     """What sentence-transformers' files beside a model say; the mean, normalised, where there are none."""
     if not (base / "modules.json").is_file():
@@ -303,10 +318,13 @@ def _style(base: Path) -> _Style:
     longest, prompt = text.get("max_seq_length"), _prompt(base / "config_sentence_transformers.json")
     if longest is not None and (not isinstance(longest, int) or longest < 1):
         raise BaseFileError("not a length", where=f"{base}: max_seq_length", got=str(longest))
-    if text.get("do_lower_case") or (prompt and pooling.get("include_prompt") is False):
-        unknown = "do_lower_case" if text.get("do_lower_case") else "include_prompt: false"
-        raise UnsupportedError("a setting of sentence-transformers", where=str(base), got=unknown)
-    return _Style(_pooling(pooling, place), "Normalize" in kinds, longest, prompt)
+    unknown = [
+        name for name, value in text.items() if value and name != "max_seq_length" and value != _PLAIN_TEXT.get(name)
+    ]
+    if unknown := unknown + ["include_prompt: false"] * bool(prompt and pooling.get("include_prompt") is False):
+        raise UnsupportedError("a setting of sentence-transformers", where=str(base), got=", ".join(unknown))
+    as_chat = "modality_config" not in text
+    return _Style(_pooling(pooling, place), "Normalize" in kinds, longest, prompt, as_chat)
 
 
 def _prompt(file: Path) -> str:

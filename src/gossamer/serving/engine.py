@@ -18,6 +18,7 @@ from torch import Tensor
 from gossamer.adapter import Adapter
 from gossamer.attachment import attached
 from gossamer.errors import GossamerError, NonFiniteError, ResourceError, StateError, UnsupportedError, UsageError
+from gossamer.files.places import adapter_of
 from gossamer.models import load_base
 from gossamer.models.cached import CachedDecoder
 from gossamer.models.device import free_bytes, keep_freed_memory
@@ -71,7 +72,7 @@ class Engine:
         if names := attached(self.model):
             raise StateError("the engine serves a base as it is", got=f"attached: {', '.join(names)}", hint="detach")
         self.decoder: Decoder = decoder_of(self.model.eval(), prepack)
-        self.store = Store(self.model, self.decoder, memory)
+        self.store = Store(self.model, self.decoder, memory, self.tokenizer)
         self.scheduler: Scheduler[Ticket] = Scheduler(limits or Limits())
         most = self.scheduler.limits
         self.cache = self.decoder.cache(most.rows, most.cache // most.rows)
@@ -81,7 +82,7 @@ class Engine:
         """Tokens that a prompt and its answer may have together."""
         self.ends = ends_of(self.model, self.tokenizer)
         self.vocabulary = vocabulary_of(self.model, self.tokenizer)
-        for name, source in _named(adapters).items():
+        for name, source in self._named(adapters).items():
             self.store.register(name, source)
 
     def __enter__(self) -> Self:
@@ -95,6 +96,14 @@ class Engine:
         for ticket in [*self.scheduler.running, *(one for queue in self.scheduler.queues.values() for one in queue)]:
             self.cancel(ticket)
         self.store.close()
+
+    def _named(self, adapters: str | Path | Mapping[str, Adapter | str | Path] | None) -> Mapping[str, Adapter | Path]:
+        """Names and what they mean; what a folder holds and cannot be used is noted."""
+        if isinstance(adapters, str | Path):
+            found = Folder(adapters).found(self.store.fingerprint)
+            self.store.unfit |= found.refused
+            return found.adapters
+        return {name: one if isinstance(one, Adapter) else adapter_of(one) for name, one in (adapters or {}).items()}
 
     # Requests --------------------------------------------------------------------------------------------------
 
@@ -263,7 +272,7 @@ class Engine:
         """Write a token down; how the request ends, if this was its last one."""
         ticket.add(drawn)
         sampling, writer = ticket.request.sampling, ticket.writer
-        if drawn.token in self.ends and not sampling.ignore_eos:
+        if (drawn.token in self.ends or drawn.token in ticket.ends) and not sampling.ignore_eos:
             return "stop"
         writer.add(drawn.token)
         if writer.stopped or ticket.sampler.done:
@@ -303,11 +312,3 @@ def decoder_of(model: Any, prepack: bool | None = None) -> Decoder:
     if reason := refusal(model):
         raise UnsupportedError("the engine does not serve this model", got=type(model).__name__, expected=reason)
     return TransformersDecoder(model)
-
-
-def _named(adapters: str | Path | Mapping[str, Adapter | str | Path] | None) -> dict[str, Adapter | Path]:
-    if adapters is None:
-        return {}
-    if isinstance(adapters, str | Path):
-        return dict(Folder(adapters).adapters())
-    return {name: source if isinstance(source, Adapter) else Path(source) for name, source in adapters.items()}

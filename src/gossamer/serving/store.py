@@ -22,10 +22,21 @@ from gossamer.attachment.frozen import Frozen
 from gossamer.attachment.kinds import shape_of
 from gossamer.attachment.layers import stored_layers
 from gossamer.attachment.walk import differing
-from gossamer.errors import BaseMismatchError, NonFiniteError, UnsupportedError, UsageError, nearest
+from gossamer.errors import (
+    AdapterFileError,
+    BaseMismatchError,
+    GossamerError,
+    NonFiniteError,
+    UnsupportedError,
+    UsageError,
+    nearest,
+)
+from gossamer.files.places import glance
 from gossamer.kernels.routing import Share, Stack
 from gossamer.methods import TargetedMethod
 from gossamer.models.steps import Decoder
+from gossamer.serving.dialect import PLAIN, Dialect, Dialects
+from gossamer.serving.originals import Original, Originals
 
 Source = Adapter | Path | Callable[[], Adapter]
 
@@ -39,6 +50,7 @@ class Loaded:
         number: no other adapter's, nor another version's.
         is_sum: whether it only adds low-rank terms, so that it can have a weight and be mixed with others.
         rank: the largest of its ranks; 0 without factors.
+        dialect: how it is spoken to. original: its files as they were when it was first read, if it came from any.
     """
 
     name: str
@@ -49,6 +61,8 @@ class Loaded:
     is_sum: bool
     rank: int
     size: int
+    dialect: Dialect = PLAIN
+    original: Original | None = field(default=None, repr=False)
     number: int = field(default_factory=itertools.count().__next__)
 
     @property
@@ -64,6 +78,7 @@ class Version:
     Attributes:
         holders: requests that wait for it or use it.
         requests: how many have asked for it. loads: how often it was read. last: what is known since, without tensors.
+        fault: why it could not be used when it was last read.
     """
 
     name: str
@@ -73,6 +88,8 @@ class Version:
     requests: int = 0
     loads: int = 0
     last: Loaded | None = field(default=None, repr=False)
+    fault: GossamerError | None = field(default=None, repr=False)
+    dialect: Dialect | None = None
 
     @property
     def loaded(self) -> Loaded | None:
@@ -88,15 +105,21 @@ class Store:
         model, decoder: what adapters are for.
         memory: bytes of adapters that may be in memory. What running requests use is kept beyond it, but nothing more
             is read then.
+        tokenizer: the base's, which adapters' own are held against.
+
+    Attributes:
+        unfit: names that are not known, as what they stand for cannot be used, and why.
     """
 
-    def __init__(self, model: nn.Module, decoder: Decoder, memory: int = 2**30) -> None:
+    def __init__(self, model: nn.Module, decoder: Decoder, memory: int = 2**30, tokenizer: Any = None) -> None:
         self.model, self.decoder, self.memory = model, decoder, memory
         self.places = {path: (site, place) for site, one in enumerate(decoder.sites)
                        for place, path in enumerate(one.paths)}  # fmt: skip
         self.versions: dict[str, Version] = {}
         self.resident: dict[Version, None] = {}  # in memory or being read, what was asked for longest ago first
         self.fingerprint = base_fingerprint(model)
+        self.unfit: dict[str, GossamerError] = {}
+        self.dialects, self.originals = Dialects(tokenizer), Originals()
         self.reader = _reader()
 
     # Names -----------------------------------------------------------------------------------------------------
@@ -104,6 +127,23 @@ class Store:
     def names(self) -> list[str]:
         """All that are known, sorted."""
         return sorted(self.versions)
+
+    def usable(self) -> list[str]:
+        """Those of them that could be used when they were last read, or were not read yet, sorted."""
+        return sorted(name for name, version in self.versions.items() if not version.fault)
+
+    def fault_of(self, name: str) -> GossamerError | None:
+        """Why what a name stands for could not be used, if so."""
+        return version.fault if (version := self.versions.get(name)) else self.unfit.get(name)
+
+    def dialect_of(self, name: str) -> Dialect:
+        """How an adapter is spoken to. Raises what `Dialects.of` raises, and `UsageError` for one that is not known."""
+        version = self._known(name)
+        if version.last:
+            return version.last.dialect
+        if version.dialect is None:
+            version.dialect = self.dialects.of(version.source) if isinstance(version.source, Path) else PLAIN
+        return version.dialect
 
     def describe(self, name: str) -> dict[str, Any]:
         """What is known of an adapter: digest, rank, method and size only once it was read."""
@@ -125,23 +165,49 @@ class Store:
         else:
             self._mean(Version(name, source))
 
-    def prepare(self, name: str, source: Source) -> Loaded:
+    def offer(self, name: str, folder: Path) -> None:
+        """Make a folder's name known if it can be used, as far as is seen without its tensors, else `unfit`."""
+        try:
+            made_for = glance(folder)
+            if made_for and (other := differing(made_for, self.fingerprint)):
+                raise _of_another(name, other)
+        except GossamerError as error:
+            self.unfit[name] = error
+        else:
+            self.register(name, folder)
+
+    def prepare(self, name: str, source: Source, known: Loaded | None = None) -> Loaded:
         """Read and check an adapter for a name; changes nothing. `reader` is the thread to do it beside an engine.
 
-        Raises: AdapterFileError, BaseMismatchError, TargetError; UnsupportedError for what rows cannot have each their
-        own of; NonFiniteError.
+        Args:
+            known: what the name has meant since it was first read, and goes on to mean.
+
+        Raises: AdapterFileError, also where the files are not those of `known` any more; BaseMismatchError;
+            TargetError; UnsupportedError for what rows cannot have each their own of; NonFiniteError.
         """
-        adapter = (
-            source if isinstance(source, Adapter) else Adapter.load(source) if isinstance(source, Path) else source()
-        )
+        if known:
+            return self._ready(name, source, _again(name, source, known), known.dialect, known.original)
+        original = self.originals.of(source) if isinstance(source, Path) else None
+        try:
+            dialect = self.dialects.of(source) if isinstance(source, Path) else PLAIN
+            return self._ready(name, source, _read(source), dialect, original)
+        except BaseException:
+            self.originals.forget(original)
+            raise
+
+    def _ready(
+        self, name: str, source: Source, adapter: Adapter, dialect: Dialect, original: Original | None
+    ) -> Loaded:
+        """An adapter as rows of a batch want it."""
         if adapter.base and (other := differing(adapter.base, self.fingerprint)):
-            raise BaseMismatchError(f"this adapter was made for another base ({', '.join(other)} differ)", where=name)
+            raise _of_another(name, other)
         shares = self._shares(name, adapter)
         stacks = {site: self._stack(site, found) for site, found in shares.items()}
         ranks = [outer.shape[1] for stack in stacks.values() for outer in stack.lora_B]
         is_sum = not any(stack.rest for stack in stacks.values())
         size = sum(stack.nbytes for stack in stacks.values())
-        return Loaded(name, source, adapter.digest, adapter.spec.name, stacks, is_sum, max(ranks, default=0), size)
+        about = (adapter.digest, adapter.spec.name, stacks, is_sum, max(ranks, default=0), size)
+        return Loaded(name, source, *about, dialect, original)
 
     def put(self, loaded: Loaded) -> None:
         """Let the adapter's name mean it from now on."""
@@ -154,22 +220,30 @@ class Store:
         version = self._known(name)
         del self.versions[name]
         if not version.holders:
-            self.resident.pop(version, None)
+            self._forget(version)
 
     def close(self) -> None:
         """Read nothing more."""
         self.reader.shutdown(cancel_futures=True)
+        self.originals.close()
 
     def _mean(self, version: Version) -> None:
         if version.name in self.versions:
             self.unregister(version.name)
         self.versions[version.name] = version
+        self.unfit.pop(version.name, None)
         if version.future is not None:
             self.resident[version] = None
         self._make_room()
 
+    def _forget(self, version: Version) -> None:
+        self.resident.pop(version, None)
+        self.originals.forget(version.last.original if version.last else None)
+
     def _known(self, name: str) -> Version:
         if name not in self.versions:
+            if name in self.unfit:
+                raise self.unfit[name]
             hint = nearest(name, self.versions) or "register it first"
             raise UsageError("no adapter of this name", got=name, hint=hint)
         return self.versions[name]
@@ -191,14 +265,14 @@ class Store:
         for version in held:
             version.holders -= 1
             if not version.holders and self.versions.get(version.name) is not version:
-                self.resident.pop(version, None)  # replaced meanwhile
+                self._forget(version)  # replaced meanwhile
         self._make_room()
 
     def ready(self, held: Sequence[Version], at_once: bool = False) -> bool:
         """Whether all are in memory, or failed to get there; else they are being read if there is room (or at once)."""
         for version in held:
             if version.future is None and (self._make_room() or at_once):
-                version.future = self.reader.submit(self.prepare, version.name, version.source)
+                version.future = self.reader.submit(self.prepare, version.name, version.source, version.last)
                 version.loads += 1
                 self.resident[version] = None
         return all(version.future is not None and version.future.done() for version in held)
@@ -208,11 +282,12 @@ class Store:
         assert version.future is not None
         try:
             found = version.future.result()
-        except Exception:
+        except Exception as error:
+            version.fault = error if isinstance(error, GossamerError) else None
             version.future = None
             self.resident.pop(version, None)
             raise
-        version.last = found.facts
+        version.last, version.fault = found.facts, None
         return found
 
     def wait(self, seconds: float) -> None:
@@ -267,6 +342,34 @@ class Store:
         ]
         like = self.decoder.like.new_zeros(0, maps[0].in_features)
         return Stack.of([shares.get(place) for place in range(len(maps))], [one.out_features for one in maps], like)
+
+
+def _of_another(name: str, parts: Sequence[str]) -> BaseMismatchError:
+    return BaseMismatchError(f"this adapter was made for another base ({', '.join(parts)} differ)", where=name)
+
+
+def _read(source: Source) -> Adapter:
+    if isinstance(source, Adapter):
+        return source
+    return Adapter.load(source) if isinstance(source, Path) else source()
+
+
+def _again(name: str, source: Source, known: Loaded) -> Adapter:
+    """The value that was known, from where it came or from the files that lay there then."""
+    fault = AdapterFileError(
+        "the adapter's files were changed since it was first read",
+        where=name,
+        expected=known.digest,
+        hint="load it again, in place",
+    )
+    for read in (lambda: _read(source), *([known.original.read] if known.original else [])):
+        try:
+            found = read()
+        except (GossamerError, OSError):
+            continue
+        if found.digest == known.digest:
+            return found
+    raise fault
 
 
 def _reader() -> ThreadPoolExecutor:

@@ -23,6 +23,7 @@ class Ticket:
         read: tokens whose keys and values are in the cache. reused: those of them that another request had read.
         rests: another is reading what this one begins with.
         logprobs: of the drawn tokens. tops: the likeliest in the place of each, where they were asked for.
+        ends: tokens that end it, beside the base's: those of its adapters' own tokenizers.
         reply, fault: one of them is there once it is done.
     """
 
@@ -39,6 +40,7 @@ class Ticket:
     rests: bool = False
     logprobs: list[float] = field(default_factory=list)
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    ends: frozenset[int] = frozenset()
     reply: Reply | None = None
     fault: GossamerError | None = None
 
@@ -86,6 +88,7 @@ class Ticket:
                     "only sums of low-rank terms can be weighted and mixed", where=one.name, got=one.method
                 )
         self.mix = tuple((one, weight) for one, weight in zip(loaded, weights, strict=True) if weight)
+        self.ends = frozenset().union(*(one.dialect.ends for one, _ in self.mix))
 
     def add(self, drawn: Drawn) -> None:
         """Take its next token."""

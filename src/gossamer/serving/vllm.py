@@ -18,7 +18,8 @@ from typing import Any
 from gossamer.adapter import Adapter
 from gossamer.errors import GossamerError, UnsupportedError, UsageError
 from gossamer.methods import LoRA
-from gossamer.serving.folder import Folder
+from gossamer.serving.folder import Folder, Found
+from gossamer.serving.names import check_names
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The largest rank of a server is one of these; every slot is as large."""
@@ -133,9 +134,10 @@ def serve(
     dry_run: bool = False,
     *,
     name: str = "base",
+    options: Sequence[str] = (),
     say: Any = print,
 ) -> None:
-    """Say which adapters vLLM takes, write its command, and become it.
+    """Say which adapters vLLM takes, write its command with more `options` of its own, and become it.
 
     Raises: UnsupportedError where vLLM is not installed; UsageError for a host that is not this machine, as vLLM's one
         key knows no tenants.
@@ -144,14 +146,17 @@ def serve(
     from gossamer.serving.api.server import check_host
 
     check_host(host, "VLLM_API_KEY" in os.environ)
-    named = Folder(adapters).adapters() if adapters else {}
-    verdicts = [check(path, called) for called, path in named.items()]
+    named = Folder(adapters).found() if adapters else Found({}, {})
+    verdicts = [check(path, called) for called, path in named.adapters.items()]
+    verdicts += [Verdict(called, Path(), error.what, error.hint) for called, error in named.refused.items()]
+    check_names(name, named.adapters)
     for one in verdicts:
         say(f"{one.name}: {'taken' if not one.reason else one.reason}")
         if one.remedy:
             say(f"  instead: {one.remedy}")
     python = interpreter()
-    made = command(locate(base), verdicts, name=name, host=host, port=port, python=python or "python", cuda=_has_cuda())
+    place = {"host": host, "port": port, "python": python or "python", "cuda": _has_cuda()}
+    made = command(locate(base), verdicts, name=name, options=options, **place)
     say(str(made))
     if dry_run:
         return

@@ -4,11 +4,11 @@ containers -> formats -> masks -> batches turn a file into batches whose loss ma
 loop repeats the one step for one trainee or many, checkpoint makes it resumable, evaluate measures it, report draws it.
 """
 
+from gossamer.files.places import adapter_of
 from gossamer.training.config import DataFiles, LoopConfig, RunConfig, TrainConfig
 from gossamer.training.evaluate import answer_batches, answer_loss, evaluate
 from gossamer.training.loop import train
 from gossamer.training.many import Job, Runs, train_many
-from gossamer.training.run_folder import adapter_of
 from gossamer.training.trainee import Run
 
 __all__ = [

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gossamer.errors import AdapterFileError, CheckpointError, DiskError, GossamerError, StateError
+from gossamer.errors import CheckpointError, DiskError, GossamerError, StateError
 from gossamer.files.atomic import write_text
 from gossamer.spec import read_yaml
 from gossamer.training import clock
@@ -127,22 +127,3 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def adapter_of(folder: str | Path) -> Path:
-    """The adapter folder that is meant by a run folder or by an adapter folder. Raises `AdapterFileError`."""
-    folder = Path(folder)
-    for place in (folder, folder / "adapter"):
-        if (place / "adapter_config.json").is_file():
-            return place
-    unfinished = (folder / "checkpoints").is_dir()
-    raise AdapterFileError(
-        "no adapter here",
-        where=str(folder),
-        expected="a folder with adapter_config.json, or a run folder with adapter/",
-        hint="this run is not finished; resume it"
-        if unfinished
-        else ""
-        if folder.exists()
-        else "the folder does not exist",
-    )

@@ -136,12 +136,14 @@ def test_a_bad_adapter_fails_its_own_requests(client: TestClient, folder: Path) 
     weights = folder / "sql" / "adapter_model.safetensors"  # known by its folder, read when first asked for
     weights.write_bytes(weights.read_bytes()[:-50])
     answer = client.post("/v1/completions", json=ASKED | {"model": "sql"})
-    assert answer.status_code == 500
+    assert answer.status_code == 400
     assert str(folder) not in answer.text
+    assert [one["id"] for one in client.get("/v1/models").json()["data"]] == ["toy", "french"], "not offered any more"
+    assert client.get("/v1/models/sql").json()["error"]["code"] == "adapter-file"
     assert client.post("/v1/completions", json=ASKED | {"model": "french"}).status_code == 200
     assert client.post("/v1/completions", json=ASKED | {"model": "toy"}).status_code == 200
     assert client.get("/ready").status_code == 200
-    assert json.loads(answer.text)["error"]["code"] == "internal_error"
+    assert json.loads(answer.text)["error"]["code"] == "adapter-file"
 
 
 @pytest.mark.parametrize("name", ["sql", "french"])

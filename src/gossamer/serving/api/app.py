@@ -31,6 +31,7 @@ from gossamer.serving.api.worker import Worker
 from gossamer.serving.engine import Engine
 from gossamer.serving.folder import Folder
 from gossamer.serving.hub import Hub
+from gossamer.serving.names import check_names
 
 
 def create_app(
@@ -55,18 +56,28 @@ def create_app(
         bounds: of requests.
         vectors: answers /v1/embeddings.
         hub: which adapters may be asked for by their id on the Hugging Face hub; without one, none.
+
+    Raises: UsageError for one name of two models, or one that cannot be asked for; where the engine is only made when
+        the app starts, starting raises it.
     """
     ring, limits, metrics = keyring or Keyring(), bounds or Bounds(), Metrics()
 
+    def checked() -> Engine:
+        made = engine if isinstance(engine, Engine) else engine()
+        check_names(name, made.store.names(), vectors and vectors.name)
+        return made
+
+    check_names(name, engine.store.names() if isinstance(engine, Engine) else (), vectors and vectors.name)
+
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        worker = Worker(lambda: engine if isinstance(engine, Engine) else engine())
+        worker = Worker(checked)
         fetching = Fetching(hub, worker) if hub else None
         app.state.service = service = Service(
             worker, ring, limits, metrics, name, Folder(folder) if folder else None, vectors, fetching
         )
         worker.start()
-        service.loading = asyncio.ensure_future(_loaded(worker, vectors))
+        service.loading = asyncio.ensure_future(_loaded(worker, name, vectors))
         if isinstance(engine, Engine):
             await service.loading
         try:
@@ -91,13 +102,14 @@ def create_app(
     return app
 
 
-async def _loaded(worker: Worker, vectors: Vectors | None) -> None:
+async def _loaded(worker: Worker, name: str, vectors: Vectors | None) -> None:
     """Until everything is there; raises what loading it raised."""
     await worker.loaded.wait()
     if worker.engine is None and worker.fault:
         raise worker.fault
     if vectors:
         await vectors.start()
+        check_names(name, worker.names, vectors.name, vectors.digests)
 
 
 async def _known(_: HttpRequest, error: Exception) -> JSONResponse:

@@ -35,7 +35,7 @@ async def chat(asked: Chat, request: HttpRequest) -> Response:
     service: Service = request.app.state.service
     service.check_ready()
     adapters = await service.found(request, asked.model, asked.lora)
-    prompt = await service.encode_chat(asked.messages, asked)
+    prompt = await service.encode_chat(asked.messages, asked, adapters)
     return await _answer(request, asked, adapters, [prompt], asked.max_completion_tokens or asked.max_tokens)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import traceback
 from typing import Any
@@ -57,16 +58,27 @@ def missing(name: str) -> Refusal:
 
 
 def refusal(error: BaseException) -> Refusal:
-    """What a client hears of an error. What is his to mend he hears whole; of the rest he gets a number."""
+    """What a client hears of an error. What is his to mend he hears, but no place on this machine; else a number."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, UsageError):
-        parts = error.parts()
-        message = "; ".join(text for key, text in parts.items() if key not in ("code", "where"))
-        return Refusal(400, message, error.code, param=error.where or None)
+        param = error.where if re.fullmatch(r"[\w.$\[\]: -]{1,256}", error.where) else None
+        return Refusal(400, _told(error, "got", "expected", "hint"), error.code, param=param)
     if isinstance(error, ResourceError) and not isinstance(error, NonFiniteError):
         return Refusal(429, error.what, "queue_full", after=1)
     return unexpected(error)
+
+
+def unusable(name: str, error: GossamerError, *, param: str = "model") -> Refusal:
+    """Of an adapter that cannot be used: what is wrong with it, and the error's own code. The log names it too."""
+    log.warning("adapter %r cannot be used: %s: %s", name[:256], error.code, error.what)
+    return Refusal(400, f"The adapter {name[:256]!r} cannot be used: {_told(error, 'got')}", error.code, param=param)
+
+
+def _told(error: GossamerError, *parts: str) -> str:
+    """What went wrong, with those of its parts that hold no path: whatever has a separator in it could be one."""
+    texts = [error.what.partition("\n")[0], *(str(getattr(error, part)) for part in parts)]
+    return "; ".join(text for text in texts if text and not re.search(r"[/\\]", text)) or "it is not as it should be"
 
 
 def unexpected(error: BaseException) -> Refusal:

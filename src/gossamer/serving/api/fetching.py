@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-from gossamer.errors import ArtefactError, DownloadError, NonFiniteError
-from gossamer.serving.api.faults import Refusal, missing
+from gossamer.errors import ArtefactError, DownloadError, NonFiniteError, UsageError
+from gossamer.serving.api.faults import Refusal, missing, unusable
 from gossamer.serving.api.worker import Worker
 from gossamer.serving.hub import Hub
 
@@ -55,8 +55,8 @@ class Fetching:
             loaded = await asyncio.wrap_future(store.reader.submit(store.prepare, name, found.folder))
         except DownloadError:
             raise Refusal(503, "The hub does not answer.", "hub_unreachable", after=int(MEMORY)) from None
-        except (ArtefactError, NonFiniteError) as error:
-            raise Refusal(400, f"The adapter cannot be used: {error.what}", error.code, param="model") from None
+        except (ArtefactError, NonFiniteError, UsageError) as error:
+            raise unusable(name, error) from None
         self.revisions[name] = found.revision
         await self.worker.call(lambda engine: engine.store.put(loaded), renames=True)
 

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from gossamer.errors import UsageError
 from gossamer.serving.api.faults import Refusal
 from gossamer.serving.api.schema import Message, Templated
+from gossamer.serving.dialect import Dialect
 from gossamer.serving.vocabulary import encoded
 
 _LETTERS = 16
@@ -20,17 +21,22 @@ _SEAM = 64
 """Tokens that the beginning of a text may have more than it has within the whole: where it was cut."""
 
 
-def rendered(tokenizer: Any, messages: Sequence[Message], how: Templated) -> str:
-    """A conversation as the chat template writes it. Raises `UsageError` where it cannot, or leaves something out."""
-    if not tokenizer.chat_template:
+def rendered(tokenizer: Any, messages: Sequence[Message], how: Templated, dialect: Dialect) -> str:
+    """A conversation as the adapters' own chat template writes it, or the base's.
+
+    Raises `UsageError` where it cannot, or leaves something out.
+    """
+    template = dialect.template or tokenizer.chat_template
+    if not template:
         raise UsageError("this base has no chat template", hint="use /v1/completions")
     variables = how.chat_template_kwargs or {}
-    _check_variables(tokenizer, variables)
+    _check_variables(tokenizer, template, variables)
     goes_on = bool(how.continue_final_message)
     if goes_on and messages[-1].role != "assistant":
         raise UsageError("the last message is not the assistant's", where="continue_final_message")
     begins = not goes_on if how.add_generation_prompt is None else how.add_generation_prompt
-    options: Any = {**variables, "add_generation_prompt": begins, "continue_final_message": goes_on}
+    options: Any = {**dialect.tokens, **variables, "chat_template": dialect.template}
+    options |= {"add_generation_prompt": begins, "continue_final_message": goes_on}
     text = _written(tokenizer, [one.plain() for one in messages], options)
     if any(one.name for one in messages):
         for number, named in enumerate(messages):
@@ -55,9 +61,8 @@ def _written(tokenizer: Any, turns: list[dict[str, str]], options: Mapping[str, 
         raise UsageError("the chat template refuses these messages", where="messages", got=got) from None
 
 
-def _check_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+def _check_variables(tokenizer: Any, template: Any, variables: Mapping[str, Any]) -> None:
     """Only what the template itself reads: what it does not would be ignored, and the rest is the tokenizer's."""
-    template = tokenizer.chat_template
     text = template if isinstance(template, str) else " ".join(map(str, template.values()))
     own = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", *tokenizer.special_tokens_map}
     for name in variables:

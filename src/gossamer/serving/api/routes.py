@@ -63,11 +63,10 @@ async def tokenize(asked: Tokenize, request: HttpRequest) -> dict[str, Any]:
     """Token ids of a text, or of a conversation as the chat template writes it."""
     service = _service(request)
     service.check_ready()
-    if asked.model is not None:
-        service.chosen(request.state.tenant, asked.model)
+    adapters = () if asked.model is None else service.chosen(request.state.tenant, asked.model)
     special = asked.add_special_tokens is not False
     if asked.messages is not None:
-        tokens = await service.encode_chat(asked.messages, asked, bounded=False)
+        tokens = await service.encode_chat(asked.messages, asked, adapters, bounded=False)
     else:
         tokens = await service.encode(asked.prompt or "", special, bounded=False)
     return {"tokens": tokens, "count": len(tokens), "max_model_len": service.context}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import signal
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,24 +82,45 @@ def server_of(app: FastAPI, host: str, port: int) -> uvicorn.Server:
     return _Server(config)
 
 
-def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 8000, drain: float = 30.0) -> None:
-    """Serve until SIGTERM or SIGINT; then take nothing new, and give those that run `drain` seconds to finish.
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address, for `serve`; port 0 takes a free one. Raises `UsageError` if it is taken."""
+    try:
+        where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(*where[:2])
+        try:
+            if sys.platform != "win32":  # where it would let two servers have one address
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(where[4])
+            found.listen(2048)
+        except OSError:
+            found.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        got = getattr(error, "strerror", None) or type(error).__name__
+        where = f"{host}:{port}"
+        raise UsageError("the address cannot be had", where=where, got=got, hint="another --port") from None
+    return found
 
-    Raises: what loading the engine raised; UsageError if the address cannot be had.
+
+def serve(app: FastAPI, at: socket.socket, drain: float = 30.0) -> None:
+    """Serve at a socket until SIGTERM or SIGINT; then take nothing new, and give those that run `drain` seconds.
+
+    Raises: what loading the engine raised.
     """
+    host, port = at.getsockname()[:2]
     server = server_of(app, host, port)
-    fault = asyncio.run(_serve(server, app, drain))
+    fault = asyncio.run(_serve(server, app, at, drain))
     if fault:
         raise fault
     if not server.started:
-        raise UsageError("the address cannot be had", where=f"{host}:{port}", hint="another --port")
+        raise UsageError("the server did not start", where=f"{host}:{port}")
 
 
-async def _serve(server: uvicorn.Server, app: FastAPI, drain: float) -> BaseException | None:
+async def _serve(server: uvicorn.Server, app: FastAPI, at: socket.socket, drain: float) -> BaseException | None:
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
     for one in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(one, stopping.set)
-    serving = asyncio.ensure_future(_quietly(server))
+    serving = asyncio.ensure_future(_quietly(server, at))
     watching = asyncio.ensure_future(_until_fault(server, app))
     asked = asyncio.ensure_future(stopping.wait())
     await asyncio.wait({serving, watching, asked}, return_when="FIRST_COMPLETED")
@@ -110,10 +133,10 @@ async def _serve(server: uvicorn.Server, app: FastAPI, drain: float) -> BaseExce
     return watching.exception() if watching.done() and not watching.cancelled() else None
 
 
-async def _quietly(server: uvicorn.Server) -> None:
+async def _quietly(server: uvicorn.Server, at: socket.socket) -> None:
     try:
-        await server.serve()
-    except SystemExit:  # uvicorn's way to say that it could not bind
+        await server.serve(sockets=[at])
+    except SystemExit:  # uvicorn's way to say that it could not start
         server.started = False
 
 

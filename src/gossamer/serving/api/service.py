@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from gossamer.errors import UsageError
-from gossamer.serving.api.faults import Refusal, missing
+from gossamer.errors import GossamerError, UsageError
+from gossamer.serving.api.faults import Refusal, missing, unusable
 from gossamer.serving.api.fetching import Fetching
 from gossamer.serving.api.keys import Keyring, Tenant
 from gossamer.serving.api.limits import Bounds
@@ -21,6 +21,7 @@ from gossamer.serving.api.prompts import rendered, too_long, within
 from gossamer.serving.api.schema import Message, Templated, Weighted
 from gossamer.serving.api.vectors import Vectors
 from gossamer.serving.api.worker import Worker
+from gossamer.serving.dialect import Dialect, spoken
 from gossamer.serving.folder import Folder
 from gossamer.serving.vocabulary import encoded
 
@@ -57,6 +58,7 @@ class Service:
         self.vectors, self.metrics, self.fetching = vectors, metrics, fetching
         self.draining = False
         self.answering = 0
+        self.forgotten: set[str] = set()  # names that were unloaded, whatever their subfolders hold
         self.started = int(time.time())
         self.texts = ThreadPoolExecutor(1, "texts")  # a tokenizer is not for several threads at a time
         self.reading = asyncio.Lock()
@@ -77,8 +79,11 @@ class Service:
 
     async def found(self, request: HttpRequest, model: str, lora: Sequence[Weighted] | None = None) -> dict[str, float]:
         """What `chosen` gives, after those that only the hub has were fetched. Raises `Refusal`; Gone."""
-        tenant, known = request.state.tenant, self.worker.names
-        names = self._wanted(model, lora).keys() - known
+        tenant = request.state.tenant
+        for name in sorted(self._wanted(model, lora).keys() - self.worker.names):
+            if tenant.may(name):
+                await self._notice(name)
+        names = self._wanted(model, lora).keys() - self.worker.names
         if self.fetching and names and all(tenant.may(name) & self.fetching.hub.allows(name) for name in names):
             for name in sorted(names):
                 await self.until_gone(request, self.fetching.fetch(name))
@@ -91,9 +96,25 @@ class Service:
         """
         wanted = self._wanted(model, lora)
         for name in wanted:
+            if tenant.may(name) and name not in self.worker.names and (fault := self.fault_of(name)):
+                raise unusable(name, fault)
             if not (name in self.worker.names) & tenant.may(name):
                 raise missing(name if model == self.name else model)
         return wanted
+
+    def fault_of(self, name: str) -> GossamerError | None:
+        """Why an adapter could not be used, if so."""
+        return self.worker.engine.store.fault_of(name) if self.worker.engine else None
+
+    async def _notice(self, name: str) -> None:
+        """Make a name known whose subfolder came after the start."""
+        folder, vectors = self.folder, self.vectors
+        if folder is None or name in self.forgotten or (vectors and vectors.knows(name)):
+            return
+        if found := await asyncio.to_thread(folder.named, name):
+            async with self.reading:
+                if name not in self.worker.names:
+                    await self.worker.call(lambda engine: engine.store.offer(name, found), renames=True)
 
     def _wanted(self, model: str, lora: Sequence[Weighted] | None) -> dict[str, float]:
         if model == self.name:
@@ -126,12 +147,27 @@ class Service:
         return await self._aside(lambda: encoded(tokenizer, text, special))
 
     async def encode_chat(
-        self, messages: Sequence[Message], how: Templated, special: bool = False, *, bounded: bool = True
+        self, messages: Sequence[Message], how: Templated, adapters: Iterable[str] = (), *, bounded: bool = True
     ) -> tuple[int, ...]:
-        """Token ids of a conversation that the assistant shall go on with. Raises `UsageError`; Refusal."""
+        """Token ids of a conversation that the assistant shall go on with, as its adapters' own template writes it.
+
+        Raises: UsageError; Refusal.
+        """
         tokenizer = self.tokenizer
-        text = await self._aside(lambda: rendered(tokenizer, messages, how))
-        return await self.encode(text, special, bounded=bounded)
+        dialect = await self._aside(lambda: self._dialect([*adapters]))
+        text = await self._aside(lambda: rendered(tokenizer, messages, how, dialect))
+        return await self.encode(text, False, bounded=bounded)
+
+    def _dialect(self, adapters: Sequence[str]) -> Dialect:
+        """How they are spoken to. Raises `Refusal`; UnsupportedError for a mix of several templates."""
+        assert self.worker.engine
+        store, found = self.worker.engine.store, []
+        for name in adapters:
+            try:
+                found.append(store.dialect_of(name))
+            except GossamerError as error:
+                raise (unusable(name, error) if name in self.worker.names else missing(name)) from None
+        return spoken(found)
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids."""
@@ -177,17 +213,17 @@ class Service:
                 doing.cancel()
                 await asyncio.wait({doing})
 
-    def inside(self, path: str) -> Path:
-        """The folder of an adapter, if it lies inside the server's own. Raises `Refusal`: the same for all others."""
-        found = self.folder and self.folder.inside(path)
+    def inside(self, path: str) -> tuple[Path, Folder]:
+        """The folder of an adapter and which of the server's own it lies in. Raises `Refusal`: the same for others."""
+        shelves = [one for one in (self.folder, self.vectors and self.vectors.folder) if one]
+        found = [(place, shelf) for shelf in shelves if (place := shelf.inside(path))]
+        if len({place for place, _ in found}) > 1:
+            message = "Both bases have an adapter there; give the whole path."
+            raise Refusal(400, message, "two_choices", param="lora_path")
         if not found:
             message = "No adapter there, inside the server's folder of adapters."
             raise Refusal(400, message, "no_adapter", param="lora_path")
-        return found
-
-    async def keep(self, name: str, folder: Path | None) -> bool:
-        """Let a name mean this after a restart too, or nothing; whether that could be done."""
-        return bool(self.folder) and await asyncio.to_thread(self.folder.keep, name, folder)
+        return found[0]
 
 
 async def _left(request: HttpRequest) -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request as HttpRequest
 
+from gossamer.errors import NonFiniteError
 from gossamer.serving.api import told
 from gossamer.serving.api.answers import named
-from gossamer.serving.api.faults import Refusal, missing
+from gossamer.serving.api.faults import Refusal, missing, unusable
 from gossamer.serving.api.keys import Tenant
 from gossamer.serving.api.schema import Embedding
 from gossamer.serving.embedding import Embedder, Embeddings
+from gossamer.serving.folder import Folder
 
 router = APIRouter()
 
@@ -44,6 +47,37 @@ class Vectors:
         """Load it. Raises what loading raises."""
         self.embedder = await asyncio.get_running_loop().run_in_executor(self.thread, self.make)
 
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Of its adapters, by name."""
+        return self.embedder.digests if self.embedder else {}
+
+    @property
+    def folder(self) -> Folder | None:
+        """That its adapters came from, and that more may come from."""
+        return self.embedder.folder if self.embedder else None
+
+    def names(self) -> list[str]:
+        """Of the base and its adapters, once it is there."""
+        return [self.name, *sorted(self.digests)] if self.embedder else []
+
+    def knows(self, model: str) -> bool:
+        """Whether this is the base's name, or that of one of its adapters."""
+        return model == self.name or model.removeprefix(self.name + ":") in self.digests
+
+    async def register(self, name: str, folder: Path) -> str:
+        """Let a name mean what lies in a folder; gives its digest. Raises what `Embedder.register` raises."""
+        embedder = self.embedder
+        assert embedder
+        await asyncio.get_running_loop().run_in_executor(self.thread, embedder.register, name, folder)
+        return embedder.digests[name]
+
+    async def unregister(self, name: str) -> None:
+        """Forget a name."""
+        embedder = self.embedder
+        assert embedder
+        await asyncio.get_running_loop().run_in_executor(self.thread, embedder.unregister, name)
+
     def close(self) -> None:
         """End the thread."""
         self.thread.shutdown(cancel_futures=True)
@@ -53,7 +87,7 @@ class Vectors:
         if model == self.name:
             return None
         name = model.removeprefix(self.name + ":")
-        if self.embedder is None or not (name in self.embedder.digests) & tenant.may(name):
+        if not (name in self.digests) & tenant.may(name):
             raise missing(model)
         return name
 
@@ -84,6 +118,10 @@ async def embeddings(asked: Embedding, request: HttpRequest) -> Response:
     try:
         found = await service.until_gone(request, vectors.embed(asked.texts, adapter, asked.dimensions))
         visit.used = sum(found.tokens)
+    except NonFiniteError as error:
+        if adapter is None:
+            raise
+        raise unusable(adapter, error) from None
     finally:
         visit.leave()
         service.answering -= 1

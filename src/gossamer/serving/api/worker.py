@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from gossamer.errors import GossamerError, UsageError
-from gossamer.serving.api.faults import Refusal, missing, unexpected
+from gossamer.errors import GossamerError, NonFiniteError, UsageError
+from gossamer.serving.api.faults import Refusal, missing, unexpected, unusable
 from gossamer.serving.engine import Engine
 from gossamer.serving.request import Request
 from gossamer.serving.ticket import Ticket
@@ -175,6 +175,8 @@ class Worker:
                 engine.cancel(ticket)
             known = engine.store.names()
             gone = [name for request in requests for name in request.adapters if name not in known]
+            if gone and (fault := engine.store.fault_of(gone[0])):
+                raise unusable(gone[0], fault) from None
             if gone and isinstance(error, UsageError):  # unloaded since the client was let in
                 raise missing(gone[0]) from None
             raise
@@ -234,7 +236,7 @@ class Worker:
             dict(ticket.digests),
             ticket.reused,
             ticket.reply.finish if ticket.reply else None,
-            ticket.fault,
+            _fault(ticket),
         )
 
     def _fail(self, error: BaseException) -> None:
@@ -248,6 +250,15 @@ class Worker:
     def _tell(self, function: Callable[..., object], *arguments: object) -> None:
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(function, *arguments)
+
+
+def _fault(ticket: Ticket) -> BaseException | None:
+    """Why a request has no answer; what is an adapter's fault is told as that."""
+    fault = ticket.fault
+    of = [one.name for one in ticket.held if fault is not None and one.fault is fault]
+    if isinstance(fault, NonFiniteError):
+        of = of or [loaded.name for loaded, _ in ticket.mix]
+    return unusable(", ".join(of), fault) if of and fault else fault
 
 
 def _set(answer: asyncio.Future, result: object, error: BaseException | None) -> None:
