@@ -250,3 +250,20 @@ def test_numbers_that_are_none() -> None:
         model.base_model.encoder.layer[0].output.dense.bias[0] = torch.nan
     with pytest.raises(NonFiniteError):
         Embedder((model, tiny_tokenizer())).embed([[5]])
+
+
+def test_texts_that_sentence_transformers_would_render_are_refused(tmp_path: Path) -> None:
+    pooling, template = {"pooling_mode_mean_tokens": True}, "{{ messages[0].content }}"
+    plain = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+    with pytest.raises(UnsupportedError, match="chat template"):
+        Embedder(str(folder(tmp_path / "old", pooling, template=template)))
+    said = {
+        "modality_config": plain,
+        "transformer_task": "feature-extraction",
+        "module_output_name": "token_embeddings",
+    }
+    Embedder(str(folder(tmp_path / "plain", pooling, template=template, sentence_bert_config=said)))
+    cases = ({"modality_config": plain | {"message": plain["text"]}}, {"query_expansion": {"a": 1}})
+    for number, more in enumerate(cases):
+        with pytest.raises(UnsupportedError, match="setting of sentence-transformers"):
+            Embedder(str(folder(tmp_path / str(number), pooling, sentence_bert_config=more)))

@@ -8,9 +8,11 @@ from typing import Any
 
 import openai
 import pytest
+from click.testing import CliRunner
 
 import gossamer as gs
 from bench.peers.vllm_server import vllm_server
+from gossamer.cli import serve
 from gossamer.errors import UnsupportedError, UsageError
 from gossamer.models import tiny
 from gossamer.models.locate import locate
@@ -94,6 +96,20 @@ def test_a_dry_run_says_and_starts_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv(vllm.ENVIRONMENT, str(tmp_path))
     with pytest.raises(UsageError, match="virtual environment"):
         vllm.interpreter()
+
+
+def test_every_option_of_serve_is_passed_on_or_refused() -> None:
+    options = {str(one.name) for one in serve.command.params}
+    assert not serve.FOR_VLLM.keys() & serve.NOT_FOR_VLLM.keys()
+    assert options == serve.FOR_VLLM.keys() | serve.NOT_FOR_VLLM.keys(), "say of a new option what vLLM makes of it"
+    values = {"waiting": "5", "memory": "5", "drain": "5", "timeout": "5", "prepack": None, "log_json": None}
+    for name in sorted(serve.NOT_FOR_VLLM):
+        option, value = "--" + name.replace("_", "-"), values.get(name, "x")
+        words = ["--base", "b", "--engine", "vllm", option, *([] if value is None else [value])]
+        more = ["--embeddings", "x"] if name == "embedding_adapters" else []
+        done = CliRunner().invoke(serve.command, [*words, *more])
+        assert isinstance(done.exception, UnsupportedError), (name, done.exception)
+        assert done.exception.hint in serve.NOT_FOR_VLLM.values()
 
 
 @pytest.mark.slow
