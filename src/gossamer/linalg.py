@@ -109,3 +109,8 @@ def balanced(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tenso
     """A and B with the root of the singular values in each."""
     root = values.sqrt()
     return root[:, None] * right, left * root
+
+
+def all_zero(tensor: Tensor) -> bool:
+    """Whether every number is zero; nearly always the first one tells."""
+    return not tensor.numel() or (tensor[(0,) * tensor.ndim].item() == 0 and not tensor.any().item())

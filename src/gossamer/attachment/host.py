@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from gossamer.attachment import walk
 from gossamer.attachment.match import Selection
 from gossamer.attachment.read_site import ReadSite
-from gossamer.attachment.saving import Saving
 from gossamer.attachment.site import Active, Site, Spans
 from gossamer.errors import StateError, nearest
 from gossamer.methods import Layer, Shape, TargetedMethod
 
 _ATTRIBUTE = "_gossamer_host"
+SAVING = ("save_pretrained", "push_to_hub")
+"""Methods of a transformers model that ours stand in for, while adapters are attached."""
 
 
 @dataclass
@@ -43,7 +44,6 @@ class Host:
         self.stash: list[tuple[str, str, Tensor | None]] | None = None
         """While merged: path, parameter, and what it was before, in the order they were written."""
         self.merged: Active = ()
-        self.saving = Saving(self)
         self.size = walk.base_size(model)
         self.requires_grad = {name: parameter.requires_grad for name, parameter in walk.base_parameters(model)}
         for _, parameter in walk.base_parameters(model):
@@ -129,7 +129,8 @@ class Host:
             for name, parameter in walk.base_parameters(self.model):
                 parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
             del self.model.__dict__[_ATTRIBUTE]
-            self.saving.leave()
+            for name in SAVING:
+                self.model.__dict__.pop(name, None)
 
 
 def find_host(model: nn.Module) -> Host | None:
@@ -158,5 +159,4 @@ def make_host(model: nn.Module) -> Host:
                 )
         host = Host(model)
         model.__dict__[_ATTRIBUTE] = host
-        host.saving.stand_in()
     return host

@@ -8,38 +8,30 @@ adapters, in PEFT's layout, and no base. While they are merged the weights say i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from gossamer.adapter import Adapter
+from gossamer.attachment.host import SAVING, Host
 from gossamer.attachment.walk import CONTAINER
 from gossamer.errors import StateError, UnsupportedError
 from gossamer.quant import QuantizedLinear
-
-if TYPE_CHECKING:
-    from gossamer.attachment.host import Host
-
-_METHODS = ("save_pretrained", "push_to_hub")
 
 
 class Saving:
     """The saving methods of one model that has adapters."""
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
+    def __init__(self, host: Host, capture: Callable[..., Adapter]) -> None:
+        self.host, self.capture = host, capture
 
     def stand_in(self) -> None:
         """Take the place of the model's own methods, where it has them."""
-        for name in _METHODS:
+        for name in SAVING:
             if callable(getattr(type(self.host.model), name, None)):
                 self.host.model.__dict__[name] = getattr(self, name)
-
-    def leave(self) -> None:
-        """Give the model its own methods back."""
-        for name in _METHODS:
-            self.host.model.__dict__.pop(name, None)
 
     def save_pretrained(
         self,
@@ -67,11 +59,9 @@ class Saving:
             )
         if not is_main_process:
             return
-        from gossamer.attachment.verbs import capture
-
         for name in host.adapters:
             folder = Path(save_directory) if len(host.adapters) == 1 else Path(save_directory, name)
-            capture(host.model, name).save(folder, beside=True)
+            self.capture(host.model, name).save(folder, beside=True)
 
     def push_to_hub(self, *args: Any, **options: Any) -> None:
         """Refuse to publish: neither card nor base's name are known here. Raises `StateError`."""

@@ -18,6 +18,7 @@ from gossamer.attachment.match import select
 from gossamer.attachment.merge import unmerge
 from gossamer.attachment.remarks import described, idle_note, warn_of_other_base
 from gossamer.attachment.report import InjectionReport, SiteRow
+from gossamer.attachment.saving import Saving
 from gossamer.attachment.site import Active, Span, Spans
 from gossamer.errors import BaseMismatchError, StateError, UnsupportedError, UsageError
 from gossamer.methods import Shape, TargetedMethod
@@ -74,6 +75,7 @@ def attach(
         layers = new_layers(model, what, selection, seed)
         attached = Attached(what, selection, trainable is not False)
     host = make_host(model)
+    Saving(host, capture).stand_in()
     host.add(name, attached, layers)
     host.active = (name,)
     report = _report(host, name, attached, layers)

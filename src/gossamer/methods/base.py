@@ -199,11 +199,6 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def all_zero(tensor: Tensor) -> bool:
-    """Whether every number is zero; nearly always the first one tells."""
-    return not tensor.numel() or (tensor[(0,) * tensor.ndim].item() == 0 and not tensor.any().item())
-
-
 def check_slots(path: str, slots: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise `AdapterFileError` unless the tensors have exactly these names and shapes."""
     got = {name: tuple(tensor.shape) for name, tensor in slots.items()}

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedError
-from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, all_zero, hold
+from gossamer.linalg import all_zero
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, hold
 from gossamer.methods.factored import Rank
 from gossamer.methods.targeted import TargetedMethod
 from gossamer.spec import StrictFloat

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gossamer.adapter import Method, Tensors
 from gossamer.errors import StateError, UnsupportedError
-from gossamer.methods.base import Layer, Shape, all_zero, wide
+from gossamer.linalg import all_zero
+from gossamer.methods.base import Layer, Shape, wide
 from gossamer.methods.factored import RANDOM_STARTS, Factored, factors_in
 from gossamer.methods.lora_layers import LoRALayer, MatrixLoRA, product
 from gossamer.methods.pairs import Pair, added, only_factors, pairs_of, shrunk, slots_of

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gossamer.errors import AdapterFileError
 from gossamer.kernels.routing import Share
-from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, all_zero, wide
+from gossamer.linalg import all_zero
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.factored import Rank
 from gossamer.methods.targeted import Names, Regex, TargetedMethod
 from gossamer.spec import StrictFloat, StrictInt
