@@ -10,7 +10,17 @@ MOST_TEXT = 2_000_000
 MOST_IDS = 262_144
 
 
-_WHOLE = frozenset("n max_tokens max_completion_tokens top_k seed logprobs top_logprobs dimensions best_of".split())
+_WHOLE = {
+    "n",
+    "max_tokens",
+    "max_completion_tokens",
+    "top_k",
+    "seed",
+    "logprobs",
+    "top_logprobs",
+    "dimensions",
+    "best_of",
+}
 """Fields that are integers: a validator of each would hide their bounds from /openapi.json."""
 
 
