@@ -57,21 +57,15 @@ def create_app(
         vectors: answers /v1/embeddings.
         hub: which adapters may be asked for by their id on the Hugging Face hub; without one, none.
 
-    Raises: UsageError for one name of two models, or one that cannot be asked for; where the engine is only made when
-        the app starts, starting raises it.
+    Raises: UsageError for one name of two models, or one that cannot be asked for; or starting does.
     """
     ring, limits, metrics = keyring or Keyring(), bounds or Bounds(), Metrics()
-
-    def checked() -> Engine:
-        made = engine if isinstance(engine, Engine) else engine()
-        check_names(name, made.store.names(), vectors and vectors.name)
-        return made
 
     check_names(name, engine.store.names() if isinstance(engine, Engine) else (), vectors and vectors.name)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        worker = Worker(checked)
+        worker = Worker(lambda: _checked(engine, name, vectors))
         fetching = Fetching(hub, worker) if hub else None
         app.state.service = service = Service(
             worker, ring, limits, metrics, name, Folder(folder) if folder else None, vectors, fetching
@@ -100,6 +94,13 @@ def create_app(
     app.add_exception_handler(HTTPException, _plain)
     app.add_exception_handler(Gone, _gone)
     return app
+
+
+def _checked(engine: Engine | Callable[[], Engine], name: str, vectors: Vectors | None) -> Engine:
+    """The engine, if its names and the base's are each of one model. Raises `UsageError`."""
+    made = engine if isinstance(engine, Engine) else engine()
+    check_names(name, made.store.names(), vectors and vectors.name)
+    return made
 
 
 async def _loaded(worker: Worker, name: str, vectors: Vectors | None) -> None:
