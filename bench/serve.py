@@ -71,11 +71,12 @@ def compared(
     for batch, many in cases:
         names = [f"a{row % many:02}" for row in range(batch)]
         draw = torch.Generator().manual_seed(0)
-        prompts = torch.randint(0, model.config.vocab_size, (batch, PROMPT), generator=draw)
+        words = min(model.config.vocab_size, len(tokenizer))  # an engine takes and draws tokens alone
+        prompts = torch.randint(0, words, (batch, PROMPT), generator=draw)
         contenders: dict[str, Any] = {
             "the base, Gossamer": _Ours((model, tokenizer), {}, [""] * batch, prompts),
             "Gossamer": _Ours((model, tokenizer), made, names, prompts),
-            "PEFT, mixed batch": _Peft(peft, names, prompts),
+            "PEFT, mixed batch": _Peft(peft, names, prompts, words),
         }
         if model.device.type == "cuda":
             contenders["Gossamer, nothing recorded"] = _Ours((model, tokenizer), made, names, prompts, graphs=False)
@@ -155,14 +156,14 @@ class _Ours:
 
 
 class _Peft:
-    def __init__(self, model: Any, names: list[str], prompts: torch.Tensor) -> None:
-        self.model, self.names, self.prompts = model, names, prompts.to(model.device)
+    def __init__(self, model: Any, names: list[str], prompts: torch.Tensor, words: int) -> None:
+        self.model, self.names, self.prompts, self.words = model, names, prompts.to(model.device), words
         self.cache = DynamicCache()
         self.first = self._run(self.prompts, self.cache)
         self.next = self.first.argmax(-1, keepdim=True)
 
     def logprobs(self) -> torch.Tensor:
-        return self.first.float().log_softmax(-1).max(-1).values.cpu()
+        return self.first.float().log_softmax(-1)[:, : self.words].max(-1).values.cpu()
 
     @torch.inference_mode()
     def _run(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:

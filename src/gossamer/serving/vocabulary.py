@@ -87,6 +87,7 @@ def encoded(tokenizer: Any, text: str, special: bool = True) -> tuple[int, ...]:
 
 def texts(given: Any, where: str) -> list[str]:
     """The texts that were given: a text alone is one, not its letters. Raises `UsageError` for what is no text."""
+    listed: list[Any]
     try:
         listed = [given] if isinstance(given, str | bytes | dict) else [*given]
     except TypeError:

@@ -19,6 +19,7 @@ from gossamer.models import tiny, tiny_tokenizer
 from gossamer.serving import Engine, Limits, Request, Sampling
 from gossamer.serving.api.app import create_app
 from gossamer.serving.request import Reply
+from gossamer.serving.spelling import Spelling
 from tests.adapters import trained
 from tests.serving.api.conftest import until
 
@@ -249,6 +250,13 @@ class Clients:
         """All that a name meant from a time on."""
         return self.world.meanings.get(name, [None])[start:]
 
+    def spelled(self, tokens: Sequence[int]) -> list[str]:
+        """The texts of an answer's tokens, of which the first bytes of a character have none."""
+        spelling = Spelling(self.tokenizer)
+        told = [spelling.add(token)[0] for token in tokens]
+        spelling.end(told[-1])
+        return [one.text for one in told]
+
     def check(
         self,
         body: Mapping[str, Any],
@@ -266,7 +274,7 @@ class Clients:
             for part in one.made_by:  # neither a stale one nor one that was never there
                 assert part["digest"] in self.meant(part["id"], since[part["id"]])
             alone = self.alone(body["prompt"], sampling, number, one.made_by)
-            expected = [self.tokenizer.decode([token]) for token in alone.tokens]
+            expected = self.spelled(alone.tokens)
             assert one.texts == expected[: len(one.texts)]
             assert one.logprobs == pytest.approx(alone.logprobs[: len(one.logprobs)], abs=1e-3)
             if all_of_it:

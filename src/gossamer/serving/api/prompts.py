@@ -66,7 +66,7 @@ def _check_variables(tokenizer: Any, template: Any, variables: Mapping[str, Any]
     text = template if isinstance(template, str) else " ".join(map(str, template.values()))
     own = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", *tokenizer.special_tokens_map}
     for name in variables:
-        if name in own or not re.search(rf"\b{re.escape(name)}\b", text):
+        if not name.isidentifier() or name in own or not re.search(rf"\b{re.escape(name)}\b", text):
             raise UsageError("the chat template has no such variable", where="chat_template_kwargs", got=name[:64])
 
 

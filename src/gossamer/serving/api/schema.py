@@ -200,7 +200,7 @@ class Templated(Asked):
 
     add_generation_prompt: Flag | None = None
     continue_final_message: Flag | None = None
-    chat_template_kwargs: Annotated[dict[Name, Any], Field(max_length=16)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=16)] | None = None
 
     @model_validator(mode="after")
     def _one_end(self) -> Templated:
