@@ -14,7 +14,7 @@ import gossamer as gs
 from gossamer.attachment.frozen import Frozen
 from gossamer.errors import AdapterFileError
 from gossamer.methods import LoRA, Shape
-from gossamer.methods.base import check_slots
+from gossamer.methods.slots import check_slots
 from gossamer.methods.targeted import matches_end
 from tests.adapters import trained
 

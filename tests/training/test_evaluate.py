@@ -14,6 +14,7 @@ from gossamer.errors import DataError, NonFiniteError, UsageError
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.training import evaluate
 from gossamer.training.formats import read_rows
+from gossamer.training.loss import refuse_unless_causal
 from tests.training.toy_run import write_rows
 
 CHAT = [[{"role": "user", "content": f"n{'!' * n}"}, {"role": "assistant", "content": "yn"[n % 2]}] for n in range(5)]
@@ -81,6 +82,7 @@ def test_chats_are_classified_by_their_last_turn(model, tmp_path: Path) -> None:
 
 def test_one_forward_a_batch_of_prompts_when_labels_are_one_token(model, tmp_path: Path) -> None:
     path, calls, ticks = write_rows(tmp_path / "rows.jsonl", 10, ["a", "b"]), [], []
+    refuse_unless_causal(model)  # what it reads is tried once a model, with a forward of its own
     model.lm_head.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[1]))
     evaluate(model, tiny_tokenizer(), path, task="classify", batch_size=4, tick=lambda: ticks.append(1))
     assert calls == [4, 4, 2]

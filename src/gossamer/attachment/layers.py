@@ -15,7 +15,8 @@ from gossamer.attachment.kinds import shape_of
 from gossamer.attachment.match import Selection, select
 from gossamer.errors import AdapterFileError, TargetError, UnsupportedError, nearest
 from gossamer.methods import Layer, Replacement, Shape, TargetedMethod
-from gossamer.methods.base import check_slots, wide
+from gossamer.methods.base import wide
+from gossamer.methods.slots import check_slots
 from gossamer.methods.tokens import SLOT, TokenRows
 
 Layers = dict[str, tuple[Shape, Layer]]

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import AdapterFileError
 from gossamer.kernels.linears import Term
 from gossamer.kernels.routing import Share
 
@@ -184,23 +183,6 @@ class Layer(nn.Module):
         return {}
 
 
-def hold(layer: nn.Module, slots: Mapping[str, Tensor]) -> None:
-    """Give a layer its slots as parameters, under the very names; a dotted one lies in a child."""
-    for name, value in slots.items():
-        place, (*path, last) = layer, name.split(".")
-        for part in path:
-            place.add_module(part, place._modules.get(part) or nn.Module())
-            place = place.get_submodule(part)
-        place.register_parameter(last, nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format)))
-
-
 def wide(tensor: Tensor) -> Tensor:
     """At least float32: what is trained and what deltas are computed in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def check_slots(path: str, slots: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `AdapterFileError` unless the tensors have exactly these names and shapes."""
-    got = {name: tuple(tensor.shape) for name, tensor in slots.items()}
-    if got != dict(expected):
-        raise AdapterFileError("tensors that do not fit the module", where=path, got=str(got), expected=str(expected))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedError
 from gossamer.linalg import all_zero
-from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, hold
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape
 from gossamer.methods.factored import Rank
+from gossamer.methods.slots import hold
 from gossamer.methods.targeted import TargetedMethod
 from gossamer.spec import StrictFloat
 

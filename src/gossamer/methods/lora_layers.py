@@ -12,9 +12,10 @@ from gossamer.errors import UnsupportedError
 from gossamer.kernels import reference
 from gossamer.kernels.linears import Term, linears
 from gossamer.kernels.routing import Share
-from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, hold, wide
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.factored import factor_names
 from gossamer.methods.replacement import ParameterLayer, bias_shift
+from gossamer.methods.slots import hold
 
 
 class FactorLayer(Layer):

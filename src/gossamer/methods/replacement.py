@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from gossamer.kernels.routing import Share
-from gossamer.methods.base import LINEAR_KINDS, Base, Layer, hold
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer
+from gossamer.methods.slots import hold
 
 
 class ParameterLayer(Layer):

@@ -9,7 +9,7 @@ from gossamer.training.config import DataFiles, LoopConfig, RunConfig, TrainConf
 from gossamer.training.evaluate import answer_batches, answer_loss, evaluate
 from gossamer.training.loop import train
 from gossamer.training.many import Job, Runs, train_many
-from gossamer.training.trainee import Run
+from gossamer.training.outcome import Run
 
 __all__ = [
     "DataFiles",

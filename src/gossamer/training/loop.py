@@ -35,9 +35,9 @@ from gossamer.training.interrupt import interruptible
 from gossamer.training.loss import refuse_unless_causal, supervised_nll
 from gossamer.training.material import Files, Material
 from gossamer.training.memory import agreed, checkpointing
-from gossamer.training.outcome import run_config
+from gossamer.training.outcome import Run, run_config
 from gossamer.training.run_folder import open_run
-from gossamer.training.trainee import Batches, Parts, Run, Trainee
+from gossamer.training.trainee import Batches, Parts, Trainee
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -25,9 +25,9 @@ from gossamer.training.distributed import World
 from gossamer.training.loop import Loop
 from gossamer.training.loss import refuse_unless_causal
 from gossamer.training.material import Material
-from gossamer.training.outcome import run_config
+from gossamer.training.outcome import Run, run_config
 from gossamer.training.run_folder import open_run
-from gossamer.training.trainee import Run, Trainee
+from gossamer.training.trainee import Trainee
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

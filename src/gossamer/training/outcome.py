@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, what report.json says, and the adapter."""
+
+    output: Path
+    report: dict[str, Any]
+    adapter: Adapter
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from gossamer.training.masks import preview
 from gossamer.training.material import Material, Steps, read_files
 from gossamer.training.memory import decide
 from gossamer.training.optim import peak_lr
+from gossamer.training.outcome import Run
 from gossamer.training.run_folder import refuse_output
 from gossamer.training.sharding import shard
-from gossamer.training.trainee import Run
 
 
 def run(config: RunConfig, *, resume: bool = False, progress: Progress | None = None) -> Run:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +38,7 @@ from gossamer.training.fast import drops_out
 from gossamer.training.material import Material, Steps
 from gossamer.training.memory import decide, stored_as
 from gossamer.training.optim import lr_factor, make_optimizer, peak_lr, set_lr, usable_optimizer, warmup_steps
-from gossamer.training.outcome import peak_memory, read_outcome, sampled, write_outcome
+from gossamer.training.outcome import Run, peak_memory, read_outcome, sampled, write_outcome
 from gossamer.training.run_folder import RunFolder
 from gossamer.training.stopping import Stopping
 
@@ -50,15 +49,6 @@ Batches = list[list[int]]
 """What one step learns from: batches of indices of examples."""
 Parts = Sequence[tuple[list[int], Tensor]]
 """Indices of examples that went through the model at once, and their part of the step's loss."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its folder, what report.json says, and the adapter."""
-
-    output: Path
-    report: dict[str, Any]
-    adapter: Adapter
 
 
 @dataclass(eq=False)
