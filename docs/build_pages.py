@@ -1,4 +1,4 @@
-"""Writes the generated pages (help, errors' index, methods, the README's comparisons) and checks every link.
+"""Writes the generated pages (help, settings, errors' index, methods, the README's comparisons) and checks every link.
 
 python docs/build_pages.py            write what is stale, report broken links
 python docs/build_pages.py --check    write nothing; exit 1 when something is stale or broken
@@ -7,6 +7,7 @@ python docs/build_pages.py --check    write nothing; exit 1 when something is st
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,9 @@ import build_figures
 import build_methods
 
 from gossamer import errors
+from gossamer.methods import TargetedMethod
+from gossamer.spec import Spec
+from gossamer.training.config import DataFiles, LoopConfig, RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -62,6 +66,46 @@ def command_page() -> str:
         title = " ".join(("gossamer", *words))
         parts.append(f"## {title}\n\n```text\n{help_of(*words)}```\n")
     return "\n".join(parts)
+
+
+# A run's settings -------------------------------------------------------------------------------------------------
+
+
+def settings_page() -> str:
+    """docs/settings.md: every key of a run's config, its default and what its docstring says."""
+    rooms = (("", RunConfig), ("data", DataFiles), ("train", LoopConfig))
+    parts = [
+        "# The settings of a run",
+        NOTE.format(source="src/gossamer/training/config.py"),
+        (
+            "Every key of the file that `gossamer train` reads; its flag is such as `--train.lr 2e-4`. The keys under\n"
+            "`method` are on the [methods'](methods/lora.md) pages, memory, rates and decay on that of "
+            "[training](training.md)."
+        ),
+    ]
+    for room, spec in rooms:
+        title = f"## `{room}`" if room else "## The run"
+        parts.append(
+            "\n".join([f"\n{title}\n", "| key | default | meaning |", "| --- | --- | --- |", *rows_of(room, spec)])
+        )
+    return "\n".join(parts) + "\n"
+
+
+def rows_of(room: str, spec: type[Spec]) -> list[str]:
+    """A row of the table for each field of a spec."""
+    rows = []
+    for name, field in spec.model_fields.items():
+        default = "required" if field.is_required() else shown(field.default)
+        meaning = " ".join(str(field.description).split()).replace("|", "\\|")
+        rows.append(f"| `{room}{'.' * bool(room)}{name}` | {default} | {meaning} |")
+    return rows
+
+
+def shown(default: object) -> str:
+    """A default as YAML has it; of a spec, its own page or section says more."""
+    if isinstance(default, TargetedMethod):
+        return f"`{{name: {default.name}}}`"
+    return "as below" if isinstance(default, Spec) else f"`{json.dumps(default)}`".replace('"', "")
 
 
 # The errors -------------------------------------------------------------------------------------------------------
@@ -133,6 +177,7 @@ def without_code(page: Path, *, spans: bool = True) -> str:
 
 PAGES = {
     DOCS / "cli.md": command_page,
+    DOCS / "settings.md": settings_page,
     DOCS / "errors" / "index.md": error_page,
     build_figures.README: build_figures.readme,
 } | build_methods.pages()

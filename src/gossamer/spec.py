@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError
 
 from gossamer.errors import SpecError, nearest
+from gossamer.peers import OURS
 
 StrictInt = Annotated[int, Strict()]
 StrictFloat = Annotated[float, Strict()]
@@ -152,13 +153,30 @@ def _faults(
         dotted = ".".join(str(part) for part in (*at, *path))
         place = f"{lines.at((*at, *path))}: " if lines else ""
         if fault["type"] == "extra_forbidden":
-            hint = nearest(str(path[-1]), _names_at(cls, path[:-1]))
+            hint = _right_key(cls, path, at)
             found.append(f"{place}{dotted}: unknown key{'; ' + hint if hint else ''}")
         elif fault["type"] == "missing":
             found.append(f"{place}{dotted}: required, but missing")
         else:
             found.append(f"{place}{dotted}: {fault['msg']}; got {fault['input']!r}")
     return list(dict.fromkeys(found))
+
+
+def _right_key(cls: type[BaseModel], path: tuple[str | int, ...], at: tuple[str, ...]) -> str:
+    """A hint for an unknown key: ours for another tool's, where it belongs, or the nearest name; `""` if none is meant.
+
+    A key that has a place elsewhere gets no name that is only spelt alike.
+    """
+    name, names = str(path[-1]), _names_at(cls, path[:-1])
+    inside = [f"{outer}.{name}" for outer in cls.model_fields if name in _names_at(cls, (outer,))]
+    ours = inside[0] if inside else OURS.get(name.lower().replace("-", "_"))
+    if ours is None:
+        return nearest(name, names)
+    setting = ours.rpartition(".")[2]
+    if setting.partition(":")[0] in names:
+        return f"did you mean {setting!r}?"
+    room = ours.partition(":")[0].partition(".")[0]
+    return f"did you mean {ours!r}?" if at or room in cls.model_fields else ""
 
 
 def _names_at(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:

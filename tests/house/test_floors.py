@@ -11,7 +11,7 @@ import pytest
 from tests.house import tree
 
 FLOORS = (
-    {"errors", "spec", "adapter"},
+    {"errors", "peers", "spec", "adapter"},
     {"linalg", "drawing", "progress", "kernels", "quant"},
     {"methods", "attachment"},
     {"files", "models", "planning"},
@@ -22,7 +22,7 @@ FLOORS = (
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 BESIDE = {
-    "spec": {"errors"},
+    "spec": {"errors", "peers"},
     "adapter": {"errors", "spec"},
     "attachment": {"methods"},
     "models": {"files"},

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import gossamer as gs
 from bench.plan import Live
 from gossamer.errors import NonFiniteError, UsageError
-from gossamer.quant import FORMATS, QuantizedLinear, linear, quantize_model, quantized
+from gossamer.quant import FORMATS, QuantizedLinear, format_of, linear, quantize_model, quantized
 
 every_format = pytest.mark.parametrize("quant", FORMATS)
 
@@ -269,3 +269,12 @@ def test_a_conv1d_becomes_a_linear_module():
 def test_what_cannot_be_quantised(net: nn.Module, quant: str):
     with pytest.raises(UsageError):
         quantize_model(net, quant)
+
+
+@pytest.mark.parametrize("word", ["4bit", "int4", "q4_0", "bnb-4bit", "4", "nf4-double", "8bit", "q8_0", "llm.int8"])
+def test_another_tools_word_is_led_to_as_many_bits(word: str):
+    with pytest.raises(UsageError) as caught:
+        format_of(word)
+    named = [name for name in FORMATS if repr(name) in caught.value.hint]
+    assert named
+    assert all(("4" in name) == ("4" in word) for name in named)

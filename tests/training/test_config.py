@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from gossamer.errors import SpecError
-from gossamer.methods import LoRA
+from gossamer.methods import METHODS, LoRA
+from gossamer.peers import OURS
 from gossamer.quant import FORMATS
 from gossamer.training import LoopConfig, RunConfig, TrainConfig
+from gossamer.training.config import DataFiles
 
 GOOD = """\
 base: smollm2-135m
@@ -165,3 +167,51 @@ def test_a_path_alone_is_training_data() -> None:
     config = TrainConfig(data=Path("a") / "rows.jsonl", output=Path("runs") / "x")
     assert (config.data.train, config.data.eval, config.output) == ("a/rows.jsonl", None, "runs/x")
     assert LoopConfig(**{name: getattr(config, name) for name in LoopConfig.model_fields}) == config.loop()
+
+
+# Other tools' names ---------------------------------------------------------------------------------------------------
+
+
+def _accepts(setting: str) -> bool:
+    """Whether a run's config has a place by this name, and takes the value that may stand behind it."""
+    place, _, value = setting.partition(": ")
+    outer, _, inner = place.rpartition(".")
+    spec = {"": RunConfig, "train": LoopConfig, "data": DataFiles, "method": LoRA}[outer]
+    if (outer, inner) == ("method", "name"):
+        return not value or value in METHODS
+    if value and inner in spec.model_fields:
+        fields = {inner: value} if outer else {"base": "b", "data": "d", "output": "o", inner: value}
+        spec.from_dict(fields)
+    return inner in spec.model_fields
+
+
+@pytest.mark.parametrize("peer", OURS)
+def test_a_key_of_another_tool_leads_to_ours(peer: str) -> None:
+    """Wherever it is written in the config; and what it leads to exists."""
+    ours, rooms = OURS[peer], {"": RunConfig, "train": LoopConfig, "data": DataFiles, "method": LoRA}
+    assert _accepts(ours)
+    for room, spec in rooms.items():
+        if peer in spec.model_fields:
+            continue
+        there = {room: {peer: 1}} if room else {peer: 1}
+        with pytest.raises(SpecError) as caught:
+            RunConfig.from_dict({"base": "b", "data": {"train": "d"}, "output": "o"} | there)
+        own = ours.rpartition(".")[2]
+        hints = [fault for fault in caught.value.faults if f"{peer}: unknown key" in fault]
+        assert hints
+        assert all(f"did you mean {ours!r}?" in one or f"did you mean {own!r}?" in one for one in hints)
+
+
+@pytest.mark.parametrize("name", [*LoopConfig.model_fields, *(set(DataFiles.model_fields) - {"train"})])
+def test_a_setting_on_the_wrong_level_is_led_to_its_own(name: str) -> None:
+    room = "train" if name in LoopConfig.model_fields else "data"
+    with pytest.raises(SpecError) as caught:
+        RunConfig.from_dict({"base": "b", "data": "d", "output": "o", name: 1})
+    assert f"{name}: unknown key; did you mean '{room}.{name}'?" in caught.value.faults
+
+
+def test_a_key_of_another_tool_is_not_taken_for_one_spelt_alike() -> None:
+    """A spec that has no place for it gives no hint at all."""
+    with pytest.raises(SpecError) as caught:
+        LoRA(learning_rate=1e-4)  # pyright: ignore[reportCallIssue]
+    assert caught.value.faults == ("learning_rate: unknown key",)

@@ -181,9 +181,9 @@ class _Product(torch.autograd.Function):
 def format_of(quant: str) -> Format:
     """The format of that name. Raises `UsageError` with the nearest names."""
     if quant not in FORMATS:
-        raise UsageError(
-            "unknown quantisation", got=repr(quant), expected=", ".join(FORMATS), hint=nearest(quant, FORMATS)
-        )
+        bits = [name for name in FORMATS if set(name) & set(quant) & {"4", "8"}]  # "4bit" is never sent to 8
+        hint = nearest(quant, bits or FORMATS) or (f"did you mean {bits[0]!r}?" if bits else "")
+        raise UsageError("unknown quantisation", got=repr(quant), expected=", ".join(FORMATS), hint=hint)
     return FORMATS[quant]
 
 
