@@ -76,8 +76,7 @@ class Houlsby(Bottleneck):
     When to use it: to compare with the adapters of the paper, or where the change should not be linear in its input.
     For serving, a method that merges costs less.
 
-    Learning rate: `lr: auto` is LoRA's: the paper looks between 3e-5 and 3e-3, and Hu et al. 2021 take about the same
-    for both.
+    Learning rate: `lr: auto` is LoRA's, a rule of thumb for factors of about the same number; it was not swept here.
 
     Source: Houlsby et al. 2019, arXiv:1902.00751, section 2.1 and figure 2.
     """

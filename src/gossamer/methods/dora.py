@@ -44,7 +44,7 @@ class DoRA(Factored):
     paper finds it ahead of LoRA at ranks 4 to 64, most clearly below 8. Use plain LoRA where adapters are to be added,
     or served unmerged by a program that does not know DoRA.
 
-    Learning rate: `lr: auto` is LoRA's: appendix A of the paper takes LoRA's own settings, and its rate or half of it.
+    Learning rate: `lr: auto` is LoRA's: the factors are LoRA's, and the magnitudes start where they belong.
 
     Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
     """

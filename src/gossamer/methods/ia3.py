@@ -36,7 +36,8 @@ class IA3(TargetedMethod):
     When to use it: with few examples and very many tasks: the paper learns from some tens of rows a task, and one
     adapter is a few vectors. It can only scale what the model already computes; for more, use LoRA.
 
-    Learning rate: `lr: auto` is six times LoRA's, which at a hidden size of 2,048 is the paper's 3e-3.
+    Learning rate: `lr: auto` is six times LoRA's, which at a hidden size of 2,048 is the paper's 3e-3; the best of
+    three as measured on SmolLM2-135M.
 
     Source: Liu et al. 2022, arXiv:2205.05638, section 3.3.
     """

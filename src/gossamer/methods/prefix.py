@@ -60,8 +60,8 @@ class PrefixTuning(VirtualTokens):
     ("prefix-layer"). There is no reparameterising MLP; files that PEFT trained with one hold the keys and values it
     gave, and read the same. Decoders with full attention in every layer are supported; others are refused by name.
 
-    Learning rate: `lr: auto` is thirty times LoRA's: keys and values start random and have far to go, and there is no
-    MLP that moves them.
+    Learning rate: `lr: auto` is thirty times LoRA's, the best of four as measured on SmolLM2-135M: keys and values
+    start random and have far to go, and there is no MLP that moves them.
 
     Source: Li and Liang 2021, arXiv:2101.00190, equation 3.
     """
@@ -100,7 +100,8 @@ class PromptTuning(VirtualTokens):
     5.1 ("prefix-embedding", without infix tokens). Decoders with full attention in every layer are supported; others
     are refused by name.
 
-    Learning rate: `lr: auto` is thirty times LoRA's, 2e-2 at a hidden size of 1,024. The paper's 0.3 is Adafactor's.
+    Learning rate: `lr: auto` is thirty times LoRA's, the best of three as measured on SmolLM2-135M. The paper's 0.3 is
+    Adafactor's.
 
     Source: Lester et al. 2021, arXiv:2104.08691, section 2.
     """

@@ -37,8 +37,8 @@ class VeRA(TargetedMethod):
     When to use it: where very many adapters are kept, since each trains few numbers: the paper reports LoRA's results
     on GLUE with about a tenth of its trained parameters. Unmerged it is slower than LoRA at a small rank.
 
-    Learning rate: `lr: auto` is thirty times LoRA's. The paper's is ten times LoRA's for language models (4e-3) and up
-    to 2e-2 on GLUE; with d_vec at 0.1, b_vec has far to go, and on SmolLM2-135M ten times is not enough in a short run.
+    Learning rate: `lr: auto` is thirty times LoRA's, the best of four as measured on SmolLM2-135M. The paper's is about
+    ten times LoRA's; with d_vec at 0.1, b_vec has far to go, and ten times was not enough in a short run.
 
     Source: Kopiczko et al. 2023, arXiv:2310.11454, equation 2.
     """

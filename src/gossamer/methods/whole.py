@@ -59,8 +59,8 @@ class BitFit(Whole):
     When to use it: on encoders such as BERT with little data, where the paper finds it level with full fine-tuning, and
     as a small baseline. With more data LoRA goes further.
 
-    Learning rate: `lr: auto` is LoRA's: the paper's best lie between 1e-4 and 1e-3 on models of 768 to 1,024, where
-    full fine-tuning has 1e-5 to 5e-5.
+    Learning rate: `lr: auto` is LoRA's, by likeness to norms, whose vectors are of the same kind; it was not measured,
+    because SmolLM2-135M, as every Llama, has no biases.
 
     Source: Ben Zaken et al. 2021, arXiv:2106.10199, section 3.
     """
@@ -127,7 +127,8 @@ class FullTuning(Whole):
     hold and memory allows it.
 
     Learning rate: `lr: auto` is a twenty-fifth of LoRA's: 5e-5 at a hidden size of 576 and 1e-5 at 4,096, as models of
-    those sizes are usually tuned. Schulman et al. 2025 have a tenth; on SmolLM2-135M that is too much in a short run.
+    those sizes are usually tuned. Schulman et al. 2025 have a tenth; on SmolLM2-135M that and three times that ended
+    above each of 0.02, 0.03 and 0.04 in a short run.
 
     Source: the baseline of Hu et al. 2021, arXiv:2106.09685, equation 1.
     """
