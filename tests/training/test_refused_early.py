@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from gossamer.cli import main
-from gossamer.errors import GossamerError
+from gossamer.errors import DataError, GossamerError
 from gossamer.progress import Silent
-from gossamer.training import RunConfig, runs
+from gossamer.spec import write_yaml
+from gossamer.training import RunConfig, runs, sweep
 from gossamer.training.outcome import peak_memory
 from tests.training.toy_run import toy_config, toy_train, write_rows
 
@@ -27,6 +28,7 @@ def no_base(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Loaded
 
     monkeypatch.setattr(runs, "load_base", load)
+    monkeypatch.setattr(sweep, "load_base", load)
     monkeypatch.setattr("gossamer.models.load_base", load)
 
 
@@ -71,6 +73,33 @@ def test_a_run_without_fault_goes_on_to_the_base(no_base: None, tmp_path: Path):
 def test_a_rehearsal(no_base: None, tmp_path: Path, fault: str):
     with pytest.raises(GossamerError):
         runs.rehearse(RunConfig.from_dict(faulty(tmp_path, fault)[0]))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_sweep(no_base: None, tmp_path: Path, fault: str):
+    fields, grid = faulty(tmp_path, fault)[0], tmp_path / "grid.yaml"
+    (tmp_path / "run.yaml").write_text(write_yaml(fields))
+    grid.write_text("method.r: [2, 4]\n")
+    plan = sweep.read_sweep(tmp_path / "run.yaml", grid)
+    with pytest.raises(GossamerError):
+        sweep.run_plan(plan, progress=Silent())
+    if "output" not in fault:
+        with pytest.raises(GossamerError):
+            sweep.rehearse_plan(plan, Silent())
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_fleet_goes_on_while_one_data_set_can_be_read(no_base: None, tmp_path: Path, good: int):
+    (tmp_path / "run.yaml").write_text(write_yaml(faulty(tmp_path, "none")[0]))
+    (tmp_path / "sets").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "sets" / f"{name}.jsonl").write_text('{"a": 1}\n')
+    if good:
+        write_rows(tmp_path / "sets" / "c.jsonl")
+    plan = sweep.read_fleet(tmp_path / "run.yaml", tmp_path / "sets")
+    with pytest.raises(Loaded if good else DataError):
+        sweep.rehearse_plan(plan, Silent())
 
 
 def test_an_evaluation(no_base: None, tmp_path: Path):

@@ -27,7 +27,7 @@ from gossamer.training.containers import SUFFIXES
 from gossamer.training.distributed import World
 from gossamer.training.loss import refuse_unless_causal
 from gossamer.training.many import Materials, Runs, train_many
-from gossamer.training.material import Steps
+from gossamer.training.material import Steps, read_files
 from gossamer.training.run_folder import open_run
 from gossamer.training.sweep_report import train_loss, write_sweep_report
 
@@ -159,11 +159,13 @@ def run_plan(plan: Plan, *, resume: bool = False, progress: Progress | None = No
         "trainable_params", "train_loss", "eval_before", "eval_after", "seconds"} or {..., "error"}]}. "metric" is what
         "best" is chosen by: accuracy (largest), loss (smallest), or None without held-out rows or for a fleet.
 
-    Raises: what `train_many` raises; StateError for an output folder in use. Settings that fail are in the result.
+    Raises: what `train_many` raises; StateError for an output folder in use; DataError, before the base is loaded,
+    where no setting has files that can be read. Settings that fail are in the result.
     """
     world = World.here(plan.settings[0].config.device)
     show, start = world.shown(progress), time.monotonic()
     resume = resume or (world.restarts > 0 and world.first(lambda: Path(plan.output).exists()))
+    _refuse_without_rows(plan)
     with world.opened(lambda: open_run(plan.output, resume=resume)) as folder:
         world.first(lambda: write_text(folder.config, write_yaml(plan.shared)))
         for note in plan.notes:
@@ -179,6 +181,7 @@ def run_plan(plan: Plan, *, resume: bool = False, progress: Progress | None = No
 
 def rehearse_plan(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
     """The settings with the size of each adapter and its steps, or its error; nothing is trained or written."""
+    _refuse_without_rows(plan)
     model, tokenizer = _base(plan, World())
     refuse_unless_causal(model)
     materials, rows = Materials(model, tokenizer), []
@@ -205,6 +208,21 @@ def exit_code(plan_runs: Mapping[str, Any]) -> int:
 
 def _kinds(kind: type[GossamerError]) -> list[type[GossamerError]]:
     return [kind, *(one for below in kind.__subclasses__() for one in _kinds(below))]
+
+
+def _refuse_without_rows(plan: Plan) -> None:
+    """Raise the first `DataError` where there is none of the settings whose files can be read."""
+    faults = []
+    for data in {
+        (one.config.data.train, one.config.data.eval, one.config.data.format): one.config.data for one in plan.settings
+    }.values():
+        try:
+            read_files(data)
+        except DataError as error:
+            faults.append(error)
+        else:
+            return
+    raise faults[0]
 
 
 def _base(plan: Plan, world: World) -> tuple[Any, Any]:
