@@ -87,6 +87,14 @@ def test_what_is_trained_at_the_language_model_is_what_attach_trains(kind: str):
     assert plan(config, spec, sequence=32).trainable == plan(config, gs.LoRA(r=4), sequence=32).trainable == trained
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_linear_is_the_language_model_of_plan_and_attach_alike(kind: str):
+    model, spec = built(kind, "cpu"), gs.LoRA(r=4, target_modules="all-linear")
+    model.config.architectures = [type(model).__name__]
+    trained = gs.attach(model, spec).trainable
+    assert plan(model.config.to_dict(), spec, sequence=32).trainable == trained
+
+
 def test_adapters_in_a_tower_are_refused_by_name():
     config = built("llava").config.to_dict()
     for targets in (("q_proj",), r".*_proj"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ VALUES: dict[str, Any] = {
     **dict.fromkeys(("label", "kto_tag", "desirable", "is_desirable", "accepted", "is_chosen", "train"), False),
     **dict.fromkeys(("weight", "weights", "sample_weight", "loss_weight", "importance"), 0.5),
 }
-MEANINGLESS = ("id", "source", "metadata", "score", "split", "url", "lang", "created_at", "num_tokens", "anything")
+MEANINGLESS = ("id", "source", "metadata", "score", "split", "url", "lang", "created_at", "num_tokens", "file",
+               "files", "anything")  # fmt: skip
 COLUMNS = (*dict.fromkeys((*(name for one in REFUSED for name in one.names), "Images", "image-url", "System"
                            )), *MEANINGLESS)  # fmt: skip
 
@@ -83,12 +83,23 @@ def test_every_column_is_used_or_named_or_refused(tmp_path: Path, format: str):
             assert column not in rows.unused
 
 
+@pytest.mark.parametrize("switch", ["train", "weight"])
+def test_a_prompts_turn_that_asks_to_be_learned_is_refused(tmp_path: Path, switch: str):
+    """Of a prompt and a completion that are turns the second is learned; the first may say that it is not."""
+    record, prompt = FORMATS["conversational"], [{"role": "user", "content": "Hi"}]
+    before = [*prompt, {"role": "assistant", "content": "Hm", switch: False}, *prompt]
+    assert len(read(tmp_path, record | {"prompt": before})) == 1
+    before[1][switch] = True
+    with pytest.raises(DataError, match=r"train\.jsonl:1: 'prompt': turn 2 asks to be learned.* 'messages'"):
+        read(tmp_path, record | {"prompt": before})
+
+
 @pytest.mark.parametrize("value", [None, "", " ", [], {}, [None], {"path": None}, [{"bytes": None, "path": ""}]])
 def test_an_empty_column_is_harmless(tmp_path: Path, value: Any):
     assert is_empty(value)
-    for plain, column in product(FORMATS.values(), COLUMNS):
-        rows = read(tmp_path, plain | {column: value}, plain)
-        assert rows.rows[0].turns == rows.rows[1].turns
+    for plain in FORMATS.values():
+        bare, *rows = read(tmp_path, plain, *(plain | {column: value} for column in COLUMNS))
+        assert all(row.turns == bare.turns for row in rows)
 
 
 def test_marks_that_say_yes_are_harmless(tmp_path: Path):

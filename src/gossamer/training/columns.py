@@ -62,7 +62,7 @@ REFUSED = (
             "videos are not read yet", _PICTURES),
     Meaning(("audio", "audios", "audio_path", "audio_paths", "speech", "waveform", "input_features", "input_values"),
             "sounds are not read yet", _PICTURES),
-    Meaning(("file", "files", "attachment", "attachments"), "attached files are not read", _PICTURES),
+    Meaning(("attachment", "attachments"), "attached files are not read", _PICTURES),
     Meaning(("chosen", "rejected", "chosen_response", "rejected_response", "rejected_responses", "preferred",
              "dispreferred", "preferred_output", "non_preferred_output", "preference"),
             "a preference is not what sft learns",

@@ -247,6 +247,10 @@ def _prompt_completion(record: Fields, where: str) -> Row:
                          "write it into the prompt, or both as lists of turns")  # fmt: skip
         return row
     before, answer = read_turns(record.turns("prompt")), read_turns(record.turns("completion"))
+    for number, entry in enumerate(record.turns("prompt"), start=1):
+        if any(entry.get(name) for name in ("train", "weight")):  # of the assistant: others are refused above
+            raise BadRow(f"'prompt': turn {number} asks to be learned, but of two lists of turns the second is; "
+                         "write both into 'messages'")  # fmt: skip
     if any(turn.role != "assistant" and turn.role != "tool" for turn in answer):
         raise BadRow("'completion' holds a turn that is not the assistant's")
     return _chat_row(record, where, (*(turn._replace(supervised=False) for turn in before), *answer))
