@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 import gossamer as gs
+from gossamer.cli import main
+from gossamer.cli.shared import load_with_adapter
 from gossamer.errors import AdapterFileError, UnsupportedError, UsageError
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.serving import originals
-from gossamer.serving.dialect import PLAIN, Dialects, spoken
+from gossamer.serving.chat_format import PLAIN, ChatFormats, common_format
 from gossamer.serving.engine import Engine
 from gossamer.serving.names import check_names
 from tests.adapters import trained
@@ -139,15 +141,15 @@ def own(folder: Path, change: Any) -> Path:
 
 
 def test_a_copy_of_the_bases_tokenizer_is_nothing(tmp_path: Path) -> None:
-    dialects = Dialects(tiny_tokenizer())
-    assert dialects.of(tmp_path) is PLAIN
-    assert dialects.of(own(tmp_path / "same", lambda _: None)) is PLAIN
+    chat_formats = ChatFormats(tiny_tokenizer())
+    assert chat_formats.of(tmp_path) is PLAIN
+    assert chat_formats.of(own(tmp_path / "same", lambda _: None)) is PLAIN
 
     def sides(tokenizer: Any) -> None:
         tokenizer.padding_side = tokenizer.truncation_side = "left"
         tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
 
-    assert dialects.of(own(tmp_path / "sides", sides)) is PLAIN, "how batches were made is no part of a text"
+    assert chat_formats.of(own(tmp_path / "sides", sides)) is PLAIN, "how batches were made is no part of a text"
 
 
 def test_its_template_and_its_end_hold(tmp_path: Path) -> None:
@@ -158,16 +160,35 @@ def test_its_template_and_its_end_hold(tmp_path: Path) -> None:
     base = tiny_tokenizer()
     turn = int(base.convert_tokens_to_ids(TURN))  # type: ignore[arg-type]
     assert turn != base.eos_token_id
-    found = Dialects(base).of(own(tmp_path / "own", change))
+    found = ChatFormats(base).of(own(tmp_path / "own", change))
     assert found.template == "{{ messages[0].content }}!"
     assert found.ends == {turn}
     assert found.tokens["eos_token"] == TURN
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "chat_template.jinja").write_text("hi")
-    assert Dialects(base).of(tmp_path / "alone").template == "hi"
+    assert ChatFormats(base).of(tmp_path / "alone").template == "hi"
     with pytest.raises(UnsupportedError, match="different chat templates"):
-        spoken([found, PLAIN])
-    assert spoken([PLAIN, PLAIN]) is PLAIN
+        common_format([found, PLAIN])
+    assert common_format([PLAIN, PLAIN]) is PLAIN
+
+
+def test_the_command_speaks_to_an_adapter_as_its_folder_says(tmp_path: Path, capsys: Any) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.chat_template = "{{ messages[0].content }}!"
+        tokenizer.eos_token = TURN
+
+    tiny("llama").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    values(1)[0].save(tmp_path / "adapter")
+    own(tmp_path / "adapter", change)
+    _, tokenizer, _ = load_with_adapter(str(tmp_path / "base"), str(tmp_path / "adapter"), None, "fp32", "cpu", False)
+    turns = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == "hi!"
+    assert tokenizer.eos_token == TURN
+    own(tmp_path / "adapter", lambda tokenizer: tokenizer.add_tokens(["<more>"]))
+    words = ["--base", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "hi"]
+    assert main(["generate", *words]) == 2
+    assert "other tokens than the base's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

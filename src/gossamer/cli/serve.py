@@ -101,7 +101,7 @@ def _serve(name: str, options: dict[str, Any]) -> None:
     bounds = Bounds(answering=options["timeout"])
     app = create_app(engine, name=name, keyring=keyring, folder=folder, bounds=bounds, vectors=vectors, hub=hub)
     with closing(bound(options["host"], options["port"])) as at:  # before anything is loaded
-        serve(app, at, options["drain"])
+        serve(app, drain=options["drain"], at=at)
     click.echo("stopped")
 
 

@@ -75,17 +75,23 @@ def base_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def load_with_adapter(
     base: str, adapter: str | None, quant: str | None, dtype: str, device: str, force_base: bool
 ) -> tuple[Any, Any, str]:
-    """Model, tokenizer and the digest of the adapter that stands on it ("" without one)."""
+    """Model, tokenizer and the digest of the adapter that stands on it ("" without one).
+
+    The tokenizer is the base's, with the chat template that lies beside the adapter, where there is one.
+    """
     from gossamer.adapter import Adapter
     from gossamer.attachment import attach
     from gossamer.files.places import adapter_of
     from gossamer.models import load_base
+    from gossamer.serving.chat_format import tokenizer_for
 
-    value = Adapter.load(adapter_of(adapter)) if adapter else None
+    if not adapter:
+        return *load_base(base, quant=quant, dtype=dtype, device=device), ""
+    folder = adapter_of(adapter)
+    value = Adapter.load(folder)
     model, tokenizer = load_base(base, quant=quant, dtype=dtype, device=device)
-    if value is not None:
-        attach(model, value, force_base=force_base)
-    return model, tokenizer, value.digest if value is not None else ""
+    attach(model, value, force_base=force_base)
+    return model, tokenizer_for(folder, tokenizer), value.digest
 
 
 def emit(value: Any) -> None:

@@ -31,7 +31,7 @@ from gossamer.files.places import adapter_of
 from gossamer.models import load_base
 from gossamer.models.language import positions, text_config
 from gossamer.models.locate import locate
-from gossamer.serving.dialect import check_same
+from gossamer.serving.chat_format import check_same
 from gossamer.serving.folder import Folder
 
 Pooling = Literal["mean", "cls", "last", "max"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UsageError
-from gossamer.serving.vocabulary import Vocabulary, encoded, texts, vocabulary_of
+from gossamer.serving.vocabulary import Vocabulary, encoded, ends_of, texts, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +54,8 @@ def generate(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         drawn = [_Tokens(vocabulary_of(model, tokenizer))]
-        settings = {"max_new_tokens": max_tokens, "pad_token_id": pad, "logits_processor": drawn} | sampling
+        ends = {"eos_token_id": sorted(ends_of(model, tokenizer)) or None}
+        settings = {"max_new_tokens": max_tokens, "pad_token_id": pad, "logits_processor": drawn} | ends | sampling
         return [_continued(model, tokenizer, prompt, chat, settings) for prompt in listed]
 
 

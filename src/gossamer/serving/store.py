@@ -35,7 +35,7 @@ from gossamer.files.places import glance
 from gossamer.kernels.routing import Share, Stack
 from gossamer.methods import TargetedMethod
 from gossamer.models.steps import Decoder
-from gossamer.serving.dialect import PLAIN, Dialect, Dialects
+from gossamer.serving.chat_format import PLAIN, ChatFormat, ChatFormats
 from gossamer.serving.originals import Original, Originals
 
 Source = Adapter | Path | Callable[[], Adapter]
@@ -50,7 +50,7 @@ class Loaded:
         number: no other adapter's, nor another version's.
         is_sum: whether it only adds low-rank terms, so that it can have a weight and be mixed with others.
         rank: the largest of its ranks; 0 without factors.
-        dialect: how it is spoken to. original: its files as they were when it was first read, if it came from any.
+        chat_format: how its chats are written. original: its files as they were when it was first read, if it came from any.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Loaded:
     is_sum: bool
     rank: int
     size: int
-    dialect: Dialect = PLAIN
+    chat_format: ChatFormat = PLAIN
     original: Original | None = field(default=None, repr=False)
     number: int = field(default_factory=itertools.count().__next__)
 
@@ -89,7 +89,7 @@ class Version:
     loads: int = 0
     last: Loaded | None = field(default=None, repr=False)
     fault: GossamerError | None = field(default=None, repr=False)
-    dialect: Dialect | None = None
+    chat_format: ChatFormat | None = None
 
     @property
     def loaded(self) -> Loaded | None:
@@ -119,7 +119,7 @@ class Store:
         self.resident: dict[Version, None] = {}  # in memory or being read, what was asked for longest ago first
         self.fingerprint = base_fingerprint(model)
         self.unfit: dict[str, GossamerError] = {}
-        self.dialects, self.originals = Dialects(tokenizer), Originals()
+        self.chat_formats, self.originals = ChatFormats(tokenizer), Originals()
         self.reader = _reader()
 
     # Names -----------------------------------------------------------------------------------------------------
@@ -136,14 +136,14 @@ class Store:
         """Why what a name stands for could not be used, if so."""
         return version.fault if (version := self.versions.get(name)) else self.unfit.get(name)
 
-    def dialect_of(self, name: str) -> Dialect:
-        """How an adapter is spoken to. Raises what `Dialects.of` raises, and `UsageError` for one that is not known."""
+    def chat_format_of(self, name: str) -> ChatFormat:
+        """How its chats are written. Raises what `ChatFormats.of` raises, and `UsageError` for an unknown name."""
         version = self._known(name)
         if version.last:
-            return version.last.dialect
-        if version.dialect is None:
-            version.dialect = self.dialects.of(version.source) if isinstance(version.source, Path) else PLAIN
-        return version.dialect
+            return version.last.chat_format
+        if version.chat_format is None:
+            version.chat_format = self.chat_formats.of(version.source) if isinstance(version.source, Path) else PLAIN
+        return version.chat_format
 
     def describe(self, name: str) -> dict[str, Any]:
         """What is known of an adapter: digest, rank, method and size only once it was read."""
@@ -186,17 +186,17 @@ class Store:
             TargetError; UnsupportedError for what rows cannot have each their own of; NonFiniteError.
         """
         if known:
-            return self._ready(name, source, _again(name, source, known), known.dialect, known.original)
+            return self._ready(name, source, _again(name, source, known), known.chat_format, known.original)
         original = self.originals.of(source) if isinstance(source, Path) else None
         try:
-            dialect = self.dialects.of(source) if isinstance(source, Path) else PLAIN
-            return self._ready(name, source, _read(source), dialect, original)
+            chat_format = self.chat_formats.of(source) if isinstance(source, Path) else PLAIN
+            return self._ready(name, source, _read(source), chat_format, original)
         except BaseException:
             self.originals.forget(original)
             raise
 
     def _ready(
-        self, name: str, source: Source, adapter: Adapter, dialect: Dialect, original: Original | None
+        self, name: str, source: Source, adapter: Adapter, chat_format: ChatFormat, original: Original | None
     ) -> Loaded:
         """An adapter as rows of a batch want it."""
         if adapter.base and (other := differing(adapter.base, self.fingerprint)):
@@ -207,7 +207,7 @@ class Store:
         is_sum = not any(stack.rest for stack in stacks.values())
         size = sum(stack.nbytes for stack in stacks.values())
         about = (adapter.digest, adapter.spec.name, stacks, is_sum, max(ranks, default=0), size)
-        return Loaded(name, source, *about, dialect, original)
+        return Loaded(name, source, *about, chat_format, original)
 
     def put(self, loaded: Loaded) -> None:
         """Let the adapter's name mean it from now on."""

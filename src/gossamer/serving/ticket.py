@@ -88,7 +88,7 @@ class Ticket:
                     "only sums of low-rank terms can be weighted and mixed", where=one.name, got=one.method
                 )
         self.mix = tuple((one, weight) for one, weight in zip(loaded, weights, strict=True) if weight)
-        self.ends = frozenset().union(*(one.dialect.ends for one, _ in self.mix))
+        self.ends = frozenset().union(*(one.chat_format.ends for one, _ in self.mix))
 
     def add(self, drawn: Drawn) -> None:
         """Take its next token."""

@@ -49,10 +49,16 @@ class Memory:
         try:
             yield
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            if not ran_out(error):
                 raise
             said = str(error).splitlines()[0] if str(error) else ""
             raise ResourceError("out of memory", got=said, hint=self.hint) from error
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether torch or Python said that memory ran out."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (type(error) is RuntimeError and "can't allocate memory" in str(error))
 
 
 def agreed(memories: Sequence[Memory]) -> Memory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from gossamer.models import tiny, tiny_tokenizer
-from tests.serving.api.conftest import until
+from gossamer.serving.api.app import create_app
+from gossamer.serving.api.server import serve
+from tests.serving.api.conftest import engine, until
 
 ROOT = Path(__file__).parents[3]
 
@@ -123,3 +127,23 @@ def test_without_keys_it_stays_at_home() -> None:
     assert main(["serve", "--base", "x", "--host", "0.0.0.0"]) == 2
     assert main(["serve", "--base", "x", "--name", "a:b"]) == 2
     assert main(["serve", "--base", "x", "--keys", "/nothing/there.json"]) == 2
+
+
+def test_it_serves_where_event_loops_take_no_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError
+
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "add_signal_handler", refuse)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    app = create_app(engine, name="toy")
+
+    def stop() -> None:
+        until(lambda: getattr(app.state, "service", None) and app.state.service.worker.ready)
+        handlers[signal.SIGTERM]()
+
+    asking = threading.Thread(target=stop)
+    asking.start()
+    serve(app, port=0, drain=5)
+    asking.join()
+    assert handlers.keys() == {signal.SIGTERM, signal.SIGINT}

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from gossamer.errors import UsageError
 from gossamer.serving.api.faults import Refusal
 from gossamer.serving.api.schema import Message, Templated
-from gossamer.serving.dialect import Dialect
+from gossamer.serving.chat_format import ChatFormat
 from gossamer.serving.vocabulary import encoded
 
 _LETTERS = 16
@@ -21,12 +21,12 @@ _SEAM = 64
 """Tokens that the beginning of a text may have more than it has within the whole: where it was cut."""
 
 
-def rendered(tokenizer: Any, messages: Sequence[Message], how: Templated, dialect: Dialect) -> str:
+def rendered(tokenizer: Any, messages: Sequence[Message], how: Templated, chat_format: ChatFormat) -> str:
     """A conversation as the adapters' own chat template writes it, or the base's.
 
     Raises `UsageError` where it cannot, or leaves something out.
     """
-    template = dialect.template or tokenizer.chat_template
+    template = chat_format.template or tokenizer.chat_template
     if not template:
         raise UsageError("this base has no chat template", hint="use /v1/completions")
     variables = how.chat_template_kwargs or {}
@@ -35,7 +35,7 @@ def rendered(tokenizer: Any, messages: Sequence[Message], how: Templated, dialec
     if goes_on and messages[-1].role != "assistant":
         raise UsageError("the last message is not the assistant's", where="continue_final_message")
     begins = not goes_on if how.add_generation_prompt is None else how.add_generation_prompt
-    options: Any = {**dialect.tokens, **variables, "chat_template": dialect.template}
+    options: Any = {**chat_format.tokens, **variables, "chat_template": chat_format.template}
     options |= {"add_generation_prompt": begins, "continue_final_message": goes_on}
     text = _written(tokenizer, [one.plain() for one in messages], options)
     if any(one.name for one in messages):

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import uvicorn
@@ -102,14 +102,20 @@ def bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve(app: FastAPI, at: socket.socket, drain: float = 30.0) -> None:
-    """Serve at a socket until SIGTERM or SIGINT; then take nothing new, and give those that run `drain` seconds.
+def serve(
+    app: FastAPI, host: str = "127.0.0.1", port: int = 8000, drain: float = 30.0, *, at: socket.socket | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT; then take nothing new, and give those that run `drain` seconds to finish.
 
-    Raises: what loading the engine raised.
+    Args:
+        at: a socket of `bound` to serve at, in place of one for host and port.
+
+    Raises: what loading the engine raised; UsageError if the address cannot be had.
     """
-    host, port = at.getsockname()[:2]
-    server = server_of(app, host, port)
-    fault = asyncio.run(_serve(server, app, at, drain))
+    with closing(at or bound(host, port)) as listening:
+        host, port = listening.getsockname()[:2]
+        server = server_of(app, host, port)
+        fault = asyncio.run(_serve(server, app, listening, drain))
     if fault:
         raise fault
     if not server.started:
@@ -119,7 +125,10 @@ def serve(app: FastAPI, at: socket.socket, drain: float = 30.0) -> None:
 async def _serve(server: uvicorn.Server, app: FastAPI, at: socket.socket, drain: float) -> BaseException | None:
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
     for one in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(one, stopping.set)
+        try:
+            loop.add_signal_handler(one, stopping.set)
+        except NotImplementedError:  # Windows' loops take none
+            signal.signal(one, lambda *_: loop.call_soon_threadsafe(stopping.set))
     serving = asyncio.ensure_future(_quietly(server, at))
     watching = asyncio.ensure_future(_until_fault(server, app))
     asked = asyncio.ensure_future(stopping.wait())

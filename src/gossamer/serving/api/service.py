@@ -21,7 +21,7 @@ from gossamer.serving.api.prompts import rendered, too_long, within
 from gossamer.serving.api.schema import Message, Templated, Weighted
 from gossamer.serving.api.vectors import Vectors
 from gossamer.serving.api.worker import Worker
-from gossamer.serving.dialect import Dialect, spoken
+from gossamer.serving.chat_format import ChatFormat, common_format
 from gossamer.serving.folder import Folder
 from gossamer.serving.vocabulary import encoded
 
@@ -154,20 +154,20 @@ class Service:
         Raises: UsageError; Refusal.
         """
         tokenizer = self.tokenizer
-        dialect = await self._aside(lambda: self._dialect([*adapters]))
-        text = await self._aside(lambda: rendered(tokenizer, messages, how, dialect))
+        chat_format = await self._aside(lambda: self._chat_format([*adapters]))
+        text = await self._aside(lambda: rendered(tokenizer, messages, how, chat_format))
         return await self.encode(text, False, bounded=bounded)
 
-    def _dialect(self, adapters: Sequence[str]) -> Dialect:
-        """How they are spoken to. Raises `Refusal`; UnsupportedError for a mix of several templates."""
+    def _chat_format(self, adapters: Sequence[str]) -> ChatFormat:
+        """How their chats are written. Raises `Refusal`; UnsupportedError for a mix of several templates."""
         assert self.worker.engine
         store, found = self.worker.engine.store, []
         for name in adapters:
             try:
-                found.append(store.dialect_of(name))
+                found.append(store.chat_format_of(name))
             except GossamerError as error:
                 raise (unusable(name, error) if name in self.worker.names else missing(name)) from None
-        return spoken(found)
+        return common_format(found)
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids."""

@@ -1,7 +1,8 @@
-"""How an adapter is spoken to, where its folder says so: trainers save tokenizer and chat template beside weights."""
+"""How an adapter's chats are written, where its folder says so: trainers save tokenizer and template beside weights."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ _MOST = 2**28
 
 
 @dataclass(frozen=True)
-class Dialect:
+class ChatFormat:
     """What differs from the base's own.
 
     Attributes:
@@ -33,11 +34,11 @@ class Dialect:
     ends: frozenset[int] = frozenset()
 
 
-PLAIN = Dialect()
+PLAIN = ChatFormat()
 """The base's."""
 
 
-class Dialects:
+class ChatFormats:
     """Of the adapters of one base; equal files are looked at once.
 
     Args:
@@ -46,9 +47,9 @@ class Dialects:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.known: dict[str, Dialect] = {}
+        self.known: dict[str, ChatFormat] = {}
 
-    def of(self, folder: Path) -> Dialect:
+    def of(self, folder: Path) -> ChatFormat:
         """What an adapter folder's own tokenizer says, where there is one.
 
         Raises: UnsupportedError for one that makes other tokens of texts, which rows of a batch cannot share;
@@ -67,11 +68,11 @@ class Dialects:
             self.known[key] = self._read(folder, {one.name for one in found})
         return self.known[key]
 
-    def _read(self, folder: Path, names: set[str]) -> Dialect:
+    def _read(self, folder: Path, names: set[str]) -> ChatFormat:
         base = self.tokenizer
         if names == {TEMPLATE}:
             text = (folder / TEMPLATE).read_text(encoding="utf-8")
-            return PLAIN if text == base.chat_template else Dialect(text)
+            return PLAIN if text == base.chat_template else ChatFormat(text)
         try:
             own = type(base).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many kinds, by what is wrong with the files
@@ -88,17 +89,32 @@ class Dialects:
         template = own.chat_template.get("default") if isinstance(own.chat_template, dict) else own.chat_template
         template = template if template != base.chat_template else None
         ends = frozenset({own.eos_token_id} - {None, base.eos_token_id})
-        return Dialect(template, tokens, ends) if template or tokens or ends else PLAIN
+        return ChatFormat(template, tokens, ends) if template or tokens or ends else PLAIN
+
+
+def tokenizer_for(folder: Path, tokenizer: Any) -> Any:
+    """The tokenizer to use with an adapter: the base's, with what the adapter's folder says of chats and ends.
+
+    Raises as `ChatFormats.of`: an adapter that was trained on other tokens has no use for the base's.
+    """
+    found = ChatFormats(tokenizer).of(folder)
+    if found == PLAIN:
+        return tokenizer
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = found.template or own.chat_template
+    for name, text in found.tokens.items():
+        setattr(own, name, text)
+    return own
 
 
 def check_same(folder: Path, tokenizer: Any) -> None:
-    """Hold that an adapter folder's own tokenizer, if it has one, makes the base's tokens. Raises as `Dialects.of`."""
-    Dialects(tokenizer).of(folder)
+    """Refuse an adapter folder whose own tokenizer makes other tokens than the base's. Raises as `ChatFormats.of`."""
+    ChatFormats(tokenizer).of(folder)
 
 
-def spoken(dialects: Sequence[Dialect]) -> Dialect:
+def common_format(chat_formats: Sequence[ChatFormat]) -> ChatFormat:
     """That of a mix: the one of all its adapters. Raises `UnsupportedError` where templates differ."""
-    found = {one.template: one for one in dialects}
+    found = {one.template: one for one in chat_formats}
     if len(found) > 1:
         raise UnsupportedError("adapters of a mix that have different chat templates", hint="use /v1/completions")
     return next(iter(found.values()), PLAIN)
