@@ -50,7 +50,8 @@ class Loaded:
         number: no other adapter's, nor another version's.
         is_sum: whether it only adds low-rank terms, so that it can have a weight and be mixed with others.
         rank: the largest of its ranks; 0 without factors.
-        chat_format: how its chats are written. original: its files as they were when it was first read, if it came from any.
+        chat_format: how its chats are written.
+        original: its files as they were when it was first read, if it came from any.
     """
 
     name: str
