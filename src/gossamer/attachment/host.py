@@ -35,9 +35,8 @@ class Attached:
 class Host:
     """The adapters of one model, which of them are active, and what unmerging and detaching must give back."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.fingerprint = walk.base_fingerprint(model)
+    def __init__(self, model: nn.Module, fingerprint: dict[str, str]) -> None:
+        self.model, self.fingerprint = model, fingerprint
         self.adapters: dict[str, Attached] = {}
         self.sites: dict[str, Site] = {}
         self.active: Active | list[Active] | Spans = ()
@@ -146,8 +145,12 @@ def require_host(model: nn.Module) -> Host:
     return host
 
 
-def make_host(model: nn.Module) -> Host:
-    """The model's host, made if there is none. Raises `StateError` when a part of the model has a host of its own."""
+def make_host(model: nn.Module, fingerprint: dict[str, str] | None = None) -> Host:
+    """The model's host, made if there is none. Raises `StateError` when a part of the model has a host of its own.
+
+    Args:
+        fingerprint: the base's, where it is known already: to look takes as long as to stand a layer everywhere.
+    """
     host = find_host(model)
     if host is None:
         for path, module in model.named_modules():
@@ -157,6 +160,6 @@ def make_host(model: nn.Module) -> Host:
                     where=path,
                     hint="attach to the whole model, or detach there first",
                 )
-        host = Host(model)
+        host = Host(model, fingerprint or walk.base_fingerprint(model))
         model.__dict__[_ATTRIBUTE] = host
     return host

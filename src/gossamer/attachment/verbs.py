@@ -61,8 +61,10 @@ def attach(
             raise StateError(
                 f"an adapter named {name!r} is already attached", hint="detach it first, or choose another name"
             )
+    here = existing.fingerprint if existing else None
     if isinstance(what, Adapter):
-        _check_base(model, existing, what, force_base)
+        here = here or walk.base_fingerprint(model)
+        _check_base(here, what, force_base)
         warn_of_other_base(model, what)
         selection, layers = stored_layers(model, what)
         spec: Any = what.spec
@@ -74,7 +76,7 @@ def attach(
         selection = select(model, what)
         layers = new_layers(model, what, selection, seed)
         attached = Attached(what, selection, trainable is not False)
-    host = make_host(model)
+    host = make_host(model, here)
     Saving(host, capture).stand_in()
     host.add(name, attached, layers)
     host.active = (name,)
@@ -82,10 +84,9 @@ def attach(
     return replace(report, notes=(*report.notes, *idle_note(what))) if isinstance(what, Adapter) else report
 
 
-def _check_base(model: nn.Module, host: Host | None, adapter: Adapter, force: bool) -> None:
+def _check_base(here: dict[str, str], adapter: Adapter, force: bool) -> None:
     if adapter.base is None or force:
         return
-    here = host.fingerprint if host else walk.base_fingerprint(model)
     differing = walk.differing(adapter.base, here)
     if differing:
         raise BaseMismatchError(
