@@ -202,7 +202,7 @@ def test_a_key_of_another_tool_leads_to_ours(peer: str) -> None:
         assert all(f"did you mean {ours!r}?" in one or f"did you mean {own!r}?" in one for one in hints)
 
 
-@pytest.mark.parametrize("name", [*LoopConfig.model_fields, *(set(DataFiles.model_fields) - {"train"})])
+@pytest.mark.parametrize("name", [*LoopConfig.model_fields, *sorted({*DataFiles.model_fields} - {"train"})])
 def test_a_setting_on_the_wrong_level_is_led_to_its_own(name: str) -> None:
     room = "train" if name in LoopConfig.model_fields else "data"
     with pytest.raises(SpecError) as caught:
