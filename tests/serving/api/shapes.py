@@ -61,6 +61,9 @@ class Shapes:
     def _object(self, schema: Schema) -> st.SearchStrategy[Any]:
         fields = {name: self.inside(one) for name, one in schema.get("properties", {}).items()}
         if not fields:
+            if "propertyNames" in schema:
+                names = self.inside({"type": "string", **schema["propertyNames"]})
+                return st.dictionaries(names, ANYTHING, max_size=MOST)
             [(pattern, value)] = schema.get("patternProperties", {"^[a-z]{1,8}$": {}}).items()
             return st.dictionaries(st.from_regex(pattern, fullmatch=True), self.inside(value), max_size=MOST)
         needed = {name: fields.pop(name) for name in schema.get("required", ())}
@@ -91,7 +94,10 @@ class Shapes:
         fields, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
         if not set(schema.get("required", ())) <= set(value) or len(value) > schema.get("maxProperties", math.inf):
             return False
+        named = {"type": "string", **schema.get("propertyNames", {})}
         for name, one in value.items():
+            if not _allows_scalar(named, name):
+                return False
             found = fields.get(name) or next(
                 (of for pattern, of in patterns.items() if re.fullmatch(pattern.strip("^$"), name)), None
             )

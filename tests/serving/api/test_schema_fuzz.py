@@ -66,7 +66,7 @@ def bodies(path: str) -> st.SearchStrategy[Any]:
     names = {name: st.sampled_from(some) for name, some in known.items() if name in fields}
     good = st.builds(lambda body, named: body | named, SHAPES.inside(schema), st.fixed_dictionaries(names))
     plain = {name: part for name, part in fields.items() if name in SHAPES.whole(schema).get("required", ())}
-    texts = {name: st.sampled_from(some) for name, some in TEXTS.items() if name in plain}
+    texts = {name: st.sampled_from(some) for name, some in TEXTS.items() if name in fields}
     few = st.fixed_dictionaries({name: SHAPES.inside(part) for name, part in plain.items()} | texts | names)
     return st.one_of(
         few,
