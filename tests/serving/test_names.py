@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 
 import gossamer as gs
-from gossamer.cli import main
-from gossamer.cli.shared import load_with_adapter
-from gossamer.errors import AdapterFileError, UnsupportedError, UsageError
+from gossamer.errors import AdapterFileError, UsageError
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.serving import originals
-from gossamer.serving.chat_format import PLAIN, ChatFormats, common_format
 from gossamer.serving.engine import Engine
 from gossamer.serving.names import check_names
 from tests.adapters import trained
@@ -124,99 +121,3 @@ def test_what_is_kept_open_is_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
             ask(engine, "one")
         engine.store.unregister("two")
         assert not engine.store.originals.kept
-
-
-# An adapter's own tokenizer ------------------------------------------------------------------------------------
-
-
-TURN = "<|im_start|>"
-"""A special token of the toy that ends nothing."""
-
-
-def own(folder: Path, change: Any) -> Path:
-    tokenizer = tiny_tokenizer()
-    change(tokenizer)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_a_copy_of_the_bases_tokenizer_is_nothing(tmp_path: Path) -> None:
-    chat_formats = ChatFormats(tiny_tokenizer())
-    assert chat_formats.of(tmp_path) is PLAIN
-    assert chat_formats.of(own(tmp_path / "same", lambda _: None)) is PLAIN
-
-    def sides(tokenizer: Any) -> None:
-        tokenizer.padding_side = tokenizer.truncation_side = "left"
-        tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
-
-    assert chat_formats.of(own(tmp_path / "sides", sides)) is PLAIN, "how batches were made is no part of a text"
-
-
-def test_its_template_and_its_end_hold(tmp_path: Path) -> None:
-    def change(tokenizer: Any) -> None:
-        tokenizer.chat_template = "{{ messages[0].content }}!"
-        tokenizer.eos_token = TURN
-
-    base = tiny_tokenizer()
-    turn = int(base.convert_tokens_to_ids(TURN))  # type: ignore[arg-type]
-    assert turn != base.eos_token_id
-    found = ChatFormats(base).of(own(tmp_path / "own", change))
-    assert found.template == "{{ messages[0].content }}!"
-    assert found.ends == {turn}
-    assert found.tokens["eos_token"] == TURN
-    (tmp_path / "alone").mkdir()
-    (tmp_path / "alone" / "chat_template.jinja").write_text("hi")
-    assert ChatFormats(base).of(tmp_path / "alone").template == "hi"
-    with pytest.raises(UnsupportedError, match="different chat templates"):
-        common_format([found, PLAIN])
-    assert common_format([PLAIN, PLAIN]) is PLAIN
-
-
-def test_the_command_speaks_to_an_adapter_as_its_folder_says(tmp_path: Path, capsys: Any) -> None:
-    def change(tokenizer: Any) -> None:
-        tokenizer.chat_template = "{{ messages[0].content }}!"
-        tokenizer.eos_token = TURN
-
-    tiny("llama").save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
-    values(1)[0].save(tmp_path / "adapter")
-    own(tmp_path / "adapter", change)
-    _, tokenizer, _ = load_with_adapter(str(tmp_path / "base"), str(tmp_path / "adapter"), None, "fp32", "cpu", False)
-    turns = [{"role": "user", "content": "hi"}]
-    assert tokenizer.apply_chat_template(turns, tokenize=False) == "hi!"
-    assert tokenizer.eos_token == TURN
-    own(tmp_path / "adapter", lambda tokenizer: tokenizer.add_tokens(["<more>"]))
-    words = ["--base", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "hi"]
-    assert main(["generate", *words]) == 2
-    assert "other tokens than the base's" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        (lambda one: one.add_tokens(["<new>"]), "added tokens"),
-        (lambda one: one.add_special_tokens({"pad_token": "<mine>"}), "added tokens"),
-        (lambda one: setattr(one.backend_tokenizer, "normalizer", __import__("tokenizers").normalizers.Lowercase()),
-         "normalizer"),
-    ],
-)  # fmt: skip
-def test_a_tokenizer_that_makes_other_tokens_is_refused(change: Any, word: str, tmp_path: Path) -> None:
-    values(1)[0].save(tmp_path / "one")
-    own(tmp_path / "one", change)
-    with (
-        Engine((tiny("llama"), tiny_tokenizer()), tmp_path) as engine,
-        pytest.raises(UnsupportedError, match="own tokenizer") as raised,
-    ):
-        ask(engine, "one")
-    assert word in raised.value.got
-
-
-def test_an_answer_ends_where_the_adapter_was_taught_to(tmp_path: Path) -> None:
-    for name in ("one", "plain"):
-        values(1)[0].save(tmp_path / name)
-    own(tmp_path / "one", lambda tokenizer: setattr(tokenizer, "eos_token", TURN))
-    turn = int(tiny_tokenizer().convert_tokens_to_ids(TURN))  # type: ignore[arg-type]
-    with Engine((tiny("llama"), tiny_tokenizer()), tmp_path) as engine:
-        asked = ["one", "plain", {"one": 0.5, "plain": 0.5}, None]
-        replies = [*engine.generate(["x"] * 4, asked, max_tokens=3, logit_bias={turn: 100.0})]
-    assert [one.finish for one in replies] == ["stop", "length", "stop", "length"]

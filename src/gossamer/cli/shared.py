@@ -91,7 +91,7 @@ def load_with_adapter(
     value = Adapter.load(folder)
     model, tokenizer = load_base(base, quant=quant, dtype=dtype, device=device)
     attach(model, value, force_base=force_base)
-    return model, tokenizer_for(folder, tokenizer), value.digest
+    return model, tokenizer_for(folder, model, tokenizer), value.digest
 
 
 def emit(value: Any) -> None:

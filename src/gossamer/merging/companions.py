@@ -15,22 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.errors import AdapterFileError, UsageError
+from gossamer.files.companions import NAMES, SETTINGS, TEMPLATES, TOKENIZER, VOCABULARIES, held
 from gossamer.files.folder import read_json
 from gossamer.models.load import read_tokenizer
 from gossamer.models.scrutiny import read_config
 
-TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
-VOCABULARIES += ("sentencepiece.bpe.model", "tekken.json")
-TOKENIZER = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-SETTINGS = {
-    "generation_config.json": "generation config",
-    "preprocessor_config.json": "processor",
-    "processor_config.json": "processor",
-    "video_preprocessor_config.json": "processor",
-}
-NAMES = (*TOKENIZER, *TEMPLATES, *SETTINGS)
-"""Files, and one folder, that are an adapter's own where they lie beside it."""
 _FREE = ("transformers_version", "_from_model_config")
 """What two equal files of settings may differ in."""
 
@@ -93,11 +82,6 @@ class Companions:
         for name, content in self.files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
-
-
-def held(folder: Path) -> list[str]:
-    """Which companions a folder holds."""
-    return [name for name in NAMES if (folder / name).exists()]
 
 
 def hand_on(sources: Sequence[Path], output: Path) -> list[str]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gossamer.errors import AdapterFileError, UnsupportedError
+from gossamer.files.companions import GENERATION, TEMPLATES, TOKENIZER, VOCABULARIES
+from gossamer.files.folder import read_json
+from gossamer.serving.vocabulary import ends_of
 
-TEMPLATE = "chat_template.jinja"
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE,
-         "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")  # fmt: skip
+NAMES = (*TOKENIZER, *TEMPLATES[:2], GENERATION)
+"""Files of an adapter folder that say it, beside those of the folder `TEMPLATES[2]`."""
 _SET_BY_BATCHES = ("padding", "truncation")
 _MOST = 2**28
 
@@ -50,50 +54,91 @@ class ChatFormats:
         self.known: dict[str, ChatFormat] = {}
 
     def of(self, folder: Path) -> ChatFormat:
-        """What an adapter folder's own tokenizer says, where there is one.
+        """What an adapter folder's own tokenizer and settings say, where there are any.
 
-        Raises: UnsupportedError for one that makes other tokens of texts, which rows of a batch cannot share;
+        Raises: UnsupportedError for a tokenizer that makes other tokens of texts, which rows of a batch cannot share;
             AdapterFileError for one that cannot be read.
         """
-        found = [folder / name for name in FILES if (folder / name).is_file()]
+        found = chat_files(folder)
         if not found or self.tokenizer is None:
             return PLAIN
-        if sum(one.stat().st_size for one in found) > _MOST:
-            raise AdapterFileError("too large to be a tokenizer", where=str(folder))
         digest = hashlib.sha256()
         for one in found:
-            digest.update(f"{one.name} {one.stat().st_size} ".encode() + one.read_bytes())
+            digest.update(f"{one.relative_to(folder)} {one.stat().st_size} ".encode() + one.read_bytes())
         key = digest.hexdigest()
         if key not in self.known:
-            self.known[key] = self._read(folder, {one.name for one in found})
+            self.known[key] = self._read(folder, {one.relative_to(folder).parts[0] for one in found})
         return self.known[key]
 
-    def _read(self, folder: Path, names: set[str]) -> ChatFormat:
-        base = self.tokenizer
-        if names == {TEMPLATE}:
-            text = (folder / TEMPLATE).read_text(encoding="utf-8")
-            return PLAIN if text == base.chat_template else ChatFormat(text)
-        try:
-            own = type(base).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of many kinds, by what is wrong with the files
-            got = type(error).__name__
-            raise AdapterFileError("the adapter's own tokenizer cannot be read", where=str(folder), got=got) from None
-        if other := _differing(own, base):
-            raise UnsupportedError(
-                "the adapter's own tokenizer makes other tokens than the base's",
-                where=str(folder),
-                got=f"another {other}",
-                hint="serve it on a base that has this tokenizer, or merge it into one",
-            )
+    def _read(self, folder: Path, found: set[str]) -> ChatFormat:
+        base, own = self.tokenizer, self.tokenizer
+        template = base.chat_template
+        if found - {GENERATION}:
+            try:
+                own, template = _own(folder, found, base)
+            except Exception as error:  # of many kinds, by what is wrong with the files
+                got = type(error).__name__
+                what = "the adapter's own tokenizer cannot be read"
+                raise AdapterFileError(what, where=str(folder), got=got) from None
+            if other := _differing(own, base):
+                raise UnsupportedError(
+                    "the adapter's own tokenizer makes other tokens than the base's",
+                    where=str(folder),
+                    got=f"another {other}",
+                    hint="serve it on a base that has this tokenizer, or merge it into one",
+                )
         tokens = {} if own.special_tokens_map == base.special_tokens_map else dict(own.special_tokens_map)
-        template = own.chat_template.get("default") if isinstance(own.chat_template, dict) else own.chat_template
+        template = template.get("default") if isinstance(template, dict) else template
         template = template if template != base.chat_template else None
-        ends = frozenset({own.eos_token_id} - {None, base.eos_token_id})
+        ends = frozenset({own.eos_token_id, *_settled_ends(folder)} - {None, base.eos_token_id})
         return ChatFormat(template, tokens, ends) if template or tokens or ends else PLAIN
 
 
-def tokenizer_for(folder: Path, tokenizer: Any) -> Any:
-    """The tokenizer to use with an adapter: the base's, with what the adapter's folder says of chats and ends.
+def _own(folder: Path, found: set[str], base: Any) -> tuple[Any, Any]:
+    """The tokenizer and the template of a folder; what it does not say is the base's."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = folder
+        if not found & {*VOCABULARIES}:
+            place = Path(scratch)
+            base.save_pretrained(place)
+            (place / TEMPLATES[0]).unlink(missing_ok=True)  # it would go before one in the settings
+            for name in found:
+                (shutil.copytree if (folder / name).is_dir() else shutil.copyfile)(folder / name, place / name)
+        own = type(base).from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    if TEMPLATES[1] in found and TEMPLATES[0] not in found:  # a processor's, which tokenizers do not read
+        return own, read_json(folder / TEMPLATES[1])["chat_template"]
+    return own, own.chat_template or base.chat_template
+
+
+def chat_files(folder: Path) -> list[Path]:
+    """What of it lies in a folder. Raises `AdapterFileError` for what is too large for it."""
+    named = [folder / name for name in NAMES] + sorted(folder.glob(f"{TEMPLATES[2]}/*.jinja"))
+    found = [one for one in named if one.is_file()]
+    if sum(one.stat().st_size for one in found) > _MOST:
+        raise AdapterFileError("too large to be a tokenizer", where=str(folder))
+    return found
+
+
+def is_chat_file(path: str) -> bool:
+    """Whether a file of an adapter folder, by its path in it, is one of those that say it."""
+    folder, _, name = path.rpartition("/")
+    return path in NAMES if not folder else folder == TEMPLATES[2] and name.endswith(".jinja")
+
+
+def _settled_ends(folder: Path) -> frozenset[int]:
+    """Token ids that end an answer by a folder's generation_config.json. Raises `AdapterFileError`."""
+    named = read_json(folder / GENERATION).get("eos_token_id") if (folder / GENERATION).is_file() else None
+    listed = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(one) is int for one in listed):
+        where = str(folder / GENERATION)
+        raise AdapterFileError("eos_token_id names tokens by their ids", where=where, got=str(named)[:80])
+    return frozenset(listed)
+
+
+def tokenizer_for(folder: Path, model: Any, tokenizer: Any) -> Any:
+    """The tokenizer for a model on which one adapter stands: the base's, with what the adapter's folder says of chats.
+
+    What ends the adapter's answers is told to the model.
 
     Raises as `ChatFormats.of`: an adapter that was trained on other tokens has no use for the base's.
     """
@@ -104,6 +149,8 @@ def tokenizer_for(folder: Path, tokenizer: Any) -> Any:
     own.chat_template = found.template or own.chat_template
     for name, text in found.tokens.items():
         setattr(own, name, text)
+    if found.ends:
+        model.generation_config.eos_token_id = sorted(ends_of(model, tokenizer) | found.ends)
     return own
 
 

@@ -1,7 +1,7 @@
 """Adapters by their id on the Hugging Face hub, for those ids that whoever runs the server allows.
 
 An id is asked for once: the commit that it means then is what it means until it is unloaded. Nothing but the adapter's
-JSON and safetensors is fetched, into the hub's own cache on this machine.
+JSON and safetensors, its own tokenizer and chat template is fetched, into the hub's own cache on this machine.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gossamer.errors import AdapterFileError, DownloadError, UsageError
 from gossamer.files.folder import CONFIG, OURS, WEIGHTS
+from gossamer.serving.chat_format import is_chat_file
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PATTERN = re.compile(r"[\w.*-]{1,96}/[\w.*-]{1,96}", re.ASCII)
@@ -92,7 +93,7 @@ class Hub:
         missing = [one for one in (CONFIG, WEIGHTS) if one not in sizes]
         if missing:
             raise AdapterFileError("this id is no adapter in safetensors", where=name, got=f"no {missing[0]}")
-        files = [one for one in (CONFIG, WEIGHTS, OURS) if one in sizes]
+        files = [one for one in (CONFIG, WEIGHTS, OURS) if one in sizes] + [*filter(is_chat_file, sizes)]
         if sum(self.most + 1 if sizes[one] is None else sizes[one] or 0 for one in files) > self.most:
             raise self._too_large(name)
         return files

@@ -18,6 +18,7 @@ from typing import Any
 from gossamer.adapter import Adapter
 from gossamer.errors import GossamerError, UnsupportedError, UsageError
 from gossamer.methods import LoRA
+from gossamer.serving.chat_format import ChatFormats, chat_files
 from gossamer.serving.folder import Folder, Found
 from gossamer.serving.names import check_names
 
@@ -57,8 +58,12 @@ class Launch:
         return " \\\n  ".join([*settings, shlex.join(self.arguments[:3]), *_pairs(self.arguments[3:])])
 
 
-def check(path: Path, name: str = "") -> Verdict:
-    """What vLLM 0.32 says of an adapter folder, known by its own name where no other is given."""
+def check(path: Path, name: str = "", tokenizer: Any = None) -> Verdict:
+    """What vLLM 0.32 says of an adapter folder, known by its own name where no other is given.
+
+    Args:
+        tokenizer: the base's, which vLLM uses for all its adapters; what differs of the adapter's own is a reason.
+    """
     name = name or path.name
     try:
         adapter = Adapter.load(path)
@@ -84,8 +89,22 @@ def check(path: Path, name: str = "") -> Verdict:
     if rank > RANKS[-1]:
         remedy = f"gossamer resize {path} --rank {RANKS[-1]} --output DIR"
         return Verdict(name, path, f"its rank is {rank:,}, and vLLM takes {RANKS[-1]} at most", remedy)
+    if reason := _own_chats(path, tokenizer):
+        return Verdict(name, path, reason, merge)
     modules = tuple(sorted({one.rpartition(".")[2] for one, held in adapter.tensors.items() if "lora_A" in held}))
     return Verdict(name, path, rank=rank, modules=modules)
+
+
+def _own_chats(path: Path, tokenizer: Any) -> str:
+    """What of an adapter's own tokenizer, template and ends vLLM would not use; "" where they are the base's."""
+    try:
+        own = ChatFormats(tokenizer).of(path)
+    except GossamerError as error:
+        return f"vLLM reads texts with the base's tokenizer: {error.what}"
+    differing = {"chat template": own.template, "special tokens": own.tokens, "end of an answer": own.ends}
+    if named := [what for what, there in differing.items() if there]:
+        return f"vLLM takes the base's {', '.join(named)}, and this one has its own"
+    return ""
 
 
 def command(
@@ -147,7 +166,9 @@ def serve(
 
     check_host(host, "VLLM_API_KEY" in os.environ)
     named = Folder(adapters).found() if adapters else Found({}, {})
-    verdicts = [check(path, called) for called, path in named.adapters.items()]
+    place = locate(base)
+    tokenizer = _tokenizer(place) if any(map(chat_files, named.adapters.values())) else None
+    verdicts = [check(path, called, tokenizer) for called, path in named.adapters.items()]
     verdicts += [Verdict(called, Path(), error.what, error.hint) for called, error in named.refused.items()]
     check_names(name, named.adapters)
     for one in verdicts:
@@ -155,8 +176,8 @@ def serve(
         if one.remedy:
             say(f"  instead: {one.remedy}")
     python = interpreter()
-    place = {"host": host, "port": port, "python": python or "python", "cuda": _has_cuda()}
-    made = command(locate(base), verdicts, name=name, options=options, **place)
+    where = {"host": host, "port": port, "python": python or "python", "cuda": _has_cuda()}
+    made = command(place, verdicts, name=name, options=options, **where)
     say(str(made))
     if dry_run:
         return
@@ -174,6 +195,13 @@ def interpreter() -> str | None:
             raise UsageError("no virtual environment", where=ENVIRONMENT, got=place, expected=str(python))
         return str(python)
     return sys.executable if importlib.util.find_spec("vllm") else None
+
+
+def _tokenizer(base: Path) -> Any:
+    from gossamer.models.load import as_base_error, read_tokenizer
+
+    with as_base_error(base):
+        return read_tokenizer(base.parent, gguf_file=base.name) if base.is_file() else read_tokenizer(base)
 
 
 def _has_cuda() -> bool:

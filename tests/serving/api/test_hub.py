@@ -62,7 +62,8 @@ class Fake:
             answer = httpx.Response(404, request=httpx.Request("GET", "https://hub.example"))
             raise RepositoryNotFoundError("404", response=answer)  # type: ignore[arg-type]
         folder = self.root / f"{name.replace('/', '--')}-{self.commits[name]}"
-        files = [SimpleNamespace(rfilename=one.name, size=one.stat().st_size) for one in folder.iterdir()]
+        paths = [one for one in folder.rglob("*") if one.is_file()]
+        files = [SimpleNamespace(rfilename=str(one.relative_to(folder)), size=one.stat().st_size) for one in paths]
         return SimpleNamespace(sha=self.commits[name], siblings=files)
 
     def snapshot_download(self, name: str, *, revision: str, allow_patterns: list[str], **_: Any) -> str:
@@ -114,6 +115,18 @@ def test_an_id_is_fetched_once_and_stays_at_its_commit(client: TestClient, fake:
     assert client.post("/v1/unload_lora_adapter", json={"lora_name": "org/sql"}).status_code == 200
     assert ask(client, "org/sql").json()["gossamer"]["adapters"][0]["digest"] == second.digest
     assert client.get("/v1/models/org/sql").json()["gossamer"]["revision"] == "c2"
+
+
+def test_it_comes_with_its_own_chat_template(client: TestClient, fake: Fake) -> None:
+    folder = fake.publish("org/spoken", "c1", adapter(3))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content * 3 }}")
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("tool_use.jinja", "x.py"):
+        (folder / "additional_chat_templates" / name).write_text("x")
+    asked = {"model": "org/spoken", "messages": [{"role": "user", "content": "ab"}], "max_tokens": 1}
+    assert client.post("/v1/chat/completions", json=asked).json()["usage"]["prompt_tokens"] == 6
+    [(_, _, taken)] = fake.taken
+    assert {*taken[3:]} == {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
 
 
 def test_in_a_mix_and_a_chat(client: TestClient, fake: Fake) -> None:
