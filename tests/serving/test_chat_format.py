@@ -78,7 +78,9 @@ def test_the_command_speaks_to_an_adapter_as_its_folder_says(tmp_path: Path, cap
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     learned().save(tmp_path / "adapter")
     own(tmp_path / "adapter", change)
-    _, tokenizer, _ = load_with_adapter(str(tmp_path / "base"), str(tmp_path / "adapter"), None, "fp32", "cpu", False)
+    _, tokenizer, _, _ = load_with_adapter(
+        str(tmp_path / "base"), str(tmp_path / "adapter"), None, "fp32", "cpu", False
+    )
     turns = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(turns, tokenize=False) == "hi!"
     assert tokenizer.eos_token == TURN

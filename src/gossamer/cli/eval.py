@@ -5,8 +5,7 @@ from __future__ import annotations
 import click
 
 from gossamer.cli.shared import (
-    adapter_option,
-    base_options,
+    adapter_options,
     columns,
     emit,
     force_option,
@@ -16,8 +15,7 @@ from gossamer.cli.shared import (
 
 
 @click.command("eval")
-@base_options
-@adapter_option
+@adapter_options
 @click.option(
     "--data", required=True, metavar="FILE", help="Held-out rows, also of a fetched data set: reviews/eval.jsonl."
 )
@@ -26,7 +24,7 @@ from gossamer.cli.shared import (
 @force_option
 @json_option
 def command(
-    base: str,
+    base: str | None,
     quant: str | None,
     dtype: str,
     device: str,
@@ -42,7 +40,7 @@ def command(
     from gossamer.training.evaluate import read_data
 
     rows = read_data(data)  # before gigabytes are loaded
-    model, tokenizer, digest = load_with_adapter(base, adapter, quant, dtype, device, force_base)
+    model, tokenizer, digest, base = load_with_adapter(base, adapter, quant, dtype, device, force_base)
     result = evaluate(model, tokenizer, rows, task=task, batch_size=batch_size)
     if as_json:
         emit({"base": base, "adapter_digest": digest, "data": data} | result)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import click
 
-from gossamer.cli.shared import adapter_option, base_options, emit, force_option, json_option, load_with_adapter
+from gossamer.cli.shared import adapter_options, emit, force_option, json_option, load_with_adapter
 
 
 @click.command("generate")
-@base_options
-@adapter_option
+@adapter_options
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option(
@@ -20,7 +19,7 @@ from gossamer.cli.shared import adapter_option, base_options, emit, force_option
 @force_option
 @json_option
 def command(
-    base: str,
+    base: str | None,
     quant: str | None,
     dtype: str,
     device: str,
@@ -36,7 +35,7 @@ def command(
     """Continue prompts with a base, or a base with an adapter."""
     from gossamer.serving import generate
 
-    model, tokenizer, digest = load_with_adapter(base, adapter, quant, dtype, device, force_base)
+    model, tokenizer, digest, _ = load_with_adapter(base, adapter, quant, dtype, device, force_base)
     results = generate(model, tokenizer, prompts, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat)
     if as_json:
         emit([one | {"adapter_digest": digest} for one in results])

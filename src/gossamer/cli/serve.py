@@ -78,10 +78,11 @@ def _serve(name: str, options: dict[str, Any]) -> None:
     hub = Hub(options["hub"]) if options["hub"] else None
     limits = Limits(rows=options["rows"], tokens=options["tokens"], waiting=options["waiting"])
     loading = {field: options[field] for field in ("quant", "dtype", "device")}
-    loading["prepack"], folder = options["prepack"], options["adapters"]
+    folder = options["adapters"]
 
     def engine() -> Engine:
-        made = Engine(options["base"], folder, limits=limits, memory=options["memory"] * 2**20, **loading)
+        settings = {"limits": limits, "memory": options["memory"] * 2**20, "prepack": options["prepack"]}
+        made = Engine(options["base"], folder, **settings, **loading)
         check_names(name, made.store.names(), vectors and vectors.name)
         click.echo(f"base      {name}")
         if made.decoder.copied:
@@ -95,9 +96,7 @@ def _serve(name: str, options: dict[str, Any]) -> None:
     vectors = None
     if options["embeddings"]:
         base, found = options["embeddings"], options["embedding_adapters"]
-        vectors = Vectors(
-            _called(base), lambda: Embedder(base, found, dtype=loading["dtype"], device=loading["device"])
-        )
+        vectors = Vectors(_called(base), lambda: Embedder(base, found, **loading))
     bounds = Bounds(answering=options["timeout"])
     app = create_app(engine, name=name, keyring=keyring, folder=folder, bounds=bounds, vectors=vectors, hub=hub)
     with closing(bound(options["host"], options["port"])) as at:  # before anything is loaded

@@ -7,12 +7,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import click
 
+from gossamer.errors import UsageError
+
+if TYPE_CHECKING:
+    from gossamer.adapter import Adapter
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout and nothing else.")
-adapter_option = click.option("--adapter", metavar="DIR", help="An adapter folder, or a run folder that holds one.")
 force_option = click.option("--force-base", is_flag=True, help="Use the adapter though it was made for another base.")
 
 dtype_option = click.option("--dtype", default="auto", show_default=True, help="auto, bf16, fp16 or fp32.")
@@ -61,23 +66,58 @@ def _is_weight(word: str) -> bool:
     return not word.startswith("--")
 
 
+_BASE = "Catalog name, Hugging Face id, folder or .gguf file"
+_loading = (
+    click.option("--quant", help="Hold linear weights as nf4, nf4-single, fp4, fp4-single or int8."),
+    dtype_option,
+    device_option,
+)
+
+
 def base_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every verb that loads a base: --base, --quant, --dtype, --device."""
-    options = (
-        click.option("--base", required=True, metavar="B", help="Catalog name, Hugging Face id, folder or .gguf file."),
-        click.option("--quant", help="Hold linear weights as nf4, nf4-single, fp4, fp4-single or int8."),
-        dtype_option,
-        device_option,
-    )
+    return _with(function, click.option("--base", required=True, metavar="B", help=f"{_BASE}."), *_loading)
+
+
+def adapter_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Those of a verb that loads a base with an adapter, which may name the base."""
+    about = f"{_BASE}; without it the one that the adapter's run names."
+    named = click.option("--base", metavar="B", help=about, callback=_base_or_adapter)
+    folder = "An adapter folder, or a run folder that holds one."
+    return _with(function, named, *_loading, click.option("--adapter", metavar="DIR", help=folder, is_eager=True))
+
+
+def _base_or_adapter(context: click.Context, option: click.Parameter, base: str | None) -> str | None:
+    if base is None and not context.params.get("adapter"):
+        raise click.MissingParameter(ctx=context, param=option)
+    return base
+
+
+def _with(function: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
     return functools.reduce(lambda inner, option: option(inner), reversed(options), function)
 
 
+class BaseWithAdapter(NamedTuple):
+    """A base with the adapter that stands on it.
+
+    Attributes:
+        digest: of the adapter; "" without one. base: as it was named.
+    """
+
+    model: Any
+    tokenizer: Any
+    digest: str
+    base: str
+
+
 def load_with_adapter(
-    base: str, adapter: str | None, quant: str | None, dtype: str, device: str, force_base: bool
-) -> tuple[Any, Any, str]:
-    """Model, tokenizer and the digest of the adapter that stands on it ("" without one).
+    base: str | None, adapter: str | None, quant: str | None, dtype: str, device: str, force_base: bool
+) -> BaseWithAdapter:
+    """A base, alone or with an adapter on it; without a name, the base that the adapter was trained on.
 
     The tokenizer is the base's, with the chat template that lies beside the adapter, where there is one.
+
+    Raises: UsageError where nothing names a base; what loading and attaching raise.
     """
     from gossamer.adapter import Adapter
     from gossamer.attachment import attach
@@ -86,12 +126,24 @@ def load_with_adapter(
     from gossamer.serving.chat_format import tokenizer_for
 
     if not adapter:
-        return *load_base(base, quant=quant, dtype=dtype, device=device), ""
+        return BaseWithAdapter(*load_base(base or "", quant=quant, dtype=dtype, device=device), "", base or "")
     folder = adapter_of(adapter)
     value = Adapter.load(folder)
+    base = base or _base_of(folder, value)
+    if not base:
+        raise UsageError("the adapter does not say what its base is", where=str(adapter), hint="name it with --base")
     model, tokenizer = load_base(base, quant=quant, dtype=dtype, device=device)
     attach(model, value, force_base=force_base)
-    return model, tokenizer_for(folder, model, tokenizer), value.digest
+    return BaseWithAdapter(model, tokenizer_for(folder, model, tokenizer), value.digest, base)
+
+
+def _base_of(folder: Path, adapter: Adapter) -> str:
+    """What an adapter's run trained it on, or its own config says; "" where neither does."""
+    from gossamer.attachment.remarks import base_name
+    from gossamer.files.card import report_of
+
+    report = report_of(folder.parent) if folder.name == "adapter" else None
+    return str((report or {}).get("base") or base_name(adapter.foreign.get("base_model_name_or_path")))
 
 
 def emit(value: Any) -> None:
