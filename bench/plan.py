@@ -26,12 +26,12 @@ from torch.utils._pytree import tree_iter
 
 import gossamer as gs
 from bench.common import Row, report
+from gossamer.data.batches import Batch, collate
+from gossamer.data.masks import Example
 from gossamer.models import tiny
 from gossamer.planning import Plan, plan
-from gossamer.training.batches import Batch, collate
-from gossamer.training.fast import fast_path
+from gossamer.running.fast import fast_path
 from gossamer.training.loss import supervised_nll
-from gossamer.training.masks import Example
 from gossamer.training.optim import make_optimizer
 
 WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4}

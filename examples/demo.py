@@ -20,8 +20,8 @@ import torch
 import gossamer as gs
 from gossamer.files.atomic import write_json
 from gossamer.models import data_file
-from gossamer.training.outcome import spectra
-from gossamer.training.report import write_report
+from gossamer.training.runs.outcome import spectra
+from gossamer.training.runs.report import write_report
 
 CONFIG = Path(__file__).with_name("reviews.yaml")
 ROUNDS, WARMUP = 30, 5

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.trainers.contender import Contender, Loop, transformers_loss
 from bench.trainers.peers import filled, with_peft
 from bench.trainers.work import Observed, Work
-from gossamer.training.masks import Example
+from gossamer.data.masks import Example
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 import gossamer as gs
 from bench.trainers.contender import Contender, Loop, transformers_loss
 from bench.trainers.work import Work
+from gossamer.data.batches import collate
 from gossamer.methods.lora_layers import LoRALayer
-from gossamer.models.blocks import blocks
-from gossamer.models.packed import packed_attention
-from gossamer.training.batches import collate
+from gossamer.running.blocks import blocks
+from gossamer.running.packed import packed_attention
 from gossamer.training.loss import supervised_nll
 
 

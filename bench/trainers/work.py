@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerB
 
 import gossamer as gs
 from bench.common import ROOT
+from gossamer.data.masks import Example
 from gossamer.models import data_file, tiny, tiny_tokenizer
-from gossamer.training.masks import Example
 
 SYSTEM = "You write for a guide of places to eat. Say what the facts say, all of it, in plain words, and add nothing:"
 PREFIX = 24

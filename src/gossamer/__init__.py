@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from gossamer import moved
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -132,3 +134,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+moved.install()

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from gossamer import cli, errors
+from gossamer.catalog import catalog
 from gossamer.cli import main
 from gossamer.cli.doctor import examined
 from gossamer.cli.fetch import shown
 from gossamer.cli.shared import columns, wants_colour
-from gossamer.models import catalog
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GossamerError)]
 

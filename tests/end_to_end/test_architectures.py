@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gossamer as gs
 from gossamer.models import tiny
-from gossamer.models.toys import tiny_inputs
+from gossamer.testing.toys import tiny_inputs
 from tests.adapters import bits, same_bits
 
 HEADS = {

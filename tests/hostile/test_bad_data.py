@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gossamer.data.batches import collate
+from gossamer.data.containers import LONGEST_LINE
+from gossamer.data.formats import labels, read_rows
+from gossamer.data.masks import Example, encode
 from gossamer.errors import DataError
 from gossamer.models import tiny_tokenizer
-from gossamer.training.batches import collate
-from gossamer.training.containers import LONGEST_LINE
-from gossamer.training.formats import labels, read_rows
-from gossamer.training.masks import Example, encode
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 CHAT = '{"messages": [{"role": "user", "content": "Hi"}, %s]}'

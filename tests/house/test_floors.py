@@ -11,10 +11,10 @@ import pytest
 from tests.house import tree
 
 FLOORS = (
-    {"errors", "peers", "spec", "adapter"},
-    {"linalg", "drawing", "progress", "kernels", "quant"},
-    {"methods", "attachment"},
-    {"files", "models", "planning"},
+    {"errors", "moved", "peers", "spec", "adapter"},
+    {"linalg", "pages", "progress", "kernels", "quant"},
+    {"methods", "attachment", "data", "files"},
+    {"models", "catalog", "running", "planning", "testing"},
     {"training", "merging", "serving", "analysis", "studies"},
     {"cli"},
     {"__main__"},
@@ -25,8 +25,9 @@ BESIDE = {
     "spec": {"errors", "peers"},
     "adapter": {"errors", "spec"},
     "attachment": {"methods"},
-    "models": {"files"},
-    "planning": {"files"},
+    "files": {"methods", "attachment"},
+    "models": {"catalog", "testing"},
+    "catalog": {"models"},
     "studies": {"training", "merging", "serving", "analysis"},
 }
 

@@ -15,7 +15,7 @@ import gossamer as gs
 from gossamer.cli import main
 from gossamer.errors import AdapterFileError, UsageError
 from gossamer.models import tiny, tiny_tokenizer, write_model_folder
-from gossamer.models.toys import VOCABULARY
+from gossamer.testing.toys import VOCABULARY
 from tests.adapters import tokens, trained
 
 TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}{% endfor %}"

@@ -9,11 +9,11 @@ import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, RobertaConfig, RobertaForCausalLM
 
 import gossamer as gs
+from gossamer.data.masks import Example
 from gossamer.errors import DataError
 from gossamer.models import tiny
 from gossamer.models.language import positions, text_config
 from gossamer.training.audit import refuse_misfits
-from gossamer.training.masks import Example
 
 
 def seeing() -> Any:

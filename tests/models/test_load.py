@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as noise
 
+from gossamer.catalog.catalog import CATALOG, MANIFEST
 from gossamer.errors import BaseFileError, ResourceError, UnsupportedError, UsageError
 from gossamer.models import load_base, tiny, tiny_tokenizer, write_model_folder
 from gossamer.models import locate as module
-from gossamer.models.catalog import CATALOG, MANIFEST
 from tests.models.tiny_gguf import write_gguf
 
 IDS = torch.tensor([[72, 101, 108, 108, 111]])

@@ -12,8 +12,8 @@ from torch import Tensor
 import gossamer as gs
 from gossamer.adapter import Adapter
 from gossamer.models import tiny, tiny_tokenizer
-from gossamer.models.cached import CachedDecoder
-from gossamer.models.graphs import Graphs
+from gossamer.running.cached import CachedDecoder
+from gossamer.running.graphs import Graphs
 from gossamer.serving import Engine, Limits, Request, Sampling
 from tests.adapters import trained
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from gossamer.errors import CheckpointError
-from gossamer.training.checkpoint import FILES, MANIFEST, Checkpoint, newest_checkpoint, save_checkpoint
 from gossamer.training.optim import make_optimizer
+from gossamer.training.runs.checkpoint import FILES, MANIFEST, Checkpoint, newest_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 

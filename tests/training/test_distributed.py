@@ -21,17 +21,17 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.attachment import capture, trainable_parameters
+from gossamer.data.batches import collate
 from gossamer.errors import DiskError, StateError, UnsupportedError, UsageError
 from gossamer.models import tiny_tokenizer
 from gossamer.quant import quantize_model
-from gossamer.training.batches import collate
-from gossamer.training.checkpoint import newest_checkpoint, save_checkpoint
-from gossamer.training.distributed import World, _round, shares
 from gossamer.training.evaluate import pad_id
 from gossamer.training.interrupt import StopRequest, interruptible
 from gossamer.training.loss import supervised_nll
 from gossamer.training.memory import checkpointing
-from gossamer.training.sharding import Sharding, is_sharded, shard
+from gossamer.training.runs.checkpoint import newest_checkpoint, save_checkpoint
+from gossamer.training.spread.sharding import Sharding, is_sharded, shard
+from gossamer.training.spread.world import World, _round, shares
 from tests.house.tree import ROOT
 from tests.training.worlds import STEPS, Failed, Learned, in_world, learn, rows, toy
 

@@ -14,8 +14,8 @@ from gossamer.adapter import Adapter
 from gossamer.errors import Interrupted, UnsupportedError
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.training import Job, train, train_many
-from gossamer.training.distributed import World
-from gossamer.training.sharding import shard
+from gossamer.training.spread.sharding import shard
+from gossamer.training.spread.world import World
 from tests.training.test_distributed import distance
 from tests.training.toy_run import LABELS, Watcher, toy_config, write_rows
 from tests.training.worlds import in_world

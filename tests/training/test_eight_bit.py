@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from gossamer.training import optim, trainee
-from gossamer.training.checkpoint import newest_checkpoint, save_checkpoint
 from gossamer.training.optim import EIGHT_BIT, make_optimizer, set_lr
+from gossamer.training.runs.checkpoint import newest_checkpoint, save_checkpoint
 from tests.training.test_checkpoint import EightBit
 from tests.training.test_resume import Killed, at, kill
 from tests.training.toy_run import Watcher, curve, fingerprint, toy_config, toy_model, toy_train

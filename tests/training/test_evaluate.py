@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gossamer.data.formats import read_rows
 from gossamer.errors import DataError, NonFiniteError, UsageError
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.training import evaluate
-from gossamer.training.formats import read_rows
 from gossamer.training.loss import refuse_unless_causal
 from tests.training.toy_run import write_rows
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from gossamer.data.batches import Batch, collate
+from gossamer.data.masks import Example
 from gossamer.errors import UnsupportedError
 from gossamer.models import tiny
 from gossamer.training import loss
-from gossamer.training.batches import Batch, collate
 from gossamer.training.loss import output_embeddings, refuse_unless_causal, supervised_nll, token_nll
-from gossamer.training.masks import Example
 
 CAUSAL = ["llama", "mistral", "gemma", "qwen2", "gpt2", "opt", "gpt_neox"]
 

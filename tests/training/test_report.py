@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gossamer.errors import ArtefactError
-from gossamer.training.report import write_report
+from gossamer.training.runs.report import write_report
 
 REPORT = {
     "base": "toy<base>",

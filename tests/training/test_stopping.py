@@ -12,7 +12,7 @@ import gossamer as gs
 from gossamer.errors import SpecError
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.training import train_many
-from gossamer.training.many import Job
+from gossamer.training.many.many import Job
 from gossamer.training.stopping import Stopping
 from tests.training.toy_run import LABELS, Watcher, fingerprint, metrics_of, toy_config, toy_train, write_rows
 

@@ -12,8 +12,8 @@ import gossamer as gs
 from gossamer.cli import main
 from gossamer.errors import CheckpointError, DataError, SpecError, StateError
 from gossamer.models import tiny, tiny_tokenizer, write_model_folder
-from gossamer.training import sweep
-from gossamer.training.distributed import World
+from gossamer.training.many import sweep
+from gossamer.training.spread.world import World
 from tests.training.toy_run import Watcher, curve, fingerprint, write_rows
 from tests.training.worlds import in_world
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from gossamer.attachment import capture
-from gossamer.training.checkpoint import newest_checkpoint, save_checkpoint
-from gossamer.training.distributed import World
-from gossamer.training.sharding import shard
+from gossamer.training.runs.checkpoint import newest_checkpoint, save_checkpoint
+from gossamer.training.spread.sharding import shard
+from gossamer.training.spread.world import World
 from tests.training.worlds import learn, toy
 
 

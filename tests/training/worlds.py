@@ -18,14 +18,14 @@ import torch
 
 import gossamer as gs
 from gossamer.attachment import trainable_parameters
+from gossamer.data.batches import collate
+from gossamer.data.masks import Example
 from gossamer.models import tiny, tiny_tokenizer
-from gossamer.training.batches import collate
-from gossamer.training.checkpoint import Checkpoint
-from gossamer.training.distributed import World
 from gossamer.training.evaluate import pad_id
 from gossamer.training.loss import supervised_nll
-from gossamer.training.masks import Example
 from gossamer.training.optim import make_optimizer
+from gossamer.training.runs.checkpoint import Checkpoint
+from gossamer.training.spread.world import World
 
 START = multiprocessing.get_context("forkserver")
 START.set_forkserver_preload(["tests.training.worlds", "torch.distributed.fsdp", "transformers.models.llama"])

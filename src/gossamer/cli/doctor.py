@@ -42,8 +42,9 @@ def examined() -> dict[str, Any]:
     """The facts, JSON-ready; "problems" lists what should be mended."""
     import torch
 
+    from gossamer.catalog import catalog
     from gossamer.kernels import elementwise
-    from gossamer.models import catalog, has_bfloat16_units
+    from gossamer.models import has_bfloat16_units
 
     problems = [problem for name, (floor, fault) in FLOORS.items() if (problem := _too_old(name, floor, fault))]
     home = catalog.home()

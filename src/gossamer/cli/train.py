@@ -11,7 +11,7 @@ from gossamer.cli.shared import columns, emit, json_option, wants_colour, warn
 from gossamer.progress import amount
 
 if TYPE_CHECKING:
-    from gossamer.training.runs import Rehearsal
+    from gossamer.training.runs.run import Rehearsal
 
 
 @click.command("train", context_settings={"ignore_unknown_options": True})
@@ -69,7 +69,7 @@ def command(
 
 def show_several(output: str, result: dict[str, Any]) -> None:
     """One line a run, what failed, and where the page is; of a rehearsal, what would be trained."""
-    from gossamer.training.sweep_report import as_rows
+    from gossamer.training.many.report import as_rows
 
     click.echo(columns(as_rows(result)))
     for run in result["runs"]:

@@ -11,10 +11,10 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from gossamer.adapter import Adapter
-from gossamer.drawing import line_chart
 from gossamer.errors import UsageError
 from gossamer.files.folder import read_json
 from gossamer.methods.spectra import spectra
+from gossamer.pages.charts import line_chart
 
 _NAMED = 6
 """How many lines of the picture are named; the others are drawn thin."""

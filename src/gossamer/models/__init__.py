@@ -9,41 +9,41 @@ import importlib
 from typing import TYPE_CHECKING
 
 _HOME = {
-    "CATALOG": "catalog",
-    "data_file": "catalog",
-    "fetch": "catalog",
-    "home": "catalog",
-    "has_bfloat16_units": "load",
-    "load_base": "load",
-    "make_dense": "quantizer",
-    "quantize_base": "quantize",
-    "tiny": "toys",
-    "tiny_inputs": "toys",
-    "tiny_tokenizer": "toys",
-    "write_model_folder": "write",
+    "CATALOG": "catalog.catalog",
+    "data_file": "catalog.catalog",
+    "fetch": "catalog.catalog",
+    "home": "catalog.catalog",
+    "has_bfloat16_units": "models.load",
+    "load_base": "models.load",
+    "make_dense": "models.quantizer",
+    "quantize_base": "models.quantize",
+    "tiny": "testing.toys",
+    "tiny_inputs": "testing.toys",
+    "tiny_tokenizer": "testing.toys",
+    "write_model_folder": "models.write",
 }
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from gossamer.models.catalog import CATALOG as CATALOG
-    from gossamer.models.catalog import data_file as data_file
-    from gossamer.models.catalog import fetch as fetch
-    from gossamer.models.catalog import home as home
+    from gossamer.catalog.catalog import CATALOG as CATALOG
+    from gossamer.catalog.catalog import data_file as data_file
+    from gossamer.catalog.catalog import fetch as fetch
+    from gossamer.catalog.catalog import home as home
     from gossamer.models.load import has_bfloat16_units as has_bfloat16_units
     from gossamer.models.load import load_base as load_base
     from gossamer.models.quantize import quantize_base as quantize_base
     from gossamer.models.quantizer import make_dense as make_dense
-    from gossamer.models.toys import tiny as tiny
-    from gossamer.models.toys import tiny_inputs as tiny_inputs
-    from gossamer.models.toys import tiny_tokenizer as tiny_tokenizer
     from gossamer.models.write import write_model_folder as write_model_folder
+    from gossamer.testing.toys import tiny as tiny
+    from gossamer.testing.toys import tiny_inputs as tiny_inputs
+    from gossamer.testing.toys import tiny_tokenizer as tiny_tokenizer
 
 
 def __getattr__(name: str) -> object:
     """Import a public name from its file, the first time it is used."""
     if name not in _HOME:
         raise AttributeError(f"module 'gossamer.models' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gossamer.models.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(f"gossamer.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

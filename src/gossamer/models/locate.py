@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from gossamer.catalog.catalog import CATALOG, cached
 from gossamer.errors import BaseFileError, nearest
-from gossamer.models.catalog import CATALOG, cached
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gossamer import drawing
 from gossamer.files.atomic import write_text
+from gossamer.pages import charts
 from gossamer.planning.devices import GIB
 from gossamer.planning.table import WORDS, as_text, size
 
@@ -33,7 +33,7 @@ def write_page(plan: Plan, path: Path) -> Path:
     ladder = [one for one in plan.verdicts() if one.plan and not one.fits]
     bars |= {f"for {one.device.name}": one.plan.pieces for one in ladder if one.plan}
     title = f"{plan.shape.name}: {plan.tuning}"
-    numbers = drawing.table(
+    numbers = charts.table(
         ("", *WORDS, "peak"),
         [(name, *map(size, parts.values()), size(sum(parts.values()))) for name, parts in bars.items()],
     )
@@ -41,7 +41,7 @@ def write_page(plan: Plan, path: Path) -> Path:
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)} · Gossamer</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
-        f"<body><h1>{escape(title)}</h1>\n{drawing.figure(stacked_bars(bars, 'Memory at the fullest moment'), numbers)}"
+        f"<body><h1>{escape(title)}</h1>\n{charts.figure(stacked_bars(bars, 'Memory at the fullest moment'), numbers)}"
         f"{_legend()}\n<h2>Cards</h2>{changes}\n<h2>The plan</h2><pre>{escape(as_text(plan))}</pre></body></html>\n"
     )
     write_text(path, page)
@@ -56,7 +56,7 @@ def stacked_bars(bars: Mapping[str, Mapping[str, int]], title: str) -> str:
         title: what the picture shows; also its accessible name.
     """
     longest = max(sum(parts.values()) for parts in bars.values()) or 1
-    scale, height = (drawing.WIDTH - _LEFT - _RIGHT) / longest, 30 + _STEP * len(bars)
+    scale, height = (charts.WIDTH - _LEFT - _RIGHT) / longest, 30 + _STEP * len(bars)
     body = []
     for row, (name, parts) in enumerate(bars.items()):
         x, y = float(_LEFT), 24 + row * _STEP
@@ -70,13 +70,13 @@ def stacked_bars(bars: Mapping[str, Mapping[str, int]], title: str) -> str:
         body.append(f'<text x="{x + 8:.1f}" y="{y + 15}" fill="currentColor">{size(sum(parts.values()))}</text>')
     for card in (8, 16, 24, 48, 80):
         x = _LEFT + card * GIB * scale
-        if x <= drawing.WIDTH - _RIGHT:
+        if x <= charts.WIDTH - _RIGHT:
             line = f'x1="{x:.1f}" y1="18" x2="{x:.1f}" y2="{height - 6}"'
             body.append(f'<line {line} stroke="currentColor" stroke-dasharray="3 3" opacity="0.5"/>')
             body.append(f'<text x="{x:.1f}" y="13" text-anchor="middle" fill="currentColor">{card} GB</text>')
     told = "; ".join(f"{name}: {size(sum(parts.values()))}" for name, parts in bars.items())
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {drawing.WIDTH} {height}" role="img" width="100%" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {charts.WIDTH} {height}" role="img" width="100%" '
         f'style="font:12px system-ui,sans-serif"><title>{escape(title)}</title><desc>{escape(told)}</desc>'
         f"{''.join(body)}</svg>"
     )

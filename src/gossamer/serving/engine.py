@@ -20,11 +20,11 @@ from gossamer.attachment import attached
 from gossamer.errors import GossamerError, NonFiniteError, ResourceError, StateError, UnsupportedError, UsageError
 from gossamer.files.places import adapter_of
 from gossamer.models import load_base
-from gossamer.models.cached import CachedDecoder
 from gossamer.models.device import free_bytes, keep_freed_memory
 from gossamer.models.language import positions
-from gossamer.models.steps import Decoder, Piece, Step
-from gossamer.models.whole_steps import TransformersDecoder, refusal
+from gossamer.running.cached import CachedDecoder
+from gossamer.running.steps import Decoder, Piece, Step
+from gossamer.running.whole_steps import TransformersDecoder, refusal
 from gossamer.serving.folder import Folder
 from gossamer.serving.guidance import Guide
 from gossamer.serving.prefixes import LEAST, Prefixes, common

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from gossamer.models.row_cache import KeptRow
+from gossamer.running.row_cache import KeptRow
 
 LEAST = 16
 """Tokens below which reading again costs less than keeping."""

@@ -34,7 +34,7 @@ from gossamer.errors import (
 from gossamer.files.places import glance
 from gossamer.kernels.routing import Share, Stack
 from gossamer.methods import TargetedMethod
-from gossamer.models.steps import Decoder
+from gossamer.running.steps import Decoder
 from gossamer.serving.chat_format import PLAIN, ChatFormat, ChatFormats
 from gossamer.serving.originals import Original, Originals
 

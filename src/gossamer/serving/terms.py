@@ -9,7 +9,7 @@ from torch import Tensor
 from gossamer.kernels.routed import Routed
 from gossamer.kernels.routing import Routing
 from gossamer.kernels.slots import Slotted
-from gossamer.models.steps import Part
+from gossamer.running.steps import Part
 from gossamer.serving.store import Loaded
 
 Mix = tuple[tuple[Loaded, float], ...]

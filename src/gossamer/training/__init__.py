@@ -8,8 +8,8 @@ from gossamer.files.places import adapter_of
 from gossamer.training.config import DataFiles, LoopConfig, RunConfig, TrainConfig
 from gossamer.training.evaluate import answer_batches, answer_loss, evaluate
 from gossamer.training.loop import train
-from gossamer.training.many import Job, Runs, train_many
-from gossamer.training.outcome import Run
+from gossamer.training.many.many import Job, Runs, train_many
+from gossamer.training.runs.outcome import Run
 
 __all__ = [
     "DataFiles",

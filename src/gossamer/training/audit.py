@@ -13,11 +13,11 @@ from torch import nn
 
 from gossamer.attachment import active, attached, trainable_parameters, use
 from gossamer.attachment.host import require_host
+from gossamer.data.masks import Example
 from gossamer.errors import DataError, GradientError, StateError
 from gossamer.methods.tokens import SLOT
 from gossamer.methods.virtual_tokens import VirtualTokensLayer
 from gossamer.models.language import positions, text_config
-from gossamer.training.masks import Example
 
 
 def adapter_to_train(model: nn.Module) -> str:

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.catalog.catalog import data_file
+from gossamer.data import formats
+from gossamer.data.batches import Batch, collate, plan_batches
+from gossamer.data.formats import Row, Rows, read_rows
+from gossamer.data.masks import Example, Overlong, encode, label_ids
 from gossamer.errors import DataError, NonFiniteError, UsageError, nearest
-from gossamer.models.catalog import data_file
-from gossamer.training import formats
 from gossamer.training.audit import refuse_misfits
-from gossamer.training.batches import Batch, collate, plan_batches
-from gossamer.training.formats import Row, Rows, read_rows
 from gossamer.training.loss import supervised_logits, supervised_nll
-from gossamer.training.masks import Example, Overlong, encode, label_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

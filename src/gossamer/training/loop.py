@@ -23,20 +23,20 @@ import torch
 from torch import Tensor
 
 from gossamer.attachment import active, using_spans
+from gossamer.data.batches import collate, joined
 from gossamer.errors import GossamerError, Interrupted
 from gossamer.progress import Progress
+from gossamer.running.fast import fast_path
 from gossamer.training.audit import adapter_to_train, refuse_misfits
-from gossamer.training.batches import collate, joined
 from gossamer.training.config import RunConfig, TrainConfig
-from gossamer.training.distributed import World
 from gossamer.training.evaluate import keeping_modes, pad_id
-from gossamer.training.fast import fast_path
 from gossamer.training.interrupt import interruptible
 from gossamer.training.loss import refuse_unless_causal, supervised_nll
 from gossamer.training.material import Files, Material
 from gossamer.training.memory import agreed, checkpointing
-from gossamer.training.outcome import Run, run_config
-from gossamer.training.run_folder import open_run
+from gossamer.training.runs.folder import open_run
+from gossamer.training.runs.outcome import Run, run_config
+from gossamer.training.spread.world import World
 from gossamer.training.trainee import Batches, Parts, Trainee
 
 if TYPE_CHECKING:

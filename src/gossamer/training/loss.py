@@ -22,9 +22,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from gossamer.data.batches import Batch
 from gossamer.errors import UnsupportedError
 from gossamer.planning.layers import CHUNK, columns_at_once
-from gossamer.training.batches import Batch
 from gossamer.training.causal import refuse_if_it_sees_ahead
 
 _CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()

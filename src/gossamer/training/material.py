@@ -11,13 +11,13 @@ from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from gossamer.training import clock, formats
-from gossamer.training.batches import largest_part, plan_batches, split_batch
+from gossamer.data import clock, formats
+from gossamer.data.batches import largest_part, plan_batches, split_batch
+from gossamer.data.formats import Row, Rows
+from gossamer.data.masks import Encoding, Example, encode
+from gossamer.data.pieces import Writer
 from gossamer.training.config import DataFiles, TrainConfig
 from gossamer.training.evaluate import Evaluation, make_evaluation, read_data
-from gossamer.training.formats import Row, Rows
-from gossamer.training.masks import Encoding, Example, encode
-from gossamer.training.pieces import Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -24,22 +24,22 @@ from gossamer.attachment import capture, neutral_values, sites_of_parameters, tr
 from gossamer.errors import NonFiniteError, UnsupportedError
 from gossamer.files.atomic import write_text
 from gossamer.progress import Progress
+from gossamer.running.fast import drops_out
 from gossamer.training.audit import audit_gradients
-from gossamer.training.checkpoint import (
+from gossamer.training.config import FREE_ON_RESUME, SPLITS_ON_RESUME, RunConfig
+from gossamer.training.material import Material, Steps
+from gossamer.training.memory import decide, stored_as
+from gossamer.training.optim import lr_factor, make_optimizer, peak_lr, set_lr, usable_optimizer, warmup_steps
+from gossamer.training.runs.checkpoint import (
     checkpoint_at,
     newest_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
 )
-from gossamer.training.config import FREE_ON_RESUME, SPLITS_ON_RESUME, RunConfig
-from gossamer.training.distributed import World
-from gossamer.training.fast import drops_out
-from gossamer.training.material import Material, Steps
-from gossamer.training.memory import decide, stored_as
-from gossamer.training.optim import lr_factor, make_optimizer, peak_lr, set_lr, usable_optimizer, warmup_steps
-from gossamer.training.outcome import Run, peak_memory, read_outcome, sampled, write_outcome
-from gossamer.training.run_folder import RunFolder
+from gossamer.training.runs.folder import RunFolder
+from gossamer.training.runs.outcome import Run, peak_memory, read_outcome, sampled, write_outcome
+from gossamer.training.spread.world import World
 from gossamer.training.stopping import Stopping
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""A catalog of small real models and data sets that the public package index carries."""

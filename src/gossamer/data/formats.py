@@ -1,0 +1,277 @@
+"""From records to rows: messages, ShareGPT, Alpaca, prompt/completion and plain text.
+
+| format            | fields of a record                                                      |
+| ----------------- | ----------------------------------------------------------------------- |
+| messages          | `messages`: a list of `{"role", "content"}` (OpenAI)                    |
+| sharegpt          | `conversations`: a list of `{"from", "value"}`                          |
+| alpaca            | `instruction`, `output` and, if there are any, `input` and `history`    |
+| prompt-completion | `prompt`, `completion`: joined as they are; or two lists of turns (TRL) |
+| text              | `text`: all of it is learned                                            |
+
+Beside turns, `system` is the text before them and `tools` what the model may call. The format is found by the columns
+of the file, never guessed from their values. A turn may say `"weight": 0` or `"train": false` to be read but not
+learned. Columns that no format uses are named by `Rows.describe`; a row in which one of them says what is to be learned
+(`images`, `chosen`, `"label": false`: see `columns`) is refused, and so is a field of a *turn* that would be lost.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gossamer.data.columns import HISTORY, SYSTEM, TOOLS, Carrying, is_empty, rename_hint
+from gossamer.data.containers import Faults, Table, kind_of, read_table
+from gossamer.data.conversations import BadRow, Fields, Turn, read_tools, read_turns
+from gossamer.errors import DataError, nearest
+
+_ALPACA_TASK = "Below is an instruction that describes a task"
+_ALPACA_PAIRED = ", paired with an input that provides further context"
+_ALPACA_REQUEST = ". Write a response that appropriately completes the request."
+
+_TURNS_AS_TEXT = re.compile(r"""\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
+_UNUSABLE = "the file has rows that cannot be used"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a data set, in the shape that its format allows.
+
+    A chat has `turns`; a prompt with its completion has `prompt` and `completion`; plain text has `text`. An Alpaca row
+    has turns *and* a prompt: the first for tokenizers with a chat template, the second for those without.
+    """
+
+    where: str
+    """`file:row`, for messages."""
+    turns: tuple[Turn, ...] = ()
+    prompt: str = ""
+    completion: str = ""
+    text: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
+    """What the chat template is told that the model may call: JSON schemas of functions."""
+
+    def texts(self) -> Iterator[str]:
+        """Every text of the row."""
+        yield from (self.prompt, self.completion, self.text)
+        yield from (turn.text for turn in self.turns)
+
+    @property
+    def label(self) -> str:
+        """What a classifier is to answer: the completion, or a chat's last learned turn; empty for plain text."""
+        return self.completion or next((turn.text for turn in reversed(self.turns) if turn.supervised), "")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of one file, valid one by one."""
+
+    path: str
+    container: str
+    format: str
+    digest: str
+    """sha256 of the file, in hex: a resumed run compares it."""
+    rows: tuple[Row, ...]
+    unused: tuple[str, ...] = ()
+    """Columns of the file that the format does not use."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def describe(self) -> str:
+        """One line, such as `reviews/train.jsonl: 2,966 rows of prompt/completion (jsonl)`."""
+        unused = f"; columns not used: {', '.join(self.unused)}" if self.unused else ""
+        return f"{self.path}: {len(self):,} rows of {self.format.replace('-', '/')} ({self.container}){unused}"
+
+
+def read_rows(path: str | Path, *, format: str | None = None) -> Rows:
+    """Read a data file and validate every row of it.
+
+    Args:
+        path: a .jsonl, .json, .csv or .parquet file.
+        format: a key of `FORMATS`; found by the columns if not given.
+
+    Raises `DataError` with every fault of the file, each with its row and reason; `UnsupportedError` without pyarrow.
+    """
+    if format is not None and format not in FORMATS:
+        raise DataError(f"unknown data format {format!r}", expected=", ".join(FORMATS), hint=nearest(format, FORMATS))
+    faults = Faults(path)
+    table = read_table(path, faults)
+    columns = list(dict.fromkeys(column for _, record in table.records for column in record))
+    chosen = FORMATS[format or _detect(columns, table, faults)]
+    carrying = Carrying(columns, (*chosen.required, *chosen.optional), chosen.name)
+    rows = []
+    for number, record in table.records:
+        try:
+            row = chosen.build(Fields(record), f"{path}:{number}")
+            if carrying and (fault := carrying.fault(record, row.texts())):
+                raise BadRow(fault)
+            rows.append(row)
+        except BadRow as bad:
+            faults.add(number, str(bad))
+    faults.check(_UNUSABLE, hint=carrying.hint)
+    unused = tuple(column for column in columns if column not in (*chosen.required, *chosen.optional))
+    return Rows(table.path, table.container, chosen.name, table.digest, tuple(rows), unused)
+
+
+def labels(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The distinct labels of a classification set, sorted. Raises `DataError` if there are fewer than two."""
+    found = tuple(sorted({row.label for row in rows}))
+    if len(found) < 2 or "" in found:
+        plain = found == ("",)
+        got = "texts without a label" if plain else f"{list(found)}"
+        renamed = "name the column of the text 'prompt' and that of the label 'completion'; " if plain else ""
+        raise DataError("a classifier needs rows with at least two different labels", got=got,
+                        hint=f"{renamed}the label is the completion of a row, or a chat's last turn")  # fmt: skip
+    return found
+
+
+def _fitting(columns: Iterable[str]) -> list[str]:
+    return [one.name for one in FORMATS.values() if set(one.required) <= {*columns}]
+
+
+def _detect(columns: list[str], table: Table, faults: Faults) -> str:
+    fitting = _fitting(columns)
+    if len(fitting) == 1:
+        return fitting[0]
+    if len(fitting) > 1:
+        _refuse_mixture(table, faults)
+    faults.check(_UNUSABLE)  # a column may be missing because its rows could not be read
+    known = {column for one in FORMATS.values() for column in (*one.required, "input")}
+    raise DataError(
+        f"the columns fit {' and '.join(fitting)}" if fitting else "the columns fit no known data format",
+        where=faults.path, got=f"columns: {', '.join(columns) or 'none'}",
+        expected="; ".join(f"{one.name}: {', '.join(one.required)}" for one in FORMATS.values()),
+        hint="choose one with format=..." if fitting else rename_hint(columns, known),
+    )  # fmt: skip
+
+
+def _refuse_mixture(table: Table, faults: Faults) -> None:
+    """Name the rows that are of another format than most, if no format fits all of them."""
+    fits = [(number, _fitting(record)) for number, record in table.records]
+    counts = Counter(name for _, names in fits for name in names)
+    (most, count), *_ = counts.most_common(1) or [("", len(fits))]
+    if count == len(fits):
+        return
+    for number, names in fits:
+        if most not in names and names:
+            faults.add(number, f"a row of {' and '.join(names)}, but {count:,} of {len(fits):,} rows are of {most}")
+    faults.check(_UNUSABLE, hint="one file has rows of one format")
+
+
+def _chat(list_field: str, role_field: str, text_field: str) -> Callable[[Fields, str], Row]:
+    """The builder for a list of turns under the given field names."""
+
+    def build(record: Fields, where: str) -> Row:
+        return _chat_row(record, where, read_turns(record.turns(list_field), role_field, text_field))
+
+    return build
+
+
+def _chat_row(record: Fields, where: str, turns: tuple[Turn, ...]) -> Row:
+    """A chat with the system text and the tools that stand beside it. Raises `BadRow` if it teaches nothing."""
+    if not any(turn.role == "assistant" for turn in turns):
+        raise BadRow("no assistant turn, so there is nothing to learn")
+    if not any(turn.supervised for turn in turns):
+        raise BadRow("every assistant turn is switched off by its weight, so there is nothing to learn")
+    return Row(where, turns=_with_system(record, turns), tools=read_tools(record, TOOLS))
+
+
+def _with_system(record: Fields, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    name = record.one_of(SYSTEM)
+    if not name:
+        return turns
+    system = Turn("system", record.text(name), False)
+    if turns[0].role != "system":
+        return (system, *turns)
+    if turns[0].text.strip() == system.text.strip():
+        return turns
+    raise BadRow(f"{name!r} and the system turn say different things; only one may stand before the chat")
+
+
+def _alpaca(record: Fields, where: str) -> Row:
+    """The prompt is Stanford Alpaca's, word for word; a chat template gets instruction and input as one user turn.
+
+    A system text takes the place of the prompt's first sentences, as in LLaMA-Factory, and earlier turns are learned
+    too, as there. Earlier turns and tools have no place in the plain form, so such a row is a chat only.
+    """
+    instruction, output = record.text("instruction"), record.text("output")
+    given = "" if is_empty(record.given.get("input")) else record.text("input")
+    question = f"{instruction}\n\n{given}" if given else instruction
+    turns = (*_history(record), Turn("user", question, False), Turn("assistant", output, True))
+    row = _chat_row(record, where, turns)
+    if len(turns) > 2 or row.tools:
+        return row
+    head = _ALPACA_TASK + (_ALPACA_PAIRED if given else "") + _ALPACA_REQUEST
+    head = row.turns[0].text if row.turns[0].role == "system" else head
+    sections = [f"### Instruction:\n{instruction}", *([f"### Input:\n{given}"] if given else []), "### Response:"]
+    return replace(row, prompt="\n\n".join([head, *sections]), completion=output)
+
+
+def _history(record: Fields) -> Iterator[Turn]:
+    """Earlier turns: a list of `[question, answer]`."""
+    if not record.one_of(HISTORY):
+        return
+    pairs = record.parsed("history")
+    for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs], start=1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow(f"'history': entry {number} must be [question, answer], got {kind_of(pair)}")
+        texts = Fields(dict(zip(("question", "answer"), pair, strict=True)), f"'history': entry {number}: ")
+        yield Turn("user", texts.text("question"), False)
+        yield Turn("assistant", texts.text("answer"), True)
+
+
+def _no_turns(record: Fields, name: str) -> str:
+    """A text that is not a list of turns in disguise, as tables write lists into their cells."""
+    text = record.text(name)
+    if _TURNS_AS_TEXT.match(text):
+        raise BadRow(f"{name!r} holds a list of turns as text, {text!r:.40}; in JSON Lines it can be a list")
+    return text
+
+
+def _prompt_completion(record: Fields, where: str) -> Row:
+    """Two texts, or TRL's conversational form: two lists of turns, of which the second is learned."""
+    prompt, completion = (record.given.get(name) for name in ("prompt", "completion"))
+    turns = [
+        isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) for value in (prompt, completion)
+    ]
+    if not all(turns):
+        row = Row(where, prompt=_no_turns(record, "prompt"), completion=record.text("completion"))
+        if name := record.one_of(SYSTEM) or record.one_of(TOOLS):
+            raise BadRow(f"{name!r} would be lost: two texts are joined as they are; "
+                         "write it into the prompt, or both as lists of turns")  # fmt: skip
+        return row
+    before, answer = read_turns(record.turns("prompt")), read_turns(record.turns("completion"))
+    for number, entry in enumerate(record.turns("prompt"), start=1):
+        if any(entry.get(name) for name in ("train", "weight")):  # of the assistant: others are refused above
+            raise BadRow(f"'prompt': turn {number} asks to be learned, but of two lists of turns the second is; "
+                         "write both into 'messages'")  # fmt: skip
+    if any(turn.role != "assistant" and turn.role != "tool" for turn in answer):
+        raise BadRow("'completion' holds a turn that is not the assistant's")
+    return _chat_row(record, where, (*(turn._replace(supervised=False) for turn in before), *answer))
+
+
+class Format(NamedTuple):
+    """A data format: the columns it is known by, those it may also use, and how a record becomes a row."""
+
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    build: Callable[[Fields, str], Row]
+
+
+FORMATS: dict[str, Format] = {
+    one.name: one
+    for one in (
+        Format("messages", ("messages",), (*SYSTEM, *TOOLS), _chat("messages", "role", "content")),
+        Format("sharegpt", ("conversations",), (*SYSTEM, *TOOLS), _chat("conversations", "from", "value")),
+        Format("alpaca", ("instruction", "output"), ("input", *SYSTEM, *TOOLS, *HISTORY), _alpaca),
+        Format("prompt-completion", ("prompt", "completion"), (*SYSTEM, *TOOLS), _prompt_completion),
+        Format("text", ("text",), (), lambda record, where: Row(where, text=_no_turns(record, "text"))),
+    )
+}  # fmt: skip

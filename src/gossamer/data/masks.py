@@ -1,0 +1,274 @@
+"""From rows to examples: token ids with a loss mask that is proven, row by row.
+
+`pieces` says which text is learned, `proof` that the tokens marked are exactly that text; here both are put together
+and fitted to a length. A row that fails on the way is an error with its place and reason, never a wrong mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, groupby
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from gossamer.data.containers import Faults
+from gossamer.data.conversations import Turn
+from gossamer.data.formats import Row
+from gossamer.data.pieces import Piece, Unprovable, Writer
+from gossamer.data.proof import decoded, proven
+from gossamer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Overlong = Literal["error", "drop", "truncate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as tokens. `supervised[t]` says whether token t is learned, that is, predicted from those before it."""
+
+    ids: list[int]
+    supervised: list[bool]
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def prompt_length(self) -> int:
+        """The number of tokens before the first supervised one."""
+        return self.supervised.index(True)
+
+
+@dataclass(frozen=True)
+class Encoding(Sequence[Example]):
+    """The examples of a data set, and what `max_length` did to them."""
+
+    examples: tuple[Example, ...]
+    max_length: int
+    dropped: tuple[str, ...] = ()
+    """Where the rows stand that were too long and left out."""
+    truncated: tuple[str, ...] = ()
+    """Where the rows stand that were too long and cut."""
+    notes: tuple[str, ...] = ()
+    """What else is worth saying of the rows, such as `3 rows with a name that the chat template does not write`."""
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        return self.examples[index]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of all examples."""
+        return sum(map(len, self.examples))
+
+    @property
+    def supervised(self) -> int:
+        """The tokens that are learned."""
+        return sum(sum(example.supervised) for example in self.examples)
+
+    def describe(self) -> str:
+        """One line, such as `2,966 examples, 84,312 tokens, 5,932 of them supervised (7.0%)`."""
+        counts = {"dropped": len(self.dropped), "truncated": len(self.truncated)}
+        long = [f"; {count:,} longer than {self.max_length:,} {fate}" for fate, count in counts.items() if count]
+        share = self.supervised / self.tokens
+        return (f"{len(self):,} examples, {self.tokens:,} tokens, {self.supervised:,} of them supervised ({share:.1%})"
+                + "".join((*long, *(f"; {note}" for note in self.notes))))  # fmt: skip
+
+
+def encode(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 1024,
+    add_eos: bool = True,
+    chat_template: bool = True,
+    on_overlong: Overlong = "error",
+    date: str | None = None,
+) -> Encoding:
+    """Tokenise rows and prove their loss masks.
+
+    - A completion is learned with the EOS after it, its prompt is not.
+    - In a chat every supervised assistant turn is learned with its end-of-turn token, and with the EOS where the
+      template writes it next; headers and other turns are not.
+    - Plain text is learned whole, with EOS; a BOS that the tokenizer adds is not learned.
+
+    Args:
+        rows: what `read_rows` gives.
+        tokenizer: any transformers tokenizer. Labels go by position, so its pad token may well be its EOS.
+        max_length: tokens. No example is longer.
+        add_eos: end completions and texts with EOS; off where only the label itself is to be scored.
+        chat_template: write rows that have a plain form too (Alpaca) with the tokenizer's chat template, if it has one.
+        on_overlong: what becomes of longer rows: `"error"`; `"drop"`; or `"truncate"`. That leaves out the earliest
+            turns of a chat, whole, up to a user's turn, and keeps its system text and tools; takes tokens from the left
+            of a prompt (after BOS) without special tokens; or from the end of plain text. No turn is cut open and no
+            answer shortened: where that is not enough, the row is refused.
+        date: the day that a chat template is told, as `2026-12-31`; today when None.
+
+    Raises `DataError` with every row whose mask cannot be proven or that does not fit, and if nothing is left to learn.
+    """
+    rows = list(rows)
+    if not rows:
+        raise DataError("there are no rows to encode")
+    writer = Writer(tokenizer, add_eos=add_eos, chat_template=chat_template, date=date)
+    leading = _leading_ids(tokenizer)
+    examples = _examples(rows, writer, leading)
+    notes = tuple(f"{count:,} rows {note}" for note, count in writer.notes.items())
+
+    def shorter(index: int) -> Example | None:
+        if writer.is_chat(rows[index]):
+            return _fewer_turns(rows[index], writer, leading, max_length)
+        filled = bool(rows[index].turns)  # a form whose beginning is as fixed as a template's
+        return None if filled else _shortened(examples[index], max_length, len(leading), {*tokenizer.all_special_ids})
+
+    return replace(_fitted(examples, max_length, shorter, on_overlong), notes=notes)
+
+
+def _examples(rows: list[Row], writer: Writer, leading: list[int]) -> list[Example]:
+    """Every row as tokens with its proven mask, of whatever length. Raises `DataError` with every fault."""
+    faults, hints = Faults(), dict[str, None]()
+    written = [_written(row, writer, faults, hints) for row in rows]
+    faults.check("these rows have no text that can be learned", hint="; ".join(hints))
+    tokens, reasons = proven(written, writer.tokenizer)
+    for row, reason in zip(rows, reasons, strict=True):
+        if reason:
+            faults.at(row.where, reason)
+    faults.check("the loss mask of these rows cannot be proven")
+    examples = []
+    for row, pieces, ids in zip(rows, written, tokens, strict=True):
+        before = [] if writer.is_chat(row) else leading
+        flags = [piece.supervised for piece, part in zip(pieces, ids, strict=True) for _ in part]
+        examples.append(Example([*before, *chain(*ids)], [*(False for _ in before), *flags], row.where))
+    return examples
+
+
+def _fewer_turns(row: Row, writer: Writer, leading: list[int], max_length: int) -> Example | None:
+    """The chat without its earliest turns, as few of them as it takes; None if not even its last exchange fits.
+
+    It begins with a user's turn again, as templates want it, after the system turn if there is one.
+    """
+    first = int(row.turns[0].role == "system")
+    last = max(index for index, turn in enumerate(row.turns) if turn.supervised)
+    starts = [index for index in range(first + 1, last) if row.turns[index].role == "user"]
+    found: Example | None = None
+    while starts:
+        middle = len(starts) // 2
+        fewer = replace(row, turns=(*row.turns[:first], *row.turns[starts[middle] :]))
+        try:
+            (example,) = _examples([fewer], writer, leading)
+        except DataError:  # what the template makes of these turns cannot be proven
+            example = None
+        if example and len(example) <= max_length:
+            found, starts = example, starts[:middle]
+        else:
+            starts = starts[middle + 1 :]
+    return found
+
+
+def label_ids(labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, row: Row, *, add_eos: bool = False,
+              chat_template: bool = True, date: str | None = None) -> tuple[tuple[int, ...], ...]:  # fmt: skip
+    """The token ids of each label as it continues the prompt of `row`, to compare their likelihoods.
+
+    Raises `DataError` if two labels have the same tokens, or a label is not provable in that place.
+    """
+    if not row.label:
+        raise DataError("plain text has no label to compare", where=row.where)
+    last = max((index for index, turn in enumerate(row.turns) if turn.supervised), default=0)
+    rows = [
+        replace(row, where=f"label {label!r}", turns=_with_answer(row.turns, last, label),
+                completion=label if row.completion else "")
+        for label in labels
+    ]  # fmt: skip
+    options: dict[str, Any] = {"add_eos": add_eos, "chat_template": chat_template, "date": date}
+    examples = encode(rows, tokenizer, max_length=2**31, **options)
+    found = tuple(tuple(example.ids[_last_run(example.supervised) :]) for example in examples)
+    for label, ids in zip(labels, found, strict=True):
+        twin = labels[found.index(ids)]
+        if twin != label:
+            raise DataError("two labels have the same tokens", got=f"{twin!r} and {label!r}: {list(ids)}")
+    return found
+
+
+def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """The example as text, cut into `(piece, supervised)` runs, to be shown in two colours."""
+    ends = accumulate(len(list(run)) for _, run in groupby(example.supervised))
+    shown, pieces = "", []
+    for end in ends:
+        text = decoded([example.ids[:end]], tokenizer)[0]
+        pieces.append((text[len(shown) :], example.supervised[end - 1]))
+        shown = text
+    return pieces
+
+
+def _with_answer(turns: tuple[Turn, ...], index: int, text: str) -> tuple[Turn, ...]:
+    return tuple(turn._replace(text=text) if place == index else turn for place, turn in enumerate(turns))
+
+
+def _last_run(supervised: list[bool]) -> int:
+    """Where the supervised tokens at the end of an example begin."""
+    return len(supervised) - supervised[::-1].index(False)
+
+
+def _written(row: Row, writer: Writer, faults: Faults, hints: dict[str, None]) -> list[Piece]:
+    try:
+        return writer.pieces(row)
+    except Unprovable as error:
+        faults.at(row.where, str(error))
+        hints |= {error.hint: None} if error.hint else {}
+        return []
+
+
+def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before any text: usually its BOS, or nothing."""
+    bare, dressed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = (start for start in range(len(dressed)) if dressed[start : start + len(bare)] == bare)
+    return list(dressed[: next(starts, 0)])
+
+
+def _fitted(
+    examples: list[Example], max_length: int, shorter: Callable[[int], Example | None], on_overlong: Overlong
+) -> Encoding:
+    """Apply `max_length`, then make sure that every example teaches something."""
+    faults, kept, dropped, truncated = Faults(), [], [], []
+    for index, example in enumerate(examples):
+        if len(example) <= max_length:
+            kept.append(example)
+        elif on_overlong == "drop":
+            dropped.append(example.where)
+        elif on_overlong == "truncate" and (cut := shorter(index)):
+            truncated.append(example.where)
+            kept.append(cut)
+        else:
+            answer = f"{sum(example.supervised):,} of them supervised"
+            faults.at(example.where, f"{len(example):,} tokens, {answer}, but max_length is {max_length:,}")
+    others = {"error": ", or set overlong to drop or truncate", "truncate": ", or set overlong to drop; "
+              "turns are not cut open and answers not shortened"}  # fmt: skip
+    hint = f"raise max_length{others.get(on_overlong, '')}" if faults.found else ""
+    for example in kept:
+        if not any(example.supervised[1:]):  # the first token has none before it to be predicted from
+            faults.at(example.where, "no supervised token, so there is nothing to learn")
+    faults.check("these rows cannot be trained on", hint=hint)
+    if not kept:
+        raise DataError(f"every one of the {len(examples):,} rows is longer than max_length={max_length:,}")
+    return Encoding(tuple(kept), max_length, tuple(dropped), tuple(truncated))
+
+
+def _shortened(example: Example, max_length: int, fixed: int, special: set[int]) -> Example | None:
+    """A shorter prompt, or a shorter plain text; None if an answer or a prompt with special tokens would be cut.
+
+    A prompt with special tokens in it was written by a template, and its beginning belongs to it.
+    """
+    excess, prompt = len(example) - max_length, example.prompt_length - fixed
+    if prompt <= 0:
+        return replace(example, ids=example.ids[:max_length], supervised=example.supervised[:max_length])
+    if prompt <= excess or not special.isdisjoint(example.ids[fixed : example.prompt_length]):
+        return None
+    ids, supervised = ([*part[:fixed], *part[fixed + excess :]] for part in (example.ids, example.supervised))
+    return replace(example, ids=ids, supervised=supervised)

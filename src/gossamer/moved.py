@@ -1,0 +1,74 @@
+"""Modules that moved: their earlier names still import, as the very same module, with a warning that names the new one.
+
+Python asks this finder last, so it costs nothing until an import would fail.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "drawing": "pages.charts",
+    "models.blocks": "running.blocks",
+    "models.cached": "running.cached",
+    "models.catalog": "catalog.catalog",
+    "models.download": "catalog.download",
+    "models.graphs": "running.graphs",
+    "models.packed": "running.packed",
+    "models.row_cache": "running.row_cache",
+    "models.steps": "running.steps",
+    "models.toy_inputs": "testing.inputs",
+    "models.toys": "testing.toys",
+    "models.whole_steps": "running.whole_steps",
+    "training.batches": "data.batches",
+    "training.checkpoint": "training.runs.checkpoint",
+    "training.columns": "data.columns",
+    "training.containers": "data.containers",
+    "training.distributed": "training.spread.world",
+    "training.fast": "running.fast",
+    "training.formats": "data.formats",
+    "training.masks": "data.masks",
+    "training.outcome": "training.runs.outcome",
+    "training.proof": "data.proof",
+    "training.report": "training.runs.report",
+    "training.run_folder": "training.runs.folder",
+    "training.sharding": "training.spread.sharding",
+    "training.sweep": "training.many.sweep",
+}
+"""Earlier name -> name, both without `gossamer.`."""
+
+RENAMED: dict[str, dict[str, str]] = {}
+"""Earlier name of a module -> earlier name in it -> name."""
+
+
+class Moved:
+    """Finds a moved module by its earlier name."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of a module that moved; None for every other, which is then not found."""
+        return ModuleSpec(fullname, self) if fullname.removeprefix("gossamer.") in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """As Python makes one; `exec_module` puts the real one in its place."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Import the module by its present name, and let the earlier name mean it."""
+        earlier = module.__name__.removeprefix("gossamer.")
+        now = f"gossamer.{MOVED[earlier]}"
+        warnings.warn(f"{module.__name__} is {now} now", DeprecationWarning, stacklevel=2)
+        real = importlib.import_module(now)
+        for old, new in RENAMED.get(earlier, {}).items():
+            setattr(real, old, getattr(real, new))
+        sys.modules[module.__name__] = real
+
+
+def install() -> None:
+    """Answer for the earlier names from now on."""
+    sys.meta_path.append(Moved())

@@ -1,0 +1,1 @@
+"""Offline HTML pages: charts as SVG, tables, sizes, one shell."""

@@ -1,0 +1,129 @@
+"""Steps that only continue sequences as CUDA graphs: recorded once for a size, then replayed by one launch.
+
+Rows and the tokens that are looked at are rounded up to a few sizes. Tokens, places, and which slot a row's adapter is
+in are copied into tensors that a graph reads, so that no switch of adapters and no coming or going of rows records
+anything. Rows that only fill up the batch write to the cache's row that is nobody's.
+
+The plain twin is the step as it is run elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.running.row_attention import FixedLook, Look
+from gossamer.running.row_cache import RowCache
+from gossamer.running.steps import Step, Terms
+
+Run = Callable[[Tensor, Look, RowCache, Terms | None], Tensor]
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Makes of a call one that does the same again on what its tensors hold by then."""
+
+_SHORTEST = 256
+"""Tokens that are looked at, at least; then twice as many, and so on."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    look: FixedLook
+    replay: Callable[[], Tensor]
+
+
+class Graphs:
+    """Recorded steps of one decoder.
+
+    Args:
+        run: takes a step. rotary: gives the angles of positions; not recorded, as some kinds look at the numbers.
+        like: of the dtype and on the device that steps run in.
+        record: with CUDA graphs by default.
+    """
+
+    def __init__(self, run: Run, rotary: Any, like: Tensor, record: Record | None = None) -> None:
+        self.run, self.rotary, self.like = run, rotary, like
+        self.record = record or Recorder()
+        self.made: dict[tuple[int, int, Hashable], _Graph] = {}
+        self.where: tuple[RowCache, int] | None = None
+
+    def __call__(self, step: Step, cache: RowCache, terms: Terms | None) -> Tensor | None:
+        """Logits (N, vocabulary), which are overwritten by the next step; None for a step that is not recorded."""
+        laid = frozenset() if terms is None else terms.fixed()
+        if laid is None or not _goes_on(step):
+            return None
+        self._forget(cache, laid)
+        count, longest = step.extent
+        key = _size(count), min(_power(longest, _SHORTEST), cache.tokens), laid
+        if key not in self.made:
+            self.made[key] = self._graph(*key[:2], step, cache, terms)
+        graph = self.made[key]
+        self._place(graph.look, step, cache)
+        return graph.replay()[:count]
+
+    def _place(self, look: FixedLook, step: Step, cache: RowCache) -> None:
+        look.place(step, cache.rows)
+        look.turn(self.rotary, self.like)
+
+    def _graph(self, size: int, longest: int, step: Step, cache: RowCache, terms: Terms | None) -> _Graph:
+        look = FixedLook(min(size, cache.rows), longest, self.like.device)
+        self._place(look, step, cache)
+
+        def run() -> Tensor:
+            look.masks.clear()
+            return self.run(look.tokens, look, cache, terms)
+
+        return _Graph(look, self.record(run))
+
+    def _forget(self, cache: RowCache, laid: Hashable) -> None:
+        """Graphs of a cache that was laid anew, and of adapters' tensors that are used no more."""
+        where = cache, cache.laid
+        if self.where != where:
+            self.made.clear()
+            self.where = where
+        if laid:
+            self.made = {key: graph for key, graph in self.made.items() if key[2] in (frozenset(), laid)}
+
+
+class Recorder:
+    """Records on CUDA. All recordings share memory, as only one of them runs at a time."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Run once, for what is compiled or chosen at a first call, and once to record."""
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            run()
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # other threads may go on: adapters are read while this one records
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            out = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+def _goes_on(step: Step) -> bool:
+    """Whether rows 0, 1, 2, ... are all continued, in this order, and all logits wanted."""
+    return len(step.wanted) == len(step.pieces) and all(
+        piece.continues and piece.row == row for row, piece in enumerate(step.pieces)
+    )
+
+
+def _power(number: int, least: int) -> int:
+    return max(least, 1 << (number - 1).bit_length())
+
+
+def _size(count: int) -> int:
+    """1, 2, 4, 8, and then multiples of 8 up to 32, of 16 up to 64, of 32 from there on."""
+    step = 8 if count <= 32 else 16 if count <= 64 else 32
+    return _power(count, 1) if count <= 8 else -(-count // step) * step

@@ -1,0 +1,115 @@
+"""What an engine asks of a model: one step of many sequences, each at another place and with other adapters.
+
+A step takes tokens of several sequences one after another, (N,): the next token of those that are being continued, and
+pieces of prompts that are being read. A decoder runs them in parts, and asks for the adapters' terms of one part at a
+time at each of its sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from gossamer.running.row_cache import RowCache
+
+
+class Piece(NamedTuple):
+    """Tokens of one sequence: `count` of them, of which `start` are in the cache's row already."""
+
+    row: int
+    start: int
+    count: int
+
+    @property
+    def continues(self) -> bool:
+        """Whether this is the next token of a sequence whose prompt is read."""
+        return self.count == 1 and self.start > 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What goes through the model at once.
+
+    Attributes:
+        tokens: (N,) ids, piece after piece.
+        pieces: cover them, each of another row; those that continue a sequence come first.
+        wanted: numbers of the pieces after whose last token the logits are asked for, ascending.
+    """
+
+    tokens: Tensor
+    pieces: tuple[Piece, ...]
+    wanted: tuple[int, ...]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Rows and tokens that the cache must have room for."""
+        return max(piece.row for piece in self.pieces) + 1, max(piece.start + piece.count for piece in self.pieces)
+
+
+class Site(NamedTuple):
+    """Maps that read the same input, where adapters may add terms.
+
+    Attributes:
+        paths: canonical module paths, as in an adapter's file.
+        modules: the frozen maps there, each with `in_features` and `out_features`, or transformers' Conv1D.
+    """
+
+    paths: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+
+
+Part = tuple[tuple[int, int], ...]
+"""What is run at once: (number of the piece, rows of it), one after another."""
+
+
+class Terms(Protocol):
+    """The adapters' share of a step. `part` counts the decoder's parts, `site` its sites."""
+
+    def at(self, part: int, site: int) -> bool:
+        """Whether anything may be changed there."""
+        ...
+
+    def before(self, part: int, site: int, x: Tensor) -> Tensor:
+        """The input (rows of the part, in) as the maps should read it; x itself where nothing changes it."""
+        ...
+
+    def after(self, part: int, site: int, x: Tensor, outs: Sequence[Tensor], whole: Tensor | None = None) -> None:
+        """Change the maps' outputs (rows of the part, out) for the input that they have read, in place.
+
+        Args:
+            whole: what the outputs are columns of, one after the other, if they are.
+        """
+        ...
+
+    def fixed(self) -> Hashable | None:
+        """What `after` reads in this step, the same for as long as only the contents change; None if it moves."""
+        ...
+
+
+class Decoder(Protocol):
+    """A causal model, one step at a time. Reads the model's weights where they are, and leaves it as it was."""
+
+    like: Tensor
+    """Of the dtype and on the device that steps run in."""
+    sites: tuple[Site, ...]
+    copied: int
+    """Bytes of weights that are held beside the model's own."""
+
+    def cache(self, rows: int = 0, tokens: int = 0) -> RowCache:
+        """An empty cache, which will often hold so many rows of so many tokens; it grows where it must."""
+        ...
+
+    def parts(self, step: Step) -> Sequence[Part]:
+        """How a step will be run; empty parts are allowed."""
+        ...
+
+    def __call__(self, step: Step, cache: Any, terms: Terms | None = None) -> Tensor:
+        """Take a step: write keys and values of its tokens, and give the logits that are wanted.
+
+        Returns:
+            (wanted, vocabulary) in the model's dtype.
+        """
+        ...

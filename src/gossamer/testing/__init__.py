@@ -1,0 +1,1 @@
+"""What tests against this library need: seeded toy models of every architecture, and their inputs."""

@@ -1,0 +1,145 @@
+"""`sweep.html`: the runs of a sweep or a fleet on one offline page, and the same as rows of text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gossamer.files.atomic import write_text
+from gossamer.pages import charts
+from gossamer.training.runs.report import duration, header, page, section
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def write_sweep_report(folder: Path, result: Mapping[str, Any]) -> Path:
+    """Write `sweep.html` (or `fleet.html`) into a folder, from what `run_plan` returns. Raises `DiskError`."""
+    kind, rows = result["kind"], result["runs"]
+    done = [row for row in rows if "error" not in row]
+    title = folder.resolve().name
+    figures = [("runs", str(len(rows))), ("time", duration(result["seconds"]))]
+    if result["best"]:
+        found = next(row for row in done if row["name"] == result["best"])
+        figures[:0] = [("best", result["best"]), (f"its {result['metric']}", _shown(_figure(found, "eval_after")))]
+    if len(done) < len(rows):
+        figures.append(("failed", str(len(rows) - len(done))))
+    did = f"{len(rows)} adapters on {result['base']}, trained together on one frozen base"
+    path = folder / f"{kind}.html"
+    write_text(
+        path,
+        page(
+            title,
+            header(f"{kind} report", title, did, figures),
+            _table(result),
+            _bars(done),
+            *_curves(done),
+            _failures(rows),
+        ),
+    )
+    return path
+
+
+def as_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A header and one row a run: its settings, and those figures that there are; of a rehearsal there are few."""
+    rows = result["runs"]
+    keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
+    metric = _metric(rows)
+    figures: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "trainable": lambda row: f"{row['trainable_params']:,}",
+        "steps": lambda row: f"{row['steps']:,}",
+        "train loss": lambda row: _shown(row["train_loss"]),
+        f"{metric} before": lambda row: _shown(_figure(row, "eval_before")),
+        "after": lambda row: _shown(_figure(row, "eval_after")),
+        "seconds": lambda row: f"{row['seconds']:.1f}",
+        "": lambda row: "best" if row["name"] == result["best"] else "",
+    }
+    needed = ("trainable_params", "steps", "train_loss", "eval_before", "eval_after", "seconds", "output")
+    there = {field for row in rows for field, value in row.items() if value is not None}
+    shown = [name for name, field in zip(figures, needed, strict=True) if field in there]
+    lines = [("name", *keys, *shown)]
+    for row in rows:
+        own = (str(row["settings"].get(key, "")) for key in keys)
+        failed = ("failed", *[""] * (len(shown) - 1))
+        lines.append((row["name"], *own, *(failed if "error" in row else (figures[name](row) for name in shown))))
+    return lines
+
+
+def train_loss(run: Path) -> float | None:
+    """The training loss at the end of a run: the mean over the last twentieth of its logged steps."""
+    file = run / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    losses = [one["loss"] for one in records if one.get("loss") is not None]
+    last = losses[-max(1, len(losses) // 20) :]
+    return sum(last) / len(last) if last else None
+
+
+def _metric(rows: Rows) -> str:
+    measured = [row["eval_after"] for row in rows if row.get("eval_after")]
+    return "" if not measured else "accuracy" if "accuracy" in measured[0] else "loss"
+
+
+def _figure(row: Mapping[str, Any], when: str) -> float | None:
+    found = row.get(when) or {}
+    return found.get("accuracy", found.get("loss"))
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    head, *rows = as_rows(result)
+    chosen = f"Best by {result['metric']} on the held-out rows: {result['best']}." if result["best"] else ""
+    return section("Every run", charts.table(head, rows), note=chosen)
+
+
+def _bars(done: Rows) -> str:
+    """What each run came to, the best first."""
+    metric = _metric(done)
+    values = {row["name"]: value for row in done if (value := _figure(row, "eval_after")) is not None}
+    if not values:
+        return ""
+    ordered = dict(sorted(values.items(), key=lambda item: item[1], reverse=metric == "accuracy"))
+    picture = charts.bar_chart(ordered, f"Held-out {metric} after training")
+    return section("Side by side", charts.figure(picture, charts.table(("run", metric), [*ordered.items()])))
+
+
+def _curves(done: Rows) -> list[str]:
+    """How the figure goes with each number that was varied, one line for each combination of the other settings."""
+    metric = _metric(done)
+    keys = list(dict.fromkeys(key for row in done for key in row["settings"]))
+    parts = []
+    for key in keys if metric else ():
+        values = [row["settings"].get(key) for row in done]
+        numbers = {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
+        if len(numbers) < 2:
+            continue
+        scaled = min(numbers) > 0 and max(numbers) / min(numbers) >= 10
+        series: dict[str, list[tuple[float, float]]] = {}
+        for row in done:
+            value, figure = row["settings"].get(key), _figure(row, "eval_after")
+            if value in numbers and figure is not None:
+                others = ", ".join(
+                    f"{name.rpartition('.')[2]} {own}" for name, own in row["settings"].items() if name != key
+                )
+                series.setdefault(others or metric, []).append((math.log10(value) if scaled else value, figure))
+        series = {name: sorted(points) for name, points in series.items()}
+        label = f"log10 {key}" if scaled else key
+        picture = charts.line_chart(series, f"Held-out {metric} by {key}", label, metric)
+        table = charts.table(
+            ("other settings", label, metric), [(name, *point) for name, points in series.items() for point in points]
+        )
+        parts.append(section(f"By {key}", charts.figure(picture, table)))
+    return parts
+
+
+def _failures(rows: Rows) -> str:
+    failed = [(row["name"], row["error"]["code"], row["error"]["what"]) for row in rows if "error" in row]
+    return (
+        section("Failed", f'<div class="prose">{charts.table(("run", "error", "what"), failed)}</div>')
+        if failed
+        else ""
+    )

@@ -1,0 +1,25 @@
+"""Modules that moved answer to their earlier names."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+from gossamer.moved import MOVED, RENAMED
+
+
+@pytest.mark.parametrize("earlier", sorted(MOVED))
+def test_a_moved_module_is_the_same_module(earlier: str):
+    now = importlib.import_module(f"gossamer.{MOVED[earlier]}")
+    sys.modules.pop(f"gossamer.{earlier}", None)
+    with pytest.warns(DeprecationWarning, match=f"gossamer.{MOVED[earlier]}"):
+        assert importlib.import_module(f"gossamer.{earlier}") is now
+    for old, new in RENAMED.get(earlier, {}).items():
+        assert getattr(now, old) is getattr(now, new)
+
+
+def test_other_modules_are_still_missing():
+    with pytest.raises(ModuleNotFoundError, match=r"gossamer\.nowhere"):
+        importlib.import_module("gossamer.nowhere")
