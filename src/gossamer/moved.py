@@ -22,7 +22,7 @@ MOVED = {
     "models.packed": "running.packed",
     "models.row_cache": "running.row_cache",
     "models.steps": "running.steps",
-    "models.toy_inputs": "testing.inputs",
+    "models.toy_inputs": "testing.toy_inputs",
     "models.toys": "testing.toys",
     "models.whole_steps": "running.whole_steps",
     "training.batches": "data.batches",

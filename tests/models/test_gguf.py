@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import gossamer as gs
 from gossamer.errors import BaseFileError, StateError, UnsupportedError, UsageError
-from gossamer.models import gguf as ours
+from gossamer.families import GGUF_SPLITS
 from gossamer.models import tiny, tiny_tokenizer, write_model_folder
 from gossamer.models.gguf import modelfile, write_gguf
 from tests.adapters import tokens
@@ -46,7 +46,7 @@ CUTS = {
     "smollm": (pre_tokenizers.Digits(individual_digits=True), byte_level()),
     **{
         name: (pre_tokenizers.Split(pattern, "isolated"), byte_level(False))
-        for pattern, name in ((Regex(text), name) for text, name in ours._SPLITS.items())
+        for pattern, name in ((Regex(text), name) for text, name in GGUF_SPLITS.items())
     },
 }
 

@@ -18,18 +18,13 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import BaseFileError, DiskError, StateError, UnsupportedError, UsageError
+from gossamer.families import FAMILIES, GGUF_SPLITS
 from gossamer.files.atomic import require_space, written_path
 from gossamer.models.mapped import Mapped, mapped_model
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""Model type -> llama.cpp's name of what computes the same."""
+WRITTEN = {name: one for name, one in FAMILIES.items() if one.gguf_model}
+"""Model type -> family whose models are written."""
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2"}
-"""How text is cut before its bytes are paired -> llama.cpp's name for that."""
 _SAMPLES = 64
 
 
@@ -45,7 +40,7 @@ def write_gguf(folder: str | Path, output: str | Path, *, dtype: str = "auto") -
     """Write a transformers folder as one GGUF file, whole or not at all.
 
     Args:
-        folder: a causal model of one of `ARCHITECTURES` with a byte-level BPE tokenizer.
+        folder: a causal model of a type in `WRITTEN` with a byte-level BPE tokenizer.
         output: a file that does not exist yet.
         dtype: of the matrices: "f32", "f16", "bf16", or "auto" for what they are stored in; vectors are always f32.
 
@@ -63,11 +58,11 @@ def write_gguf(folder: str | Path, output: str | Path, *, dtype: str = "auto") -
         raise UsageError("unknown type", got=dtype, expected=", ".join(("auto", *TYPES)))
     base = mapped_model(folder)
     config: Any = base.model.config
-    if config.model_type not in ARCHITECTURES or not type(base.model).__name__.endswith("ForCausalLM"):
+    if config.model_type not in WRITTEN or not type(base.model).__name__.endswith("ForCausalLM"):
         raise UnsupportedError(
-            "an architecture that is not covered", got=type(base.model).__name__, expected=", ".join(ARCHITECTURES)
+            "an architecture that is not covered", got=type(base.model).__name__, expected=", ".join(WRITTEN)
         )
-    architecture = ARCHITECTURES[config.model_type]
+    architecture = WRITTEN[config.model_type].gguf
     tensors = _tensors(base, architecture, TYPES.get(dtype, base.model.dtype))
     pre = _pre_tokenizer(folder)
     nbytes = sum(base.model.get_parameter(one.parameter).numel() * one.dtype.itemsize for one in tensors)
@@ -122,7 +117,7 @@ def _describe(writer: Any, config: Any, name: str, dtype: str) -> None:
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     window = getattr(config, "sliding_window", None)
-    if config.model_type == "mistral" and window:
+    if WRITTEN[config.model_type].window and window:
         raise UnsupportedError("attention through a sliding window", got=str(window), hint="set it to null if unused")
     types = gguf.LlamaFileType
     kinds = {"f16": types.MOSTLY_F16, "torch.float16": types.MOSTLY_F16}
@@ -163,8 +158,8 @@ def _pre_tokenizer(folder: Path) -> str:
                 return "gpt-2"
             if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1].get("use_regex", True):
                 return "smollm"
-            if kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") in _SPLITS:
-                return _SPLITS[steps[0]["pattern"]["Regex"]]
+            if kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") in GGUF_SPLITS:
+                return GGUF_SPLITS[steps[0]["pattern"]["Regex"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BaseFileError("not a tokenizer", where=str(folder / "tokenizer.json"), got=str(error)) from None
     raise UnsupportedError(
@@ -239,7 +234,7 @@ def _values(base: Mapped, tensors: list[Stored], architecture: str) -> Iterator[
         value = base.stored(base.places[one.parameter])
         part = one.parameter.rpartition(".")[0].rpartition(".")[2]
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(part)
-        if heads and architecture == "llama":
+        if heads and WRITTEN[config.model_type].gguf_pairs:
             value = value.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(value.shape)
         yield one, value.contiguous()
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,34 +21,12 @@ from gossamer.attachment.frozen import Frozen
 from gossamer.attachment.host import Host, require_host
 from gossamer.attachment.kinds import shape_of
 from gossamer.attachment.site import Active, Site, Spans
+from gossamer.families import LAYERS, Family
 from gossamer.kernels.linears import ACTIVATIONS, Norm, Term, gated_mlp, linears, normed_linears
 from gossamer.kernels.packed import rotated
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEEDFORWARD = ("gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Family:
-    """What one class of decoder layers has of its own.
-
-    Attributes:
-        offset: its norms scale by `1 + weight`.
-        window: its attention looks back as the config says; else as its attention module says, if it does.
-    """
-
-    offset: bool = False
-    window: bool = False
-
-
-FAMILIES: Mapping[str, Family] = {
-    "LlamaDecoderLayer": Family(),
-    "MistralDecoderLayer": Family(window=True),
-    "Qwen2DecoderLayer": Family(),
-    "Qwen3DecoderLayer": Family(),
-    "GemmaDecoderLayer": Family(offset=True),
-}
-"""Class in transformers -> how it differs. SmolLM and many others are Llamas by class."""
 
 
 @contextmanager
@@ -61,7 +38,7 @@ def blocks(model: nn.Module) -> Iterator[int]:
     """
     host = require_host(model)
     sites = {site.module: site for site in host.sites.values()}
-    standing = [(layer, Block(layer, FAMILIES[type(layer).__name__], host, sites)) for layer in _eligible(model)]
+    standing = [(layer, Block(layer, LAYERS[type(layer).__name__], host, sites)) for layer in _eligible(model)]
     try:
         for layer, block in standing:
             layer.forward = block
@@ -74,7 +51,7 @@ def blocks(model: nn.Module) -> Iterator[int]:
 def _eligible(model: nn.Module) -> Iterator[nn.Module]:
     """Layers of a known class that nobody looks into, with an activation that is known and nothing dropped out."""
     for layer in model.modules():
-        if type(layer).__name__ not in FAMILIES or "forward" in vars(layer):
+        if type(layer).__name__ not in LAYERS or "forward" in vars(layer):
             continue
         config: Any = layer.get_submodule("self_attn").config
         inner = [module for name, module in layer.named_modules() if name]

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.families import LAYERS
 from gossamer.kernels import elementwise
 from gossamer.kernels.frozen_maps import Maps, maps_of, prepacked_bytes
 from gossamer.kernels.linears import ACTIVATIONS
-from gossamer.running.blocks import ATTENTION, FAMILIES, FEEDFORWARD, norm_of
+from gossamer.running.blocks import ATTENTION, FEEDFORWARD, norm_of
 from gossamer.running.graphs import Graphs
 from gossamer.running.row_attention import Look
 from gossamer.running.row_cache import RowCache
@@ -59,7 +60,7 @@ class CachedDecoder:
             return False
         if any("forward" in vars(one) or one._forward_pre_hooks or one._forward_hooks for one in model.modules()):
             return False
-        known: list[Any] = [one for one in layers if type(one).__name__ in FAMILIES]
+        known: list[Any] = [one for one in layers if type(one).__name__ in LAYERS]
         return len(known) == len(layers) and all(one.self_attn.config.hidden_act in ACTIVATIONS for one in known)
 
     @staticmethod
@@ -136,7 +137,7 @@ class _Layer:
 
     def __init__(self, index: int, layer: Any, prepack: bool) -> None:
         self.sites = range(index * len(GROUPS), (index + 1) * len(GROUPS))
-        family, attention = FAMILIES[type(layer).__name__], layer.self_attn
+        family, attention = LAYERS[type(layer).__name__], layer.self_attn
         config = attention.config
         self.attention, self.offset, self.activation = attention, family.offset, config.hidden_act
         self.window = config.sliding_window if family.window else getattr(attention, "sliding_window", None)

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gossamer.families import FAMILIES
 from gossamer.kernels import packed
 from gossamer.kernels.packed import Packing
 from gossamer.methods.virtual_tokens import VirtualTokensLayer
@@ -25,14 +26,13 @@ if TYPE_CHECKING:
 
 NAME = "gossamer"
 """Of the attention function, as transformers knows it."""
-FAMILIES = frozenset(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox", "opt", "phi"))
-"""Model types whose tokens meet nowhere but in attention, and that take position_ids: those the laws are run on."""
 
 
 def obstacle(model: nn.Module) -> str:
     """Why rows cannot be packed for this model, or nothing."""
     config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in FAMILIES:
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    if family is None or not family.packable:
         return f"packing is not proven for {type(model).__name__}"
     if config._attn_implementation not in ("sdpa", NAME):
         return f"its attention is {config._attn_implementation}, and packing needs sdpa"

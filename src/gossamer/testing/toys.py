@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gossamer.errors import UsageError, nearest
-from gossamer.testing.inputs import (
+from gossamer.testing.toy_inputs import (
     CHANNELS,
     FRAMES,
     IMAGE,

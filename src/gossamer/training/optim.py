@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedError, UsageError
+from gossamer.families import rate_exponent
 from gossamer.methods import LoRA, TargetedMethod
 from gossamer.models.language import text_config
 from gossamer.training.config import RunConfig
 
 ANCHOR = 5e-4
 """LoRA's learning rate at a hidden size of 2000: ten times full fine-tuning's 5e-5."""
-EXPONENTS = {"qwen": 0.0775}
-"""Family -> how the best learning rate falls with the hidden size; others behave as Llama does."""
-LLAMA = 0.781
 EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 """Our name -> the class in bitsandbytes."""
 
@@ -121,8 +119,7 @@ def auto_lr(config: object, method: type[TargetedMethod] | TargetedMethod = LoRA
         raise UsageError(
             "lr: auto needs the model's hidden size, which its config does not state", hint="set lr to a number"
         )
-    kind = str(getattr(config, "model_type", ""))
-    power = next((value for family, value in EXPONENTS.items() if kind.startswith(family)), LLAMA)
+    power = rate_exponent(str(getattr(config, "model_type", "")))
     factor = method.lr_over_lora
     lr = ANCHOR * (2000 / hidden) ** power * factor
     own = "" if factor == 1 else f" x {factor:g} for {method.name}"

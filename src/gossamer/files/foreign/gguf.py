@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,37 +21,14 @@ from torch import Tensor
 
 from gossamer.adapter import tensor_bytes
 from gossamer.errors import AdapterFileError, UnsupportedError
+from gossamer.families import FAMILIES, Family
 from gossamer.files.atomic import write_bytes
 from gossamer.files.foreign.changes import Change, Changes, only_matrices, with_one_alpha
 from gossamer.files.foreign.format import Base, Format, needed, paired, refuse_rest, rotated
 
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-MODULES = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
-
-class Architecture(NamedTuple):
-    """llama.cpp's name of one, the modules that it and Hugging Face both have, and whether it rotates in pairs."""
-
-    name: str
-    modules: tuple[str, ...] = MODULES
-    paired: bool = False
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", paired=True),
-    "mistral": Architecture("llama", paired=True),
-    "granite": Architecture("granite", paired=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "qwen3_moe": Architecture("qwen3moe", ATTENTION),
-    "gemma": Architecture("gemma"),
-    "gemma2": Architecture("gemma2"),
-    "gemma3_text": Architecture("gemma3"),
-    "olmo2": Architecture("olmo2"),
-    "phi3": Architecture("phi3", ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")),
-}
-"""Model type -> what llama.cpp makes of it; its converter says which rows change places."""
-_KNOWN = {one.name: one for one in ARCHITECTURES.values()}
+_WRITTEN = {name: one for name, one in FAMILIES.items() if one.gguf}
+"""Model type -> family; llama.cpp's converter says which rows change places."""
+_KNOWN = {one.gguf: one for one in _WRITTEN.values()}
 ENDINGS = (".weight.lora_a", ".weight.lora_b")
 LARGEST = 1 << 34
 """Bytes of a file that may still be an adapter."""
@@ -77,21 +54,21 @@ class GGUF(Format):
         named, alpha = fields.get("general.architecture"), fields.get("adapter.lora.alpha")
         if not isinstance(named, str) or named not in _KNOWN:
             raise UnsupportedError("an architecture that is not covered", where=str(path), got=repr(named))
-        architecture = _KNOWN[named]
+        family = _KNOWN[named]
         if not isinstance(alpha, float):
             raise AdapterFileError("no adapter.lora.alpha", where=str(path), got=repr(alpha), expected="a number")
         heads = tuple(fields.get(f"{named}.attention.{key}", 0) for key in ("head_count", "head_count_kv"))
-        if architecture.paired and not all(isinstance(number, int) and number > 0 for number in heads):
+        if family.gguf_pairs and not all(isinstance(number, int) and number > 0 for number in heads):
             base = needed(base, self.name, "its heads say how query and key rows are ordered")
             heads = (base.heads, base.kv_heads)
         pairs, rest = paired(tensors, ENDINGS, path)
         refuse_rest(rest, path, self.name)
         found: Changes = {}
         for name, (down, up) in pairs.items():
-            module = _paths(architecture, name).get(name)
+            module = _paths(family, name).get(name)
             if module is None:
                 raise AdapterFileError("a module that is not covered", where=f"{path}: {name}")
-            found[module] = Change(down, _turned(up, module, architecture, heads, back=True), alpha or down.shape[0])
+            found[module] = Change(down, _turned(up, module, family, heads, back=True), alpha or down.shape[0])
         return found
 
     def write(self, changes: Changes, path: Path, base: Base | None) -> list[str]:
@@ -99,20 +76,20 @@ class GGUF(Format):
         import gguf
 
         base = needed(base, self.name, "the file names its architecture and numbers of heads")
-        if base.model_type not in ARCHITECTURES:
+        if base.model_type not in _WRITTEN:
             raise UnsupportedError(
-                "an architecture that is not covered", got=base.model_type, expected=", ".join(ARCHITECTURES)
+                "an architecture that is not covered", got=base.model_type, expected=", ".join(_WRITTEN)
             )
         only_matrices(changes, self.name)
         changes, alpha, lost = with_one_alpha(changes, per_rank=False)
         if not alpha:
             raise UnsupportedError("llama.cpp takes an alpha of 0 for none, and would not scale at all", got="alpha=0")
-        architecture = ARCHITECTURES[base.model_type]
-        tensors = _named(changes, architecture, (base.heads, base.kv_heads))
+        family = _WRITTEN[base.model_type]
+        tensors = _named(changes, family, (base.heads, base.kv_heads))
         if float(np.float32(alpha)) != alpha:
             lost.append("the last digits of alpha (float32 in the file)")
         with tempfile.TemporaryDirectory() as scratch:  # the package writes to a path, and not atomically
-            writer = gguf.GGUFWriter(Path(scratch, "adapter"), architecture.name)
+            writer = gguf.GGUFWriter(Path(scratch, "adapter"), family.gguf)
             writer.add_type("adapter")
             writer.add_string("adapter.type", "lora")
             writer.add_float32("adapter.lora.alpha", alpha)
@@ -128,23 +105,23 @@ class GGUF(Format):
         return lost
 
 
-def _named(changes: Changes, architecture: Architecture, heads: tuple[int, int]) -> dict[str, Tensor]:
+def _named(changes: Changes, family: Family, heads: tuple[int, int]) -> dict[str, Tensor]:
     tensors = {}
     for module, one in changes.items():
-        names = {path: name for name, path in _paths(architecture, module).items()}
+        names = {path: name for name, path in _paths(family, module).items()}
         if module not in names:
             raise UnsupportedError(
-                "a module that is not covered", where=module, expected=", ".join(architecture.modules)
+                "a module that is not covered", where=module, expected=", ".join(family.gguf_modules)
             )
         for factor in (one.down, one.up):
             if factor.dtype not in _DTYPES:
                 raise UnsupportedError("a dtype that GGUF adapters have not", where=module, got=str(factor.dtype))
         tensors[names[module] + ENDINGS[0]] = one.down
-        tensors[names[module] + ENDINGS[1]] = _turned(one.up, module, architecture, heads)
+        tensors[names[module] + ENDINGS[1]] = _turned(one.up, module, family, heads)
     return tensors
 
 
-def _paths(architecture: Architecture, place: str) -> dict[str, str]:
+def _paths(family: Family, place: str) -> dict[str, str]:
     """llama.cpp's name -> module path, of the layer whose number stands in `place`."""
     import gguf
 
@@ -152,13 +129,13 @@ def _paths(architecture: Architecture, place: str) -> dict[str, str]:
     if number is None:
         return {}
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[architecture.name], int(number[1]) + 1)
-    paths = [f"model.layers.{number[1]}.{module}" for module in architecture.modules]
+    names = gguf.get_tensor_name_map(kinds[family.gguf], int(number[1]) + 1)
+    paths = [f"model.layers.{number[1]}.{module}" for module in family.gguf_modules]
     return {name: path for path in paths if (name := names.get_name(path)) is not None}
 
 
-def _turned(up: Tensor, module: str, architecture: Architecture, heads: tuple[int, ...], back: bool = False) -> Tensor:
-    if not architecture.paired or not module.endswith(("q_proj", "k_proj")):
+def _turned(up: Tensor, module: str, family: Family, heads: tuple[int, ...], back: bool = False) -> Tensor:
+    if not family.gguf_pairs or not module.endswith(("q_proj", "k_proj")):
         return up
     return rotated(up, heads[0] if module.endswith("q_proj") else heads[1], back)
 

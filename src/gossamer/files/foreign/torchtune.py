@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from gossamer.errors import AdapterFileError, UnsupportedError
+from gossamer.families import FAMILIES
 from gossamer.files.atomic import new_folder, write_json
 from gossamer.files.folder import read_json
 from gossamer.files.foreign.changes import Change, Changes, only_matrices, with_one_alpha
@@ -27,8 +28,7 @@ from gossamer.files.foreign.format import (
 )
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_0.safetensors"
-ROTATED = {"llama": True, "mistral": True, "qwen2": False}
-"""Model type -> whether torchtune holds its query and key rows in pairs; of others that was not looked up."""
+_PAIRS = {name: one.torchtune_pairs for name, one in FAMILIES.items() if one.torchtune_pairs is not None}
 NAMES = {
     "self_attn.q_proj": "attn.q_proj",
     "self_attn.k_proj": "attn.k_proj",
@@ -92,8 +92,8 @@ class Torchtune(Format):
 
 
 def _turned(up: Tensor, module: str, base: Base, back: bool = False) -> Tensor:
-    if base.model_type not in ROTATED:
-        raise UnsupportedError("an architecture that is not covered", got=base.model_type, expected=", ".join(ROTATED))
-    if not ROTATED[base.model_type] or not module.endswith(("q_proj", "k_proj")):
+    if base.model_type not in _PAIRS:
+        raise UnsupportedError("an architecture that is not covered", got=base.model_type, expected=", ".join(_PAIRS))
+    if not _PAIRS[base.model_type] or not module.endswith(("q_proj", "k_proj")):
         return up
     return rotated(up, base.heads if module.endswith("q_proj") else base.kv_heads, back)
