@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gossamer as gs
 from bench.common import Row, interleaved, report
-from gossamer.training.loss import token_nll
+from gossamer.kernels.losses import token_nll
 
 BASE, RANK, ROWS, TOKENS = "smollm2-135m", 8, 4, 128
 

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import gossamer as gs
 from bench.common import Row, interleaved, report
+from gossamer.kernels.losses import token_nll
 from gossamer.models import has_bfloat16_units
 from gossamer.models.locate import locate
 from gossamer.models.quantizer import make_dense, packed_modules
 from gossamer.quant import bitsandbytes
-from gossamer.training.loss import token_nll
 
 BASE, RANK, ROWS, TOKENS = "smollm2-135m", 8, 4, 128
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

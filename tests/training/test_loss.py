@@ -11,9 +11,10 @@ from torch import nn
 from gossamer.data.batches import Batch, collate
 from gossamer.data.masks import Example
 from gossamer.errors import UnsupportedError
+from gossamer.kernels import losses
+from gossamer.kernels.losses import token_nll
 from gossamer.models import tiny
-from gossamer.training import loss
-from gossamer.training.loss import output_embeddings, refuse_unless_causal, supervised_nll, token_nll
+from gossamer.training.loss import output_embeddings, refuse_unless_causal, supervised_nll
 
 CAUSAL = ["llama", "mistral", "gemma", "qwen2", "gpt2", "opt", "gpt_neox"]
 
@@ -89,7 +90,7 @@ def test_chunks_change_nothing_and_gradients_are_right(dtype: torch.dtype, monke
     assert whole is not None
     assert whole.dtype == dtype
     logits.grad = None
-    monkeypatch.setattr(loss, "CHUNK", 100)
+    monkeypatch.setattr(losses, "CHUNK", 100)
     (token_nll(logits, targets) * outer).sum().backward()
     assert torch.equal(whole, logits.grad)  # pyright: ignore[reportArgumentType]
     twin = logits.detach().double().requires_grad_()

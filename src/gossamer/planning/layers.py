@@ -6,6 +6,7 @@ This is transformers' code (5.x, fused attention) with this library's layers at 
 
 from __future__ import annotations
 
+from gossamer.kernels.chunks import CHUNK, columns_at_once
 from gossamer.planning import fused
 from gossamer.planning import operations as op
 from gossamer.planning.method import Tuning
@@ -13,19 +14,6 @@ from gossamer.planning.operations import WIDE, fresh
 from gossamer.planning.setting import Setting
 from gossamer.planning.shape import Linear, ModelShape
 from gossamer.planning.tape import Profile, Tape, Value
-
-CHUNK = 2**22
-"""Logits that exist at once in the loss, or are turned to float32 at once."""
-
-
-BLOCKS = 32
-"""Into which the logits of the loss are cut at most: more would be too narrow for products, and go over what is summed
-too often."""
-
-
-def columns_at_once(labelled: int, vocabulary: int) -> int:
-    """How many columns of the (labelled, vocabulary) logits the loss holds at a time, where there are so many."""
-    return max(1, CHUNK // labelled, -(-vocabulary // BLOCKS))
 
 
 class Layers:
