@@ -42,7 +42,7 @@ MOVED = {
 }
 """Earlier name -> name, both without `gossamer.`."""
 
-RENAMED: dict[str, dict[str, str]] = {}
+RENAMED: dict[str, dict[str, str]] = {"training.formats": {"Row": "row_of"}}
 """Earlier name of a module -> earlier name in it -> name."""
 
 

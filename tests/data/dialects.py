@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from gossamer.data.formats import Row, Turn
+from gossamer.data.rows import Chat, Turn
 from gossamer.models import tiny_tokenizer
 
 CHATML_WITH_DEFAULT_SYSTEM = (
@@ -87,7 +87,7 @@ DIALECTS = {
 }
 
 
-def chat(*texts: str, where: str = "chat.jsonl:1") -> Row:
+def chat(*texts: str, where: str = "chat.jsonl:1") -> Chat:
     """A chat of user and assistant in turn."""
     turns = (Turn(("user", "assistant")[i % 2], text, bool(i % 2)) for i, text in enumerate(texts))
-    return Row(where, turns=tuple(turns))
+    return Chat(where, turns=tuple(turns))

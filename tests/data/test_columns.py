@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from gossamer.data.columns import HISTORY, REFUSED, SYSTEM, TOOLS, is_empty
-from gossamer.data.formats import Rows, Turn, labels, read_rows
+from gossamer.data.formats import Rows, read_rows
 from gossamer.data.masks import encode
+from gossamer.data.rows import Turn, labels
 from gossamer.errors import DataError
 from tests.data.dialects import TOY, byte_level
 
@@ -99,7 +100,7 @@ def test_an_empty_column_is_harmless(tmp_path: Path, value: Any):
     assert is_empty(value)
     for plain in FORMATS.values():
         bare, *rows = read(tmp_path, plain, *(plain | {column: value} for column in COLUMNS))
-        assert all(row.turns == bare.turns for row in rows)
+        assert all([*row.texts()] == [*bare.texts()] for row in rows)
 
 
 def test_marks_that_say_yes_are_harmless(tmp_path: Path):
@@ -131,8 +132,8 @@ def test_system_texts_come_first_and_once(tmp_path: Path):
 
 def test_alpaca_has_a_place_for_a_system_text_and_for_earlier_turns(tmp_path: Path):
     (row,) = read(tmp_path, FORMATS["alpaca"] | {"system": "Be brief."})
-    assert row.prompt == "Be brief.\n\n### Instruction:\nHi\n\n### Response:"
-    assert [turn.role for turn in row.turns] == ["system", "user", "assistant"]
+    assert row.plain.prompt == "Be brief.\n\n### Instruction:\nHi\n\n### Response:"
+    assert [turn.role for turn in row.chat.turns] == ["system", "user", "assistant"]
     (row,) = read(tmp_path, FORMATS["alpaca"] | {"history": [["a", "b"], ["c", "d"]]})
     assert [(turn.text, turn.supervised) for turn in row.turns] == [
         ("a", False), ("b", True), ("c", False), ("d", True), ("Hi", False), ("Yo", True),
@@ -148,7 +149,7 @@ def test_lists_in_a_csv_file_are_json(tmp_path: Path):
     path.write_text('instruction,output,history\nHi,Yo,"[[""a"", ""b""]]"\nHi,Yo,\n')
     with_history, without = read_rows(path)
     assert [turn.text for turn in with_history.turns] == ["a", "b", "Hi", "Yo"]
-    assert len(without.turns) == 2
+    assert len(without.chat.turns) == 2
 
 
 @pytest.mark.parametrize("written", [json.dumps, str])

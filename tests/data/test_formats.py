@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.data.formats import FORMATS, Row, Rows, Turn, labels, read_rows
+from gossamer.data.formats import FORMATS, Rows, read_rows
+from gossamer.data.rows import Chat, Completion, Row, Text, Turn, labels
 from gossamer.errors import DataError
 from tests.data.test_containers import write
 
@@ -52,7 +53,7 @@ def test_every_format_is_found_in_every_container(tmp_path: Path, name: str, con
 @pytest.mark.parametrize("name", ["messages", "sharegpt"])
 def test_chats(tmp_path: Path, name: str):
     (row,) = read(tmp_path, RECORDS[name])
-    assert row == Row(f"{tmp_path}/train.jsonl:1", turns=CHAT)
+    assert row == Chat(f"{tmp_path}/train.jsonl:1", turns=CHAT)
     assert row.label == "Hello!"
 
 
@@ -68,18 +69,18 @@ def test_text(tmp_path: Path):
 
 def test_alpaca_has_a_chat_and_a_plain_form(tmp_path: Path):
     with_input, without = read(tmp_path, RECORDS["alpaca"], {"instruction": "Count.", "input": "", "output": "1 2"})
-    assert with_input.turns == (Turn("user", "Add them.\n\n1 2", False), Turn("assistant", "3", True))
-    assert with_input.prompt == (
+    assert with_input.chat.turns == (Turn("user", "Add them.\n\n1 2", False), Turn("assistant", "3", True))
+    assert with_input.plain.prompt == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd them.\n\n### Input:\n1 2\n\n### Response:"
     )
-    assert without.turns[0].text == "Count."
-    assert without.prompt == (
+    assert without.chat.turns[0].text == "Count."
+    assert without.plain.prompt == (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\n\n### Instruction:\nCount.\n\n### Response:"
     )
-    assert without.completion == "1 2"
+    assert without.plain.completion == "1 2"
 
 
 def test_describe_is_one_line(tmp_path: Path):
@@ -135,11 +136,11 @@ def test_unknown_columns_list_what_is_known(tmp_path: Path):
 
 
 def test_labels_are_sorted_and_distinct():
-    rows = [Row("f:1", prompt="p", completion=label) for label in (" good", " bad", " good")]
+    rows = [Completion("f:1", prompt="p", completion=label) for label in (" good", " bad", " good")]
     assert labels(rows) == (" bad", " good")
 
 
-@pytest.mark.parametrize("rows", [[], [Row("f:1", prompt="p", completion=" good")] * 3, [Row("f:1", text="t")]])
+@pytest.mark.parametrize("rows", [[], [Completion("f:1", prompt="p", completion=" good")] * 3, [Text("f:1", text="t")]])
 def test_one_label_is_no_classification(rows: list[Row]):
     with pytest.raises(DataError, match="two different labels"):
         labels(rows)

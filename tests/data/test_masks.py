@@ -11,8 +11,8 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from gossamer.data import proof
-from gossamer.data.formats import Row, Turn
 from gossamer.data.masks import Encoding, Example, encode, label_ids, preview
+from gossamer.data.rows import Chat, Completion, Instruction, Row, Text, Turn
 from gossamer.errors import DataError
 from gossamer.models import tiny_tokenizer
 from tests.data.dialects import (
@@ -44,26 +44,26 @@ def refusal(row: Row, tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def test_a_completion_is_learned_with_its_eos_and_the_prompt_is_not():
-    (example,) = encode([Row("f:1", prompt="1 + 2 =", completion=" 3")], TOY)
+    (example,) = encode([Completion("f:1", prompt="1 + 2 =", completion=" 3")], TOY)
     assert preview(example, TOY) == [("1 + 2 =", False), (" 3<|im_end|>", True)]
     assert example.ids[: example.prompt_length] == TOY("1 + 2 =")["input_ids"]
     assert example.ids[-1] == TOY.eos_token_id
 
 
 def test_without_eos_only_the_label_is_learned():
-    (example,) = encode([Row("f:1", prompt="Grade:", completion=" good")], TOY, add_eos=False)
+    (example,) = encode([Completion("f:1", prompt="Grade:", completion=" good")], TOY, add_eos=False)
     assert spans(example, TOY) == [" good"]
 
 
 def test_the_eos_is_learned_even_where_it_is_the_pad_token():
     tokenizer = byte_level(None)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    (example,) = encode([Row("f:1", prompt="a", completion="b")], tokenizer)
+    (example,) = encode([Completion("f:1", prompt="a", completion="b")], tokenizer)
     assert example.supervised == [False, True, True]
 
 
 def test_text_is_learned_whole_but_for_the_bos():
-    (example,) = encode([Row("f:1", text="go home")], llama_2())
+    (example,) = encode([Text("f:1", text="go home")], llama_2())
     assert example.ids[0] == 1
     assert example.supervised == [False] + [True] * (len(example) - 1)
     assert example.ids[-1] == 2
@@ -72,29 +72,31 @@ def test_text_is_learned_whole_but_for_the_bos():
 def test_the_prompt_is_tokenised_as_it_is_when_the_model_answers():
     """BOS included, although the pieces are tokenised apart."""
     tokenizer = llama_2()
-    (example,) = encode([Row("f:1", prompt="grade:", completion=" good")], tokenizer)
+    (example,) = encode([Completion("f:1", prompt="grade:", completion=" good")], tokenizer)
     assert example.ids[: example.prompt_length] == tokenizer("grade:")["input_ids"]
     assert spans(example, tokenizer) == [" good</s>"]
 
 
 def test_a_token_across_the_cut_is_refused():
     """`grade: ` + `good` is one token `▁g` at the cut, and half a token cannot be learned."""
-    assert "expected 'good</s>'" in refusal(Row("f:1", prompt="grade: ", completion="good"), llama_2())
+    assert "expected 'good</s>'" in refusal(Completion("f:1", prompt="grade: ", completion="good"), llama_2())
 
 
 def test_a_tokenizer_that_composes_accents_is_no_lie():
-    (example,) = encode([Row("f:1", prompt="cafe\u0301?", completion=" cafe\u0301!")], composing())
+    (example,) = encode([Completion("f:1", prompt="cafe\u0301?", completion=" cafe\u0301!")], composing())
     assert spans(example, composing()) == [" caf\u00e9!</s>"]
 
 
 def test_a_tokenizer_that_loses_text_is_refused():
     tokenizer = composing()
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    assert "decode to ' yes</s>', expected ' Yes</s>'" in refusal(Row("f:7", prompt="a", completion=" Yes"), tokenizer)
+    assert "decode to ' yes</s>', expected ' Yes</s>'" in refusal(
+        Completion("f:7", prompt="a", completion=" Yes"), tokenizer
+    )
 
 
 def test_an_end_token_inside_the_text_is_refused():
-    assert "holds the end token" in refusal(Row("f:1", prompt="a", completion="b<|im_end|>c"), TOY)
+    assert "holds the end token" in refusal(Completion("f:1", prompt="a", completion="b<|im_end|>c"), TOY)
     assert "holds the end-of-turn token" in refusal(chat("a", "b<|im_end|>c"), TOY)
 
 
@@ -102,7 +104,7 @@ def test_no_eos_token_is_said_at_once():
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no EOS token"):
-        encode([Row("f:1", text="a")], tokenizer)
+        encode([Text("f:1", text="a")], tokenizer)
 
 
 # Chats ------------------------------------------------------------------------------------------------------------
@@ -136,13 +138,13 @@ def test_headers_and_default_system_prompts_belong_to_the_prompt():
 def test_turns_without_weight_and_turns_after_the_last_learned_one():
     turns = (*chat("a", "b", "c", "d", "e").turns[:3], Turn("assistant", "d", True), Turn("user", "e", False))
     off = turns[1]._replace(supervised=False)
-    (example,) = encode([Row("f:1", turns=(turns[0], off, *turns[2:]))], TOY)
+    (example,) = encode([Chat("f:1", turns=(turns[0], off, *turns[2:]))], TOY)
     assert spans(example, TOY) == ["d<|im_end|>"]
     assert "e<|im_end|>" not in TOY.decode(example.ids)
 
 
 def test_two_assistant_turns_in_a_row():
-    row = Row("f:1", turns=(Turn("user", "a", False), Turn("assistant", "b", True), Turn("assistant", "c", True)))
+    row = Chat("f:1", turns=(Turn("user", "a", False), Turn("assistant", "b", True), Turn("assistant", "c", True)))
     (example,) = encode([row], TOY)
     assert spans(example, TOY) == ["b<|im_end|>", "c<|im_end|>"]
 
@@ -175,7 +177,7 @@ def test_templates_that_cannot_be_proven_are_refused(template: str, reason: str)
 def test_a_rewriting_template_is_fine_where_the_rewritten_turn_is_not_learned():
     first, answer, *rest = chat("a", "hm</think>yes", "b", "hm</think>no").turns
     tokenizer = byte_level(FORGETS_THOUGHTS)
-    (example,) = encode([Row("f:1", turns=(first, answer._replace(supervised=False), *rest))], tokenizer)
+    (example,) = encode([Chat("f:1", turns=(first, answer._replace(supervised=False), *rest))], tokenizer)
     assert spans(example, tokenizer) == ["hm</think>no<|im_end|>"]
 
 
@@ -186,7 +188,7 @@ def test_a_chat_without_a_template_is_refused_with_a_hint():
 
 
 def test_alpaca_uses_the_chat_template_if_there_is_one_and_it_may():
-    row = Row("f:1", chat("Add 1 2", "3").turns, prompt="### Instruction:\nAdd", completion="3")
+    row = Instruction("f:1", chat("Add 1 2", "3"), Completion("f:1", "### Instruction:\nAdd", "3"))
     assert "<|im_start|>user\nAdd 1 2" in TOY.decode(encode([row], TOY)[0].ids)
     assert TOY.decode(encode([row], TOY, chat_template=False)[0].ids) == "### Instruction:\nAdd3<|im_end|>"
     assert TOY.decode(encode([row], byte_level(None))[0].ids) == "### Instruction:\nAdd3<|im_end|>"
@@ -216,7 +218,7 @@ def test_supervised_tokens_say_the_assistants_text_and_its_end(dialect: str, tex
 @settings(max_examples=150, deadline=None)
 @given(prompt=TEXTS, completion=TEXTS)
 def test_supervised_tokens_say_the_completion_and_eos(prompt: str, completion: str):
-    (example,) = encode([Row("f:1", prompt=prompt, completion=completion)], TOY)
+    (example,) = encode([Completion("f:1", prompt=prompt, completion=completion)], TOY)
     assert TOY.decode([example.ids[at] for at in learned(example)]) == f"{completion}{TOY.eos_token}"
     assert TOY.decode(example.ids[: example.prompt_length]) == prompt
 
@@ -226,7 +228,7 @@ def test_supervised_tokens_say_the_completion_and_eos(prompt: str, completion: s
 def test_under_sentencepiece_a_row_is_right_or_refused(prompt: str, completion: str):
     tokenizer = DIALECTS["llama 2 with sentencepiece"][0]
     try:
-        (example,) = encode([Row("f:1", prompt=prompt, completion=completion)], tokenizer)
+        (example,) = encode([Completion("f:1", prompt=prompt, completion=completion)], tokenizer)
     except DataError:
         return
     assert spans(example, tokenizer) == [completion + "</s>"]
@@ -243,7 +245,7 @@ def test_the_proof_notices_a_mask_that_is_off_by_one(shift: int, monkeypatch: py
 
         return cut_elsewhere
 
-    row = Row("f:1", prompt="good", completion="no")
+    row = Completion("f:1", prompt="good", completion="no")
     assert encode([row], TOY)[0].prompt_length == len(encode([row], TOY)[0]) - 3
     monkeypatch.setattr(proof, "_apart", shifted(proof._apart))
     monkeypatch.setattr(proof, "_at_once", shifted(proof._at_once))
@@ -258,7 +260,7 @@ def learned(example: Example) -> list[int]:
 
 
 def completions(*lengths: tuple[int, int]) -> list[Row]:
-    return [Row(f"f:{n}", prompt="p" * a, completion="c" * b) for n, (a, b) in enumerate(lengths, start=1)]
+    return [Completion(f"f:{n}", prompt="p" * a, completion="c" * b) for n, (a, b) in enumerate(lengths, start=1)]
 
 
 def test_overlong_rows_are_an_error_by_default_all_of_them():
@@ -277,7 +279,7 @@ def test_overlong_rows_can_be_dropped_and_are_counted():
 
 def test_truncation_takes_from_the_left_of_the_prompt_after_the_bos():
     tokenizer = llama_2()
-    row = Row("f:1", prompt="abcdefg:", completion=" yes")
+    row = Completion("f:1", prompt="abcdefg:", completion=" yes")
     (whole,) = encode([row], tokenizer)
     encoding = encode([row], tokenizer, max_length=10, on_overlong="truncate")
     (example,) = encoding
@@ -292,7 +294,7 @@ def test_truncation_never_cuts_an_answer():
 
 
 def test_truncation_cuts_plain_text_at_its_end():
-    (example,) = encode([Row("f:1", text="abcdef")], TOY, max_length=4, on_overlong="truncate")
+    (example,) = encode([Text("f:1", text="abcdef")], TOY, max_length=4, on_overlong="truncate")
     assert TOY.decode(example.ids) == "abcd"
     assert all(example.supervised)
 
@@ -309,14 +311,14 @@ def test_no_rows_are_refused():
 
 def test_a_row_that_teaches_nothing_is_named():
     with pytest.raises(DataError, match="f:1: no supervised token"):
-        encode([Row("f:1", text="a")], TOY, add_eos=False)  # one token, and none before it to predict it from
+        encode([Text("f:1", text="a")], TOY, add_eos=False)  # one token, and none before it to predict it from
 
 
 # Labels, preview, speed -------------------------------------------------------------------------------------------
 
 
 def test_label_ids_are_what_training_saw():
-    rows = [Row("f:1", prompt="good pie. grade:", completion=label) for label in (" good", " bad")]
+    rows = [Completion("f:1", prompt="good pie. grade:", completion=label) for label in (" good", " bad")]
     for tokenizer in (TOY, llama_2()):
         ids = label_ids((" good", " bad"), tokenizer, rows[0])
         for row, label in zip(rows, ids, strict=True):
@@ -332,12 +334,12 @@ def test_label_ids_of_a_chat_are_its_last_turn():
 
 def test_labels_with_the_same_tokens_are_refused():
     with pytest.raises(DataError, match="same tokens"):
-        label_ids((" caf\u00e9", " cafe\u0301"), composing(), Row("f:1", prompt="a", completion="b"))
+        label_ids((" caf\u00e9", " cafe\u0301"), composing(), Completion("f:1", prompt="a", completion="b"))
 
 
 def test_text_has_no_label():
     with pytest.raises(DataError, match="no label"):
-        label_ids(("a", "b"), TOY, Row("f:1", text="a"))
+        label_ids(("a", "b"), TOY, Text("f:1", text="a"))
 
 
 def test_preview_is_the_whole_text():

@@ -12,8 +12,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from gossamer.data import clock
-from gossamer.data.formats import Row, Turn
 from gossamer.data.masks import encode, preview
+from gossamer.data.rows import Chat, Completion, Instruction, Row, Turn
 from gossamer.errors import DataError, Interrupted, SpecError
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.training import RunConfig
@@ -93,7 +93,7 @@ def long_chat(shape: Shape, exchanges: int = 6) -> Row:
     texts = [f"{'question' if at % 2 == 0 else 'answer'} {at} {'x' * 20}." for at in range(2 * exchanges)]
     row = chat(*texts)
     system = (Turn("system", "Be brief and kind.", False),) if shape.system else ()
-    return Row(row.where, turns=(*system, *row.turns))
+    return Chat(row.where, turns=(*system, *row.turns))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -118,7 +118,7 @@ def test_truncation_leaves_whole_turns(name: str):
     first = int(shape.system)
     wanted = {}
     for start in range(first, len(row.turns), 2):
-        fewer = Row(row.where, turns=(*row.turns[:first], *row.turns[start:]))
+        fewer = Chat(row.where, turns=(*row.turns[:first], *row.turns[start:]))
         wanted[start] = encode([fewer], tokenizer, max_length=10_000)[0].ids
     for length in range(20, len(whole) + 2, 17):
         fitting = [ids for ids in wanted.values() if len(ids) <= length]
@@ -134,7 +134,7 @@ def test_truncation_leaves_whole_turns(name: str):
 
 
 def test_a_system_turn_that_is_not_taken_gets_a_hint():
-    row = Row("f:1", turns=(Turn("system", "Be brief.", False), *chat("a", "b").turns))
+    row = Chat("f:1", turns=(Turn("system", "Be brief.", False), *chat("a", "b").turns))
     with pytest.raises(DataError) as caught:
         encode([row], speaker(SHAPES["gemma"]))
     assert "the template takes no system turn" in caught.value.hint
@@ -142,9 +142,9 @@ def test_a_system_turn_that_is_not_taken_gets_a_hint():
 
 def test_a_prompt_written_by_a_template_is_not_cut():
     tokenizer = tiny_tokenizer()
-    plain = Row("f:1", prompt="p" * 90, completion="c")
-    written = Row("f:1", prompt="<|im_start|>user\n" + "p" * 90, completion="c")
-    alpaca = Row("f:1", turns=chat("a" * 90, "c").turns, prompt="p" * 90, completion="c")
+    plain = Completion("f:1", prompt="p" * 90, completion="c")
+    written = Completion("f:1", prompt="<|im_start|>user\n" + "p" * 90, completion="c")
+    alpaca = Instruction("f:1", chat("a" * 90, "c"), Completion("f:1", "p" * 90, "c"))
     options: dict[str, Any] = {"max_length": 50, "on_overlong": "truncate"}
     assert len(encode([plain], tokenizer, **options)[0]) == 50
     for row in (written, alpaca):
@@ -156,7 +156,9 @@ def test_the_hint_about_long_rows_names_what_is_not_set_yet():
     hints = {}
     for fate in ("error", "truncate"):
         with pytest.raises(DataError) as caught:
-            encode([Row("f:1", prompt="a", completion="b" * 90)], tiny_tokenizer(), max_length=50, on_overlong=fate)
+            encode(
+                [Completion("f:1", prompt="a", completion="b" * 90)], tiny_tokenizer(), max_length=50, on_overlong=fate
+            )
         hints[fate] = caught.value.hint
     assert hints["error"] == "raise max_length, or set overlong to drop or truncate"
     assert hints["truncate"].startswith("raise max_length, or set overlong to drop; ")

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from gossamer.data.batches import collate
 from gossamer.data.containers import LONGEST_LINE
-from gossamer.data.formats import labels, read_rows
+from gossamer.data.formats import read_rows
 from gossamer.data.masks import Example, encode
+from gossamer.data.rows import labels
 from gossamer.errors import DataError
 from gossamer.models import tiny_tokenizer
 

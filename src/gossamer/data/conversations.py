@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from gossamer.data.columns import is_empty
 from gossamer.data.containers import kind_of
+from gossamer.data.rows import Turn
 from gossamer.errors import nearest
 
 ROLES = ("system", "user", "assistant")
@@ -25,25 +26,6 @@ _IDLE_FIELDS = ("id", "created", "created_at", "timestamp", "model", "finish_rea
 
 class BadRow(ValueError):
     """The reason why a row cannot be used."""
-
-
-class Turn(NamedTuple):
-    """One turn of a chat; `supervised` says whether its text is learned."""
-
-    role: str
-    text: str
-    supervised: bool
-    fields: tuple[tuple[str, Any], ...] = ()
-    """What else the chat template is given of it: `name`, `tool_calls`, `tool_call_id`."""
-
-    def message(self) -> dict[str, Any]:
-        """The turn as chat templates take it."""
-        return {"role": self.role, "content": self.text, **dict(self.fields)}
-
-    @property
-    def calls(self) -> list[dict[str, Any]]:
-        """The functions that the turn calls: `{"name", "arguments"}`."""
-        return [call["function"] for name, value in self.fields if name == "tool_calls" for call in value]
 
 
 class Fields:

@@ -19,14 +19,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gossamer.data.columns import HISTORY, SYSTEM, TOOLS, Carrying, is_empty, rename_hint
 from gossamer.data.containers import Faults, Table, kind_of, read_table
-from gossamer.data.conversations import BadRow, Fields, Turn, read_tools, read_turns
+from gossamer.data.conversations import BadRow, Fields, read_tools, read_turns
+from gossamer.data.rows import Chat, Completion, Instruction, Text, Turn
 from gossamer.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from gossamer.data.rows import Row
 
 _ALPACA_TASK = "Below is an instruction that describes a task"
 _ALPACA_PAIRED = ", paired with an input that provides further context"
@@ -34,34 +38,6 @@ _ALPACA_REQUEST = ". Write a response that appropriately completes the request."
 
 _TURNS_AS_TEXT = re.compile(r"""\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 _UNUSABLE = "the file has rows that cannot be used"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a data set, in the shape that its format allows.
-
-    A chat has `turns`; a prompt with its completion has `prompt` and `completion`; plain text has `text`. An Alpaca row
-    has turns *and* a prompt: the first for tokenizers with a chat template, the second for those without.
-    """
-
-    where: str
-    """`file:row`, for messages."""
-    turns: tuple[Turn, ...] = ()
-    prompt: str = ""
-    completion: str = ""
-    text: str = ""
-    tools: tuple[dict[str, Any], ...] = ()
-    """What the chat template is told that the model may call: JSON schemas of functions."""
-
-    def texts(self) -> Iterator[str]:
-        """Every text of the row."""
-        yield from (self.prompt, self.completion, self.text)
-        yield from (turn.text for turn in self.turns)
-
-    @property
-    def label(self) -> str:
-        """What a classifier is to answer: the completion, or a chat's last learned turn; empty for plain text."""
-        return self.completion or next((turn.text for turn in reversed(self.turns) if turn.supervised), "")
 
 
 @dataclass(frozen=True)
@@ -119,16 +95,20 @@ def read_rows(path: str | Path, *, format: str | None = None) -> Rows:
     return Rows(table.path, table.container, chosen.name, table.digest, tuple(rows), unused)
 
 
-def labels(rows: Iterable[Row]) -> tuple[str, ...]:
-    """The distinct labels of a classification set, sorted. Raises `DataError` if there are fewer than two."""
-    found = tuple(sorted({row.label for row in rows}))
-    if len(found) < 2 or "" in found:
-        plain = found == ("",)
-        got = "texts without a label" if plain else f"{list(found)}"
-        renamed = "name the column of the text 'prompt' and that of the label 'completion'; " if plain else ""
-        raise DataError("a classifier needs rows with at least two different labels", got=got,
-                        hint=f"{renamed}the label is the completion of a row, or a chat's last turn")  # fmt: skip
-    return found
+def row_of(
+    where: str,
+    turns: tuple[Turn, ...] = (),
+    prompt: str = "",
+    completion: str = "",
+    text: str = "",
+    tools: tuple[dict[str, Any], ...] = (),
+) -> Row:
+    """The row that has these fields, of the class that its filled fields tell."""
+    if turns and completion:
+        return Instruction(where, Chat(where, turns, tools), Completion(where, prompt, completion))
+    if turns:
+        return Chat(where, turns, tools)
+    return Completion(where, prompt, completion) if completion else Text(where, text)
 
 
 def _fitting(columns: Iterable[str]) -> list[str]:
@@ -173,13 +153,13 @@ def _chat(list_field: str, role_field: str, text_field: str) -> Callable[[Fields
     return build
 
 
-def _chat_row(record: Fields, where: str, turns: tuple[Turn, ...]) -> Row:
+def _chat_row(record: Fields, where: str, turns: tuple[Turn, ...]) -> Chat:
     """A chat with the system text and the tools that stand beside it. Raises `BadRow` if it teaches nothing."""
     if not any(turn.role == "assistant" for turn in turns):
         raise BadRow("no assistant turn, so there is nothing to learn")
     if not any(turn.supervised for turn in turns):
         raise BadRow("every assistant turn is switched off by its weight, so there is nothing to learn")
-    return Row(where, turns=_with_system(record, turns), tools=read_tools(record, TOOLS))
+    return Chat(where, _with_system(record, turns), read_tools(record, TOOLS))
 
 
 def _with_system(record: Fields, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -204,13 +184,13 @@ def _alpaca(record: Fields, where: str) -> Row:
     given = "" if is_empty(record.given.get("input")) else record.text("input")
     question = f"{instruction}\n\n{given}" if given else instruction
     turns = (*_history(record), Turn("user", question, False), Turn("assistant", output, True))
-    row = _chat_row(record, where, turns)
-    if len(turns) > 2 or row.tools:
-        return row
+    chat = _chat_row(record, where, turns)
+    if len(turns) > 2 or chat.tools:
+        return chat
     head = _ALPACA_TASK + (_ALPACA_PAIRED if given else "") + _ALPACA_REQUEST
-    head = row.turns[0].text if row.turns[0].role == "system" else head
+    head = chat.turns[0].text if chat.turns[0].role == "system" else head
     sections = [f"### Instruction:\n{instruction}", *([f"### Input:\n{given}"] if given else []), "### Response:"]
-    return replace(row, prompt="\n\n".join([head, *sections]), completion=output)
+    return Instruction(where, chat, Completion(where, "\n\n".join([head, *sections]), output))
 
 
 def _history(record: Fields) -> Iterator[Turn]:
@@ -241,7 +221,7 @@ def _prompt_completion(record: Fields, where: str) -> Row:
         isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) for value in (prompt, completion)
     ]
     if not all(turns):
-        row = Row(where, prompt=_no_turns(record, "prompt"), completion=record.text("completion"))
+        row = Completion(where, _no_turns(record, "prompt"), record.text("completion"))
         if name := record.one_of(SYSTEM) or record.one_of(TOOLS):
             raise BadRow(f"{name!r} would be lost: two texts are joined as they are; "
                          "write it into the prompt, or both as lists of turns")  # fmt: skip
@@ -256,7 +236,7 @@ def _prompt_completion(record: Fields, where: str) -> Row:
     return _chat_row(record, where, (*(turn._replace(supervised=False) for turn in before), *answer))
 
 
-class Format(NamedTuple):
+class RecordFormat(NamedTuple):
     """A data format: the columns it is known by, those it may also use, and how a record becomes a row."""
 
     name: str
@@ -265,13 +245,13 @@ class Format(NamedTuple):
     build: Callable[[Fields, str], Row]
 
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, RecordFormat] = {
     one.name: one
     for one in (
-        Format("messages", ("messages",), (*SYSTEM, *TOOLS), _chat("messages", "role", "content")),
-        Format("sharegpt", ("conversations",), (*SYSTEM, *TOOLS), _chat("conversations", "from", "value")),
-        Format("alpaca", ("instruction", "output"), ("input", *SYSTEM, *TOOLS, *HISTORY), _alpaca),
-        Format("prompt-completion", ("prompt", "completion"), (*SYSTEM, *TOOLS), _prompt_completion),
-        Format("text", ("text",), (), lambda record, where: Row(where, text=_no_turns(record, "text"))),
+        RecordFormat("messages", ("messages",), (*SYSTEM, *TOOLS), _chat("messages", "role", "content")),
+        RecordFormat("sharegpt", ("conversations",), (*SYSTEM, *TOOLS), _chat("conversations", "from", "value")),
+        RecordFormat("alpaca", ("instruction", "output"), ("input", *SYSTEM, *TOOLS, *HISTORY), _alpaca),
+        RecordFormat("prompt-completion", ("prompt", "completion"), (*SYSTEM, *TOOLS), _prompt_completion),
+        RecordFormat("text", ("text",), (), lambda record, where: Text(where, _no_turns(record, "text"))),
     )
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """From rows to examples: token ids with a loss mask that is proven, row by row.
 
-`pieces` says which text is learned, `proof` that the tokens marked are exactly that text; here both are put together
-and fitted to a length. A row that fails on the way is an error with its place and reason, never a wrong mask.
+`chat_template` says which text is learned, `proof` that the tokens marked are exactly that text; here both are put
+together and fitted to a length. A row that fails on the way is an error with its place and reason, never a wrong mask.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, chain, groupby
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from gossamer.data.chat_template import ChatRenderer, MaskedText, Unprovable
 from gossamer.data.containers import Faults
-from gossamer.data.conversations import Turn
-from gossamer.data.formats import Row
-from gossamer.data.pieces import Piece, Unprovable, Writer
 from gossamer.data.proof import decoded, proven
+from gossamer.data.rows import Chat, Instruction, Row
 from gossamer.errors import DataError
 
 if TYPE_CHECKING:
@@ -117,52 +116,53 @@ def encode(
     rows = list(rows)
     if not rows:
         raise DataError("there are no rows to encode")
-    writer = Writer(tokenizer, add_eos=add_eos, chat_template=chat_template, date=date)
+    renderer = ChatRenderer(tokenizer, add_eos=add_eos, chat_template=chat_template, date=date)
+    forms = [renderer.form(row) for row in rows]
     leading = _leading_ids(tokenizer)
-    examples = _examples(rows, writer, leading)
-    notes = tuple(f"{count:,} rows {note}" for note, count in writer.notes.items())
+    examples = _examples(forms, renderer, leading)
+    notes = tuple(f"{count:,} rows {note}" for note, count in renderer.notes.items())
 
     def shorter(index: int) -> Example | None:
-        if writer.is_chat(rows[index]):
-            return _fewer_turns(rows[index], writer, leading, max_length)
-        filled = bool(rows[index].turns)  # a form whose beginning is as fixed as a template's
-        return None if filled else _shortened(examples[index], max_length, len(leading), {*tokenizer.all_special_ids})
+        if isinstance(form := forms[index], Chat):
+            return _fewer_turns(form, renderer, leading, max_length)
+        if isinstance(rows[index], Instruction):
+            return None  # the beginning of its form is as fixed as a template's
+        return _shortened(examples[index], max_length, len(leading), {*tokenizer.all_special_ids})
 
     return replace(_fitted(examples, max_length, shorter, on_overlong), notes=notes)
 
 
-def _examples(rows: list[Row], writer: Writer, leading: list[int]) -> list[Example]:
+def _examples(rows: list[Row], renderer: ChatRenderer, leading: list[int]) -> list[Example]:
     """Every row as tokens with its proven mask, of whatever length. Raises `DataError` with every fault."""
     faults, hints = Faults(), dict[str, None]()
-    written = [_written(row, writer, faults, hints) for row in rows]
+    written = [_written(row, renderer, faults, hints) for row in rows]
     faults.check("these rows have no text that can be learned", hint="; ".join(hints))
-    tokens, reasons = proven(written, writer.tokenizer)
+    tokens, reasons = proven(written, renderer.tokenizer)
     for row, reason in zip(rows, reasons, strict=True):
         if reason:
             faults.at(row.where, reason)
     faults.check("the loss mask of these rows cannot be proven")
     examples = []
     for row, pieces, ids in zip(rows, written, tokens, strict=True):
-        before = [] if writer.is_chat(row) else leading
+        before = [] if isinstance(row, Chat) else leading
         flags = [piece.supervised for piece, part in zip(pieces, ids, strict=True) for _ in part]
         examples.append(Example([*before, *chain(*ids)], [*(False for _ in before), *flags], row.where))
     return examples
 
 
-def _fewer_turns(row: Row, writer: Writer, leading: list[int], max_length: int) -> Example | None:
+def _fewer_turns(row: Chat, renderer: ChatRenderer, leading: list[int], max_length: int) -> Example | None:
     """The chat without its earliest turns, as few of them as it takes; None if not even its last exchange fits.
 
     It begins with a user's turn again, as templates want it, after the system turn if there is one.
     """
     first = int(row.turns[0].role == "system")
-    last = max(index for index, turn in enumerate(row.turns) if turn.supervised)
-    starts = [index for index in range(first + 1, last) if row.turns[index].role == "user"]
+    starts = [index for index in range(first + 1, row.last) if row.turns[index].role == "user"]
     found: Example | None = None
     while starts:
         middle = len(starts) // 2
         fewer = replace(row, turns=(*row.turns[:first], *row.turns[starts[middle] :]))
         try:
-            (example,) = _examples([fewer], writer, leading)
+            (example,) = _examples([fewer], renderer, leading)
         except DataError:  # what the template makes of these turns cannot be proven
             example = None
         if example and len(example) <= max_length:
@@ -178,14 +178,7 @@ def label_ids(labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, row: Ro
 
     Raises `DataError` if two labels have the same tokens, or a label is not provable in that place.
     """
-    if not row.label:
-        raise DataError("plain text has no label to compare", where=row.where)
-    last = max((index for index, turn in enumerate(row.turns) if turn.supervised), default=0)
-    rows = [
-        replace(row, where=f"label {label!r}", turns=_with_answer(row.turns, last, label),
-                completion=label if row.completion else "")
-        for label in labels
-    ]  # fmt: skip
+    rows = [replace(row.answering(label), where=f"label {label!r}") for label in labels]
     options: dict[str, Any] = {"add_eos": add_eos, "chat_template": chat_template, "date": date}
     examples = encode(rows, tokenizer, max_length=2**31, **options)
     found = tuple(tuple(example.ids[_last_run(example.supervised) :]) for example in examples)
@@ -207,18 +200,14 @@ def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
     return pieces
 
 
-def _with_answer(turns: tuple[Turn, ...], index: int, text: str) -> tuple[Turn, ...]:
-    return tuple(turn._replace(text=text) if place == index else turn for place, turn in enumerate(turns))
-
-
 def _last_run(supervised: list[bool]) -> int:
     """Where the supervised tokens at the end of an example begin."""
     return len(supervised) - supervised[::-1].index(False)
 
 
-def _written(row: Row, writer: Writer, faults: Faults, hints: dict[str, None]) -> list[Piece]:
+def _written(row: Row, renderer: ChatRenderer, faults: Faults, hints: dict[str, None]) -> list[MaskedText]:
     try:
-        return writer.pieces(row)
+        return renderer.render(row)
     except Unprovable as error:
         faults.at(row.where, str(error))
         hints |= {error.hint: None} if error.hint else {}

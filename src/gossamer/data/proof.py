@@ -15,12 +15,12 @@ from bisect import bisect_left
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from gossamer.data.pieces import Piece
+from gossamer.data.chat_template import MaskedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tokens = list[list[int]]
+RowIds = list[list[int]]
 """The token ids of one row, a list for each of its pieces."""
 
 _IDS_ONLY: dict[str, Any] = {
@@ -28,7 +28,7 @@ _IDS_ONLY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def proven(written: list[list[Piece]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Tokens], list[str]]:
+def proven(written: list[list[MaskedText]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[RowIds], list[str]]:
     """The tokens of every row, and for every row why its mask cannot be proven: `""` where it is."""
     tokens = _apart(written, tokenizer)
     reasons = _disproofs(written, tokens, tokenizer)
@@ -55,14 +55,14 @@ def token_id(token: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _apart(written: list[list[Piece]], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+def _apart(written: list[list[MaskedText]], tokenizer: PreTrainedTokenizerBase) -> list[RowIds]:
     """Each piece tokenised by itself, all in one call."""
     texts = [piece.text for pieces in written for piece in pieces]
     ids = iter(tokenizer(texts, **_IDS_ONLY)["input_ids"])
     return [[next(ids) for _ in pieces] for pieces in written]
 
 
-def _at_once(written: list[list[Piece]], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+def _at_once(written: list[list[MaskedText]], tokenizer: PreTrainedTokenizerBase) -> list[RowIds]:
     """Each row tokenised as one text and cut where its pieces begin; a token across a cut goes to the piece before."""
     texts = ["".join(piece.text for piece in pieces) for pieces in written]
     tokenised = tokenizer(texts, **_IDS_ONLY, return_offsets_mapping=True)
@@ -74,7 +74,7 @@ def _at_once(written: list[list[Piece]], tokenizer: PreTrainedTokenizerBase) -> 
     return cut
 
 
-def _disproofs(written: list[list[Piece]], tokens: list[Tokens], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _disproofs(written: list[list[MaskedText]], tokens: list[RowIds], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """For each row why its mask is wrong; `""` where it is right.
 
     A learned piece is decoded after the piece before it, as some decoders treat the first token of a text differently.

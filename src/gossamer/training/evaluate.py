@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.catalog.catalog import data_file
-from gossamer.data import formats
+from gossamer.data import rows as data_rows
 from gossamer.data.batches import Batch, collate, plan_batches
-from gossamer.data.formats import Row, Rows, read_rows
+from gossamer.data.formats import Rows, read_rows
 from gossamer.data.masks import Example, Overlong, encode, label_ids
+from gossamer.data.rows import Row
 from gossamer.errors import DataError, NonFiniteError, UsageError, nearest
 from gossamer.training.audit import refuse_misfits
 from gossamer.training.loss import supervised_logits, supervised_nll
@@ -168,7 +169,7 @@ def _classification(
     labels: Sequence[str] | None,
     encoding: dict[str, Any],
 ) -> Evaluation:
-    names = tuple(labels) if labels is not None else formats.labels(rows)
+    names = tuple(labels) if labels is not None else data_rows.labels(rows)
     questions = _questions(rows, tokenizer, names, encoding)
     one_token = all(len(answer) == 1 for question in questions for answer in question.answers)
 

@@ -11,11 +11,13 @@ from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from gossamer.data import clock, formats
+from gossamer.data import clock
+from gossamer.data import rows as data_rows
 from gossamer.data.batches import largest_part, plan_batches, split_batch
-from gossamer.data.formats import Row, Rows
+from gossamer.data.chat_template import ChatRenderer
+from gossamer.data.formats import Rows
 from gossamer.data.masks import Encoding, Example, encode
-from gossamer.data.pieces import Writer
+from gossamer.data.rows import Chat, Instruction, Row
 from gossamer.training.config import DataFiles, TrainConfig
 from gossamer.training.evaluate import Evaluation, make_evaluation, read_data
 
@@ -76,20 +78,21 @@ class Material:
         rows, held_out = files or read_files(data)
         say(rows.describe())
         if config.task == "classify" and data.eval is None:
-            formats.labels(rows)
+            data_rows.labels(rows)
         examples = encode(rows, tokenizer, **encoding)
         say(examples.describe())
-        chats = any(row.turns for row in rows)
+        chats = any(isinstance(row, Chat | Instruction) for row in rows)
         if line := _ends(examples, tokenizer, model) if chats else "":
             say(line)
-        date = date if chats and Writer(tokenizer, add_eos=False, chat_template=data.chat_template).dated else None
+        renderer = ChatRenderer(tokenizer, add_eos=False, chat_template=data.chat_template)
+        date = date if chats and renderer.dated else None
         if date:
             say(f"the chat template writes a date; in this run, resumed or not, it is {date} (data.date)")
         identity = {"train": rows.digest, "tokens": _digest(examples)}
         if held_out is None:
             return cls(examples, (), None, identity, date)
         say(held_out.describe())
-        labels = formats.labels([*rows, *held_out]) if config.task == "classify" else None
+        labels = data_rows.labels([*rows, *held_out]) if config.task == "classify" else None
         evaluation = make_evaluation(
             held_out, tokenizer, task=config.task, batch_size=config.eval_batch_size, labels=labels, **encoding
         )

@@ -183,7 +183,7 @@ def _examples(
     return [
         {
             "where": row.where,
-            "prompt": row.prompt or row.turns[-2].text,
+            "prompt": row.question,
             "expected": row.label,
             "before": then[row.where],
             "after": now[row.where],

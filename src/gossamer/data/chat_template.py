@@ -24,15 +24,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gossamer.data import clock
-from gossamer.data.conversations import Turn
-from gossamer.data.formats import Row
+from gossamer.data.rows import Chat, Completion, Instruction, Row, Text, Turn
 from gossamer.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Piece(NamedTuple):
+class MaskedText(NamedTuple):
     """A stretch of text that is learned as a whole or not at all.
 
     A learned piece ends with the token `end` (`""` where none is asked for).
@@ -56,7 +55,7 @@ _NO_TEMPLATE = "use the tokenizer of a chat model, or write the rows as prompt a
 _TOOLS = "choose a template that knows tools, or write them and their calls into the texts"
 
 
-class Writer:
+class ChatRenderer:
     """Writes rows as pieces, the way one tokenizer wants them.
 
     Args:
@@ -90,27 +89,34 @@ class Writer:
         self.end_of_call = re.compile(rf"{end}{then_stop}\s*\Z")
         self.notes: Counter[str] = Counter()
 
-    def is_chat(self, row: Row) -> bool:
-        """Whether the chat template writes this row, with whatever comes first; other rows begin with the BOS."""
-        return bool(row.turns) and (self.templated or not row.completion)
+    def form(self, row: Row) -> Row:
+        """The row in the one of its forms that this tokenizer is to learn."""
+        if not isinstance(row, Instruction):
+            return row
+        return row.chat if self.templated else row.plain
 
-    def pieces(self, row: Row) -> list[Piece]:
-        """The row as text, in order. Raises `Unprovable` where it cannot be told what is to be learned."""
-        if self.is_chat(row):
-            return self._chat(row)
-        answer = row.completion or row.text
+    def render(self, row: Row) -> list[MaskedText]:
+        """A form as text, in order. Raises `Unprovable` where it cannot be told what is to be learned."""
+        match row:
+            case Chat():
+                return self._chat(row)
+            case Completion(prompt=prompt, completion=answer):
+                before = [MaskedText(prompt)]
+            case Text(text=answer):
+                before = []
+            case _:
+                raise Unprovable(f"a row of {type(row).__name__} is no text to learn")
         if self.eos and self.eos in answer:
             raise Unprovable(f"the text itself holds the end token {self.eos!r}")
-        learned = Piece(answer + self.eos, True, self.eos)
-        return [Piece(row.prompt), learned] if row.completion else [learned]
+        return [*before, MaskedText(answer + self.eos, True, self.eos)]
 
-    def _chat(self, row: Row) -> list[Piece]:
+    def _chat(self, row: Chat) -> list[MaskedText]:
         """The turns up to the last learned one; what comes later could not change what is learned."""
         if not self.templated:
             raise Unprovable("the row is a chat, but the tokenizer has no chat template in use", _NO_TEMPLATE)
         learned = [index for index, turn in enumerate(row.turns) if turn.supervised]
         whole = self._render(row, learned[-1] + 1)
-        pieces: list[Piece] = []
+        pieces: list[MaskedText] = []
         position = 0
         for index in learned:
             head = self._render(row, index, generation_prompt=True)
@@ -122,12 +128,12 @@ class Writer:
                 answer = self._call(whole, self._render(row, index + 1), len(head), turn, index + 1)
             else:
                 answer = self._answer(whole, len(head), turn.text, index + 1)
-            pieces += [Piece(whole[position : len(head)]), answer]
+            pieces += [MaskedText(whole[position : len(head)]), answer]
             position = len(head) + len(answer.text)
         self._refuse_losses(row, learned[-1] + 1, whole)
         return pieces
 
-    def _answer(self, whole: str, start: int, text: str, number: int) -> Piece:
+    def _answer(self, whole: str, start: int, text: str, number: int) -> MaskedText:
         """The assistant's text with its end-of-turn token, and the EOS if the template goes on with it.
 
         White space around it is the template's affair.
@@ -145,9 +151,9 @@ class Writer:
         for token in filter(None, end.groups()):
             if token in text:
                 raise Unprovable(f"turn {number}: the text itself holds the end-of-turn token {token!r}")
-        return Piece(whole[start : end.end()], True, end[2] or end[1])
+        return MaskedText(whole[start : end.end()], True, end[2] or end[1])
 
-    def _call(self, whole: str, through: str, start: int, turn: Turn, number: int) -> Piece:
+    def _call(self, whole: str, through: str, start: int, turn: Turn, number: int) -> MaskedText:
         """What the template adds for a turn that calls tools, whose text ends with `through` or before."""
         same = next((at for at, (one, other) in enumerate(zip(whole, through, strict=False)) if one != other), None)
         added = whole[start : len(through) if same is None else same].rstrip()
@@ -158,9 +164,9 @@ class Writer:
         if lost := [text for text in said if not _holds(added, text)]:
             raise Unprovable(f"turn {number}: the chat template does not write all of the tool calls; "
                              f"{lost[0]!r:.60} is not in {added!r:.80}", _TOOLS)  # fmt: skip
-        return Piece(added, True, end[2] or end[1])
+        return MaskedText(added, True, end[2] or end[1])
 
-    def _refuse_losses(self, row: Row, count: int, whole: str) -> None:
+    def _refuse_losses(self, row: Chat, count: int, whole: str) -> None:
         """Refuse a row of which the template leaves out something that is given and not learned."""
         for number, turn in enumerate(row.turns[:count], start=1):
             if turn.role != "assistant" and not _holds(whole, turn.text.strip()):
@@ -181,7 +187,7 @@ class Writer:
                 raise Unprovable(f"the chat template does not write the tools; {lost[0]!r:.60} is not in the text",
                                  _TOOLS)  # fmt: skip
 
-    def _render(self, row: Row, count: int, *, generation_prompt: bool = False) -> str:
+    def _render(self, row: Chat, count: int, *, generation_prompt: bool = False) -> str:
         """The first `count` turns as the tokenizer's chat template writes them."""
         from jinja2 import TemplateError
 
@@ -196,7 +202,7 @@ class Writer:
             raise Unprovable(f"the chat template refuses the first {count} turns: {error!s:.200}",
                              self._remedy(row, count)) from None  # fmt: skip
 
-    def _remedy(self, row: Row, count: int) -> str:
+    def _remedy(self, row: Chat, count: int) -> str:
         """What to do about turns that the template refuses, found by trying."""
         if row.turns[0].role != "system" or count < 2:
             return ""
