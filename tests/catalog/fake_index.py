@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from gossamer.catalog.download import Source
+from gossamer.catalog.download import ReleaseFile
 
 
 @dataclass
@@ -40,10 +40,10 @@ class FakeIndex:
         """What PIP_INDEX_URL is set to."""
         return f"http://127.0.0.1:{self.port}/simple"
 
-    def source(self, **changes: object) -> Source:
+    def source(self, **changes: object) -> ReleaseFile:
         """The catalog's view of the file, right unless told otherwise."""
         fields = {"package": "Toy", "version": "1.0", "file": self.file, "size": len(self.content)}
-        return Source(**(fields | {"sha256": hashlib.sha256(self.content).hexdigest()} | changes))  # type: ignore[arg-type]
+        return ReleaseFile(**(fields | {"sha256": hashlib.sha256(self.content).hexdigest()} | changes))  # type: ignore[arg-type]
 
     def page(self) -> tuple[str, bytes]:
         """Content type and body of the listing."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer.models import tiny
 from gossamer.running.cached import CachedDecoder
-from gossamer.running.steps import Piece, Step
+from gossamer.running.steps import Chunk, StepInput
 from tests.running.test_blocks import FAMILIES, made
 
 
@@ -21,15 +21,15 @@ def alone(model: Any, ids: list[int]) -> Tensor:
 
 def run(decoder: CachedDecoder, cache: Any, given: list[tuple[int, int, list[int]]]) -> Tensor:
     """Logits after the last token of each (row, start, ids)."""
-    pieces = tuple(Piece(row, start, len(ids)) for row, start, ids in given)
+    chunks = tuple(Chunk(row, start, len(ids)) for row, start, ids in given)
     tokens = torch.tensor([one for _, _, ids in given for one in ids])
-    return decoder(Step(tokens, pieces, tuple(range(len(pieces)))), cache)
+    return decoder(StepInput(tokens, chunks, tuple(range(len(chunks)))), cache)
 
 
 @pytest.mark.parametrize("prepack", [False, True])
 @pytest.mark.parametrize("family", [*FAMILIES, "windowed"])
 def test_every_token_has_the_logits_of_transformers(family: str, prepack: bool) -> None:
-    """Prompts read whole and in pieces, rows continued in any order, one resting: as alone, without a cache."""
+    """Prompts read whole and in chunks, rows continued in any order, one resting: as alone, without a cache."""
     model = made("mistral", sliding_window=5) if family == "windowed" else made(family)
     decoder = CachedDecoder(model, prepack)
     assert bool(decoder.copied) == prepack

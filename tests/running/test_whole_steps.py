@@ -16,7 +16,7 @@ from gossamer.errors import UnsupportedError
 from gossamer.models import make_dense, tiny
 from gossamer.quant import quantize_model
 from gossamer.running.cached import CachedDecoder
-from gossamer.running.steps import Decoder, Piece, Step
+from gossamer.running.steps import Chunk, Decoder, StepInput
 from gossamer.running.whole_steps import TransformersDecoder
 from gossamer.serving.store import Loaded, Store
 from gossamer.serving.terms import BatchTerms
@@ -81,9 +81,9 @@ def alone(model: Any, ids: list[int]) -> Tensor:
 
 def run(decoder: Decoder, cache: Any, given: list[tuple[int, list[int], int, int]], terms: Any = None) -> Tensor:
     """Logits after the last token of each (row, text, start, count); those that continue come first."""
-    pieces = tuple(Piece(row, start, count) for row, _, start, count in given)
+    chunks = tuple(Chunk(row, start, count) for row, _, start, count in given)
     tokens = torch.tensor([one for _, text, start, count in given for one in text[start : start + count]])
-    return decoder(Step(tokens, pieces, tuple(range(len(pieces)))), cache, terms)
+    return decoder(StepInput(tokens, chunks, tuple(range(len(chunks)))), cache, terms)
 
 
 def drawn(draw: random.Random, lengths: tuple[int, ...]) -> list[list[int]]:
@@ -92,7 +92,7 @@ def drawn(draw: random.Random, lengths: tuple[int, ...]) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", [*TOYS, *VARIANTS, *MORE])
 def test_every_token_has_the_logits_of_the_whole_forward(name: str) -> None:
-    """Uneven prompts, whole and in pieces; rows go on in any order, one rests, one is taken by another sequence."""
+    """Uneven prompts, whole and in chunks; rows go on in any order, one rests, one is taken by another sequence."""
     model = made(name)
     decoder = TransformersDecoder(model)
     cache = decoder.cache(4)
@@ -189,10 +189,10 @@ def test_an_adapter_in_each_row_is_as_if_it_were_attached(name: str) -> None:
         [(0, 6, 1), (2, 5, 1), (4, 5, 1), (1, 3, 2), (3, 4, 2)],
         [(4, 6, 1), (0, 7, 1), (2, 6, 1)],
     ):
-        pieces = tuple(Piece(*one) for one in step)
+        chunks = tuple(Chunk(*one) for one in step)
         tokens = torch.tensor([one for row, start, count in step for one in texts[row][start : start + count]])
-        taken = Step(tokens, pieces, tuple(range(len(pieces))))
-        mixes = [((loaded[piece.row], 1.0),) if piece.row < len(loaded) else () for piece in pieces]
+        taken = StepInput(tokens, chunks, tuple(range(len(chunks))))
+        mixes = [((loaded[chunk.row], 1.0),) if chunk.row < len(loaded) else () for chunk in chunks]
         assert terms.look(mixes, decoder.parts(taken))
         out = decoder(taken, cache, terms)
         known = torch.stack([right[row][start + count - 1] for row, start, count in step])

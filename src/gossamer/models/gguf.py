@@ -28,7 +28,7 @@ TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _SAMPLES = 64
 
 
-class Stored(NamedTuple):
+class GGUFTensor(NamedTuple):
     """One tensor of the file: its name there, the parameter it comes from, and what it is stored as."""
 
     name: str
@@ -79,7 +79,7 @@ def write_gguf(folder: str | Path, output: str | Path, *, dtype: str = "auto") -
     return found | {"bytes": output.stat().st_size, "dtype": kind}
 
 
-def _tensors(base: Mapped, architecture: str, dtype: torch.dtype) -> list[Stored]:
+def _tensors(base: Mapped, architecture: str, dtype: torch.dtype) -> list[GGUFTensor]:
     """Every stored parameter under its name in the file. Raises `UnsupportedError` for one that has none."""
     import gguf
 
@@ -94,7 +94,7 @@ def _tensors(base: Mapped, architecture: str, dtype: torch.dtype) -> list[Stored
         if name is None:
             raise UnsupportedError("a parameter that llama.cpp's model has not", where=parameter, got=architecture)
         vector = base.stored(place).ndim == 1
-        found.append(Stored(name, parameter, torch.float32 if vector else dtype))
+        found.append(GGUFTensor(name, parameter, torch.float32 if vector else dtype))
     return found
 
 
@@ -204,7 +204,7 @@ def _begins_with_bos(folder: Path) -> bool:
     return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def _write(writer: Any, base: Mapped, tensors: list[Stored], architecture: str, factors: Tensor | None) -> None:
+def _write(writer: Any, base: Mapped, tensors: list[GGUFTensor], architecture: str, factors: Tensor | None) -> None:
     import gguf
 
     kinds = gguf.GGMLQuantizationType
@@ -227,7 +227,7 @@ def _write(writer: Any, base: Mapped, tensors: list[Stored], architecture: str, 
 
 
 @torch.no_grad()
-def _values(base: Mapped, tensors: list[Stored], architecture: str) -> Iterator[tuple[Stored, Tensor]]:
+def _values(base: Mapped, tensors: list[GGUFTensor], architecture: str) -> Iterator[tuple[GGUFTensor, Tensor]]:
     """Each tensor as llama.cpp wants its rows."""
     config: Any = base.model.config
     for one in tensors:
@@ -239,7 +239,7 @@ def _values(base: Mapped, tensors: list[Stored], architecture: str) -> Iterator[
         yield one, value.contiguous()
 
 
-def _read_back(path: Path, base: Mapped, tensors: list[Stored], architecture: str) -> None:
+def _read_back(path: Path, base: Mapped, tensors: list[GGUFTensor], architecture: str) -> None:
     """Compare numbers of every tensor with the file's. Raises `DiskError`."""
     import gguf
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.errors import BaseFileError, UnsupportedError, UsageError
-from gossamer.quant import FORMATS, Format
+from gossamer.quant import FORMATS, QuantFormat
 
 _LARGEST_CONFIG = 8 << 20
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -52,7 +52,7 @@ def stored_quant(stored: Any) -> str | None:
     if stored.get("load_in_8bit") or stored.get("_load_in_8bit"):
         return "int8"
     table, double = stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant", False))
-    return next((name for name, form in FORMATS.items() if form == Format(str(table), double)), None)
+    return next((name for name, form in FORMATS.items() if form == QuantFormat(str(table), double)), None)
 
 
 def require_same(stored: Any, quant: str | None, folder: Path) -> None:

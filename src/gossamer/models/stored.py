@@ -18,7 +18,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 
 @dataclass(frozen=True)
-class Storage:
+class StorageReport:
     """What a model takes as it is stored.
 
     Attributes:
@@ -57,7 +57,7 @@ class Storage:
         return f"{self.packed / self.total:.0%} of {self.total:,} parameters are packed; dense stay {kinds}"
 
 
-def storage(model: nn.Module) -> Storage:
+def storage(model: nn.Module) -> StorageReport:
     """What a model's parameters are stored as; one that two modules share counts once."""
     packed, found = packed_modules(model), modules(model)
     outer = heads(model, found)
@@ -70,7 +70,7 @@ def storage(model: nn.Module) -> Storage:
                 seen.add(id(parameter))
                 dense[_kind(module, parameter, path in outer)] += parameter.numel()
                 nbytes += parameter.nbytes
-    return Storage(
+    return StorageReport(
         len(packed),
         sum(one.out_features * one.in_features for one in packed.values()),
         sum(one.packed.nbytes for one in packed.values()),

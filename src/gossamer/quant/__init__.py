@@ -1,7 +1,7 @@
 """Weights in 4 and 8 bits: the formats, the reference that defines them, and the module that holds them."""
 
 from gossamer.quant.backend import bitsandbytes, dequantize, quantize
-from gossamer.quant.formats import FORMATS, Format, Packed, packed_bytes
+from gossamer.quant.formats import FORMATS, Packed, QuantFormat, packed_bytes
 from gossamer.quant.linear import (
     QuantizedLinear,
     format_of,
@@ -14,7 +14,7 @@ from gossamer.quant.linear import (
 
 __all__ = [
     "FORMATS",
-    "Format",
+    "QuantFormat",
     "Packed",
     "QuantizedLinear",
     "bitsandbytes",

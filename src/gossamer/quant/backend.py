@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer.quant import reference
-from gossamer.quant.formats import BLOCK, NESTED_BLOCK, Format, Packed, dynamic_table, table
+from gossamer.quant.formats import BLOCK, NESTED_BLOCK, Packed, QuantFormat, dynamic_table, table
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,7 +30,7 @@ def bitsandbytes() -> Any:
         sys.modules.update(before)
 
 
-def quantize(weight: Tensor, form: Format) -> Packed:
+def quantize(weight: Tensor, form: QuantFormat) -> Packed:
     """A matrix (out, in) in 4 or 8 bits. Raises nothing: NaN and infinity are the caller's to refuse.
 
     Cost: bitsandbytes' own on CUDA; everywhere else the reference's, a few passes over the weight.

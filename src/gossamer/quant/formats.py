@@ -23,7 +23,7 @@ NESTED_BLOCK = 256
 
 
 @dataclass(frozen=True)
-class Format:
+class QuantFormat:
     """How weights are stored. `table`: "nf4", "fp4" or "int8"; `double`: whether the scales are quantised again."""
 
     table: str
@@ -31,11 +31,11 @@ class Format:
 
 
 FORMATS = {
-    "nf4": Format("nf4", True),
-    "nf4-single": Format("nf4", False),
-    "fp4": Format("fp4", True),
-    "fp4-single": Format("fp4", False),
-    "int8": Format("int8", False),
+    "nf4": QuantFormat("nf4", True),
+    "nf4-single": QuantFormat("nf4", False),
+    "fp4": QuantFormat("fp4", True),
+    "fp4-single": QuantFormat("fp4", False),
+    "int8": QuantFormat("int8", False),
 }
 """What `quant` may be, and what it means."""
 
@@ -109,7 +109,7 @@ class Packed:
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
-def packed_bytes(form: Format, out_features: int, in_features: int) -> int:
+def packed_bytes(form: QuantFormat, out_features: int, in_features: int) -> int:
     """What `Packed.nbytes` will be."""
     count = out_features * in_features
     if form.table == "int8":

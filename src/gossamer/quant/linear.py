@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import BaseFileError, NonFiniteError, UsageError, nearest
 from gossamer.quant.backend import dequantize, quantize
-from gossamer.quant.formats import FORMATS, Format, Packed
+from gossamer.quant.formats import FORMATS, Packed, QuantFormat
 from gossamer.quant.layout import deserialized, serialized
 
 _SAMPLES = 32
@@ -67,9 +67,9 @@ class QuantizedLinear(nn.Module):
         return self._parameters["weight"] is None
 
     @property
-    def format(self) -> Format:
+    def format(self) -> QuantFormat:
         """What the weight is stored as."""
-        return Format(self.table, self.nested_absmax is not None)
+        return QuantFormat(self.table, self.nested_absmax is not None)
 
     @property
     def weight(self) -> Tensor:
@@ -100,7 +100,7 @@ class QuantizedLinear(nn.Module):
             return nn.functional.linear(x, dense, self.bias)
         return _Product.apply(x, self, self.bias)  # pyright: ignore[reportReturnType]
 
-    def pack(self, form: Format) -> None:
+    def pack(self, form: QuantFormat) -> None:
         """Store the dense weight that stands here as codes."""
         packed = quantize(self.weight.detach(), form)
         self.table, self.sampled = packed.table, None
@@ -178,7 +178,7 @@ class _Product(torch.autograd.Function):
         return inner, None, bias
 
 
-def format_of(quant: str) -> Format:
+def format_of(quant: str) -> QuantFormat:
     """The format of that name. Raises `UsageError` with the nearest names."""
     if quant not in FORMATS:
         bits = [name for name in FORMATS if set(name) & set(quant) & {"4", "8"}]  # "4bit" is never sent to 8

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gossamer.quant.formats import BLOCK, NESTED_BLOCK, Format, Packed, dynamic_table, table
+from gossamer.quant.formats import BLOCK, NESTED_BLOCK, Packed, QuantFormat, dynamic_table, table
 
 _SMALLEST = 1e-38  # a block of zeros is divided by this instead of by zero
 
 
-def quantize(weight: Tensor, form: Format) -> Packed:
+def quantize(weight: Tensor, form: QuantFormat) -> Packed:
     """A matrix (out, in) in 4 or 8 bits; computed in float32.
 
     4 bits: each weight becomes the code nearest to `W / absmax` of its block. int8: `round(127 W / absmax)` of its row.

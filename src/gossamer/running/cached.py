@@ -21,10 +21,10 @@ from gossamer.kernels import elementwise
 from gossamer.kernels.frozen_maps import Maps, maps_of, prepacked_bytes
 from gossamer.kernels.linears import ACTIVATIONS
 from gossamer.running.blocks import ATTENTION, FEEDFORWARD, norm_of
-from gossamer.running.graphs import Graphs
-from gossamer.running.row_attention import Look
+from gossamer.running.graphs import StepGraphs
+from gossamer.running.row_attention import AttentionMetadata
 from gossamer.running.row_cache import RowCache
-from gossamer.running.steps import Part, Site, Step, Terms
+from gossamer.running.steps import AdapterTerms, ChunkRows, LinearGroup, StepInput
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """The maps of a layer that read the same input."""
@@ -49,8 +49,8 @@ class CachedDecoder:
         """Of the dtype and on the device that steps run in."""
         names = {module: path for path, module in model.named_modules()}
         maps = [layer.modules(group) for layer in self.layers for group in GROUPS] + [(model.lm_head,)]
-        self.sites = tuple(Site(tuple(names[one] for one in group), group) for group in maps)
-        self.graphs = Graphs(self.run, inner.rotary_emb, self.like) if self.like.is_cuda else None
+        self.sites = tuple(LinearGroup(tuple(names[one] for one in group), group) for group in maps)
+        self.graphs = StepGraphs(self.run, inner.rotary_emb, self.like) if self.like.is_cuda else None
 
     @staticmethod
     def takes(model: nn.Module) -> bool:
@@ -75,24 +75,24 @@ class CachedDecoder:
         room = (rows, tokens) if self.like.is_cuda else (0, 0)
         return RowCache([(token, token)] * len(self.layers), axis=2, room=room)
 
-    def parts(self, step: Step) -> tuple[Part, Part, Part]:
+    def parts(self, step: StepInput) -> tuple[ChunkRows, ChunkRows, ChunkRows]:
         """Sequences that are continued, prompts that are read, and the head's rows."""
-        sizes = [(number, piece.count) for number, piece in enumerate(step.pieces)]
-        alone = sum(piece.continues for piece in step.pieces)
+        sizes = [(number, chunk.length) for number, chunk in enumerate(step.chunks)]
+        alone = sum(chunk.continues for chunk in step.chunks)
         return tuple(sizes[:alone]), tuple(sizes[alone:]), tuple((number, 1) for number in step.wanted)
 
     @torch.inference_mode()
-    def __call__(self, step: Step, cache: RowCache, terms: Terms | None = None) -> Tensor:
+    def __call__(self, step: StepInput, cache: RowCache, terms: AdapterTerms | None = None) -> Tensor:
         """Take a step: write keys and values of its tokens, and give the wanted logits, which last until the next."""
         cache.reserve(*step.extent)
         replayed = self.graphs(step, cache, terms) if self.graphs is not None else None
         if replayed is not None:
             return replayed
-        look = Look(step, step.tokens.device)
+        look = AttentionMetadata(step, step.tokens.device)
         look.turn(self.inner.rotary_emb, self.like)
         return self.run(step.tokens, look, cache, terms)
 
-    def run(self, tokens: Tensor, look: Look, cache: RowCache, terms: Terms | None) -> Tensor:
+    def run(self, tokens: Tensor, look: AttentionMetadata, cache: RowCache, terms: AdapterTerms | None) -> Tensor:
         """The step itself."""
         x = self.inner.embed_tokens(tokens)
         body = _Adapted(terms, ((0, slice(0, look.count)), (1, slice(look.count, len(x)))))
@@ -106,7 +106,7 @@ class CachedDecoder:
 class _Adapted:
     """Maps that read the same input, with the adapters' terms of the parts that the rows belong to."""
 
-    def __init__(self, terms: Terms | None, parts: Sequence[tuple[int, slice]]) -> None:
+    def __init__(self, terms: AdapterTerms | None, parts: Sequence[tuple[int, slice]]) -> None:
         self.terms, self.parts = terms, [(part, rows) for part, rows in parts if rows.stop > rows.start]
 
     def __call__(self, site: int, maps: Maps, x: Tensor) -> Sequence[Tensor]:
@@ -151,7 +151,7 @@ class _Layer:
         """The model's modules of these names."""
         return tuple(self.maps[name] for name in names)
 
-    def __call__(self, x: Tensor, look: Look, pair: tuple[Tensor, Tensor], adapted: _Adapted) -> Tensor:
+    def __call__(self, x: Tensor, look: AttentionMetadata, pair: tuple[Tensor, Tensor], adapted: _Adapted) -> Tensor:
         """The layer's output, (N, hidden)."""
 
         def group(number: int, given: Tensor) -> Sequence[Tensor]:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.running.row_attention import FixedLook, Look
+from gossamer.running.row_attention import AttentionMetadata, StaticMetadata
 from gossamer.running.row_cache import RowCache
-from gossamer.running.steps import Step, Terms
+from gossamer.running.steps import AdapterTerms, StepInput
 
-Run = Callable[[Tensor, Look, RowCache, Terms | None], Tensor]
-Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+StepFunction = Callable[[Tensor, AttentionMetadata, RowCache, AdapterTerms | None], Tensor]
+Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Makes of a call one that does the same again on what its tensors hold by then."""
 
 _SHORTEST = 256
@@ -29,12 +29,12 @@ _SHORTEST = 256
 
 
 @dataclass(frozen=True)
-class _Graph:
-    look: FixedLook
+class CapturedGraph:
+    look: StaticMetadata
     replay: Callable[[], Tensor]
 
 
-class Graphs:
+class StepGraphs:
     """Recorded steps of one decoder.
 
     Args:
@@ -43,13 +43,13 @@ class Graphs:
         record: with CUDA graphs by default.
     """
 
-    def __init__(self, run: Run, rotary: Any, like: Tensor, record: Record | None = None) -> None:
+    def __init__(self, run: StepFunction, rotary: Any, like: Tensor, record: Capture | None = None) -> None:
         self.run, self.rotary, self.like = run, rotary, like
-        self.record = record or Recorder()
-        self.made: dict[tuple[int, int, Hashable], _Graph] = {}
+        self.record = record or GraphCapture()
+        self.made: dict[tuple[int, int, Hashable], CapturedGraph] = {}
         self.where: tuple[RowCache, int] | None = None
 
-    def __call__(self, step: Step, cache: RowCache, terms: Terms | None) -> Tensor | None:
+    def __call__(self, step: StepInput, cache: RowCache, terms: AdapterTerms | None) -> Tensor | None:
         """Logits (N, vocabulary), which are overwritten by the next step; None for a step that is not recorded."""
         laid = frozenset() if terms is None else terms.fixed()
         if laid is None or not _goes_on(step):
@@ -58,27 +58,29 @@ class Graphs:
         count, longest = step.extent
         key = _size(count), min(_power(longest, _SHORTEST), cache.tokens), laid
         if key not in self.made:
-            self.made[key] = self._graph(*key[:2], step, cache, terms)
+            self.made[key] = self._captured(*key[:2], step, cache, terms)
         graph = self.made[key]
         self._place(graph.look, step, cache)
         return graph.replay()[:count]
 
-    def _place(self, look: FixedLook, step: Step, cache: RowCache) -> None:
+    def _place(self, look: StaticMetadata, step: StepInput, cache: RowCache) -> None:
         look.place(step, cache.rows)
         look.turn(self.rotary, self.like)
 
-    def _graph(self, size: int, longest: int, step: Step, cache: RowCache, terms: Terms | None) -> _Graph:
-        look = FixedLook(min(size, cache.rows), longest, self.like.device)
+    def _captured(
+        self, size: int, longest: int, step: StepInput, cache: RowCache, terms: AdapterTerms | None
+    ) -> CapturedGraph:
+        look = StaticMetadata(min(size, cache.rows), longest, self.like.device)
         self._place(look, step, cache)
 
         def run() -> Tensor:
             look.masks.clear()
             return self.run(look.tokens, look, cache, terms)
 
-        return _Graph(look, self.record(run))
+        return CapturedGraph(look, self.record(run))
 
     def _forget(self, cache: RowCache, laid: Hashable) -> None:
-        """Graphs of a cache that was laid anew, and of adapters' tensors that are used no more."""
+        """StepGraphs of a cache that was laid anew, and of adapters' tensors that are used no more."""
         where = cache, cache.laid
         if self.where != where:
             self.made.clear()
@@ -87,14 +89,14 @@ class Graphs:
             self.made = {key: graph for key, graph in self.made.items() if key[2] in (frozenset(), laid)}
 
 
-class Recorder:
+class GraphCapture:
     """Records on CUDA. All recordings share memory, as only one of them runs at a time."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Run once, for what is compiled or chosen at a first call, and once to record."""
+        """StepFunction once, for what is compiled or chosen at a first call, and once to record."""
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
@@ -112,10 +114,10 @@ class Recorder:
         return replay
 
 
-def _goes_on(step: Step) -> bool:
+def _goes_on(step: StepInput) -> bool:
     """Whether rows 0, 1, 2, ... are all continued, in this order, and all logits wanted."""
-    return len(step.wanted) == len(step.pieces) and all(
-        piece.continues and piece.row == row for row, piece in enumerate(step.pieces)
+    return len(step.wanted) == len(step.chunks) and all(
+        chunk.continues and chunk.row == row for row, chunk in enumerate(step.chunks)
     )
 
 

@@ -9,35 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.kernels.packed import Packing, Segment, attention
-from gossamer.running.steps import Piece, Step
+from gossamer.running.steps import Chunk, StepInput
 
 
-class Look:
+class AttentionMetadata:
     """Where the tokens of a step stand, and what each may look at: the same for all layers.
 
     Sequences that are continued by one token look at the cache together, as many rows of it as there are up to the
     last of theirs; a row between them that is not continued now takes part for nothing. Prompts that are begun stand
-    side by side where they are of about one length; each later piece of one looks by itself.
+    side by side where they are of about one length; each later chunk of one looks by itself.
     """
 
-    def __init__(self, step: Step, device: torch.device) -> None:
-        ends = [*itertools.accumulate(piece.count for piece in step.pieces)]
-        starts = [end - piece.count for piece, end in zip(step.pieces, ends, strict=True)]
-        places = [(piece.row, piece.start + place) for piece in step.pieces for place in range(piece.count)]
+    def __init__(self, step: StepInput, device: torch.device) -> None:
+        ends = [*itertools.accumulate(chunk.length for chunk in step.chunks)]
+        starts = [end - chunk.length for chunk, end in zip(step.chunks, ends, strict=True)]
+        places = [(chunk.row, chunk.start + place) for chunk in step.chunks for place in range(chunk.length)]
         self.rows, self.positions = torch.tensor(places, device=device).T
         self.last = torch.tensor([ends[number] - 1 for number in step.wanted], dtype=torch.int64, device=device)
-        alone = [piece for piece in step.pieces if piece.continues]
+        alone = [chunk for chunk in step.chunks if chunk.continues]
         self.count = len(alone)
-        read = [(piece, slice(start, end)) for piece, start, end in zip(step.pieces, starts, ends, strict=True)]
-        self.pieces = [(piece, tokens) for piece, tokens in read[self.count :] if piece.start]
-        self._lay_fresh([tokens for piece, tokens in read[self.count :] if not piece.start], device)
+        read = [(chunk, slice(start, end)) for chunk, start, end in zip(step.chunks, starts, ends, strict=True)]
+        self.chunks = [(chunk, tokens) for chunk, tokens in read[self.count :] if chunk.start]
+        self._lay_fresh([tokens for chunk, tokens in read[self.count :] if not chunk.start], device)
         if not alone:
             return
-        self.own = torch.tensor([piece.row for piece in alone], device=device)
-        self.extent, self.longest = int(self.own.max()) + 1, max(piece.start for piece in alone) + 1
-        self.whole = self.count == self.extent and all(piece.row == row for row, piece in enumerate(alone))
+        self.own = torch.tensor([chunk.row for chunk in alone], device=device)
+        self.extent, self.longest = int(self.own.max()) + 1, max(chunk.start for chunk in alone) + 1
+        self.whole = self.count == self.extent and all(chunk.row == row for row, chunk in enumerate(alone))
         self.here = torch.zeros(self.extent, dtype=torch.int64, device=device)  # a row that is not continued sees one
-        self.here[self.own] = torch.tensor([piece.start for piece in alone], device=device)
+        self.here[self.own] = torch.tensor([chunk.start for chunk in alone], device=device)
         self.every = torch.arange(self.longest, device=device)
         self.masks: dict[int | None, Tensor] = {}
 
@@ -56,7 +56,7 @@ class Look:
             ]
             self.packing = Packing.of(segments).to(device)
             self.fresh: slice | Tensor = slice(slices[0].start, slices[-1].stop)
-            if self.pieces:
+            if self.chunks:
                 self.fresh = torch.cat([torch.arange(one.start, one.stop, device=device) for one in slices])
 
     def attend(
@@ -69,8 +69,8 @@ class Look:
         if self.packing is not None:
             at = self.fresh
             out[at] = attention(q[at], k[at], v[at], self.packing, scaling, window)
-        for piece, tokens in self.pieces:
-            out[tokens] = self._read(q[tokens], pair, piece, scaling, window)
+        for chunk, tokens in self.chunks:
+            out[tokens] = self._read(q[tokens], pair, chunk, scaling, window)
         return out
 
     def _continued(self, q: Tensor, pair: tuple[Tensor, Tensor], scaling: float, window: int | None) -> Tensor:
@@ -93,12 +93,12 @@ class Look:
             self.masks[window] = self.cos.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None, None]
         return self.masks[window]
 
-    def _read(self, q: Tensor, pair: tuple[Tensor, Tensor], piece: Piece, scaling: float, window: int | None) -> Tensor:
-        """A later piece of a prompt, (tokens, H, d)."""
-        end = piece.start + piece.count
-        keys, values = (one[piece.row : piece.row + 1, :, :end] for one in pair)
+    def _read(self, q: Tensor, pair: tuple[Tensor, Tensor], chunk: Chunk, scaling: float, window: int | None) -> Tensor:
+        """A later chunk of a prompt, (tokens, H, d)."""
+        end = chunk.start + chunk.length
+        keys, values = (one[chunk.row : chunk.row + 1, :, :end] for one in pair)
         every = torch.arange(end, device=q.device)
-        own = every[piece.start :, None]
+        own = every[chunk.start :, None]
         mask = every <= own
         if window is not None:
             mask &= every > own - window
@@ -111,7 +111,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float, **options: Any) -> Te
     return nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling, **options)
 
 
-class FixedLook(Look):
+class StaticMetadata(AttentionMetadata):
     """Of a step that continues a fixed number of rows, each by one token, in tensors that stay where they are.
 
     Args:
@@ -120,18 +120,18 @@ class FixedLook(Look):
 
     def __init__(self, size: int, longest: int, device: torch.device) -> None:
         self.size = self.count = self.extent = size
-        self.longest, self.whole, self.pieces, self.packing = longest, True, [], None
+        self.longest, self.whole, self.chunks, self.packing = longest, True, [], None
         self.tokens, self.rows, self.positions = torch.zeros(3, size, dtype=torch.int64, device=device)
         self.here, self.every = self.positions, torch.arange(longest, device=device)
         self.last = torch.arange(size, device=device)
         self.masks = {}
         self.angles: list[Tensor] = []
 
-    def place(self, step: Step, nobodys: int) -> None:
+    def place(self, step: StepInput, nobodys: int) -> None:
         """Let it be this step; what only fills up writes to the cache's row that is nobody's."""
-        spare = self.size - len(step.pieces)
-        rows = [*(piece.row for piece in step.pieces), *[nobodys] * spare]
-        starts = [*(piece.start for piece in step.pieces), *[0] * spare]
+        spare = self.size - len(step.chunks)
+        rows = [*(chunk.row for chunk in step.chunks), *[nobodys] * spare]
+        starts = [*(chunk.start for chunk in step.chunks), *[0] * spare]
         self.tokens[: len(step.tokens)] = step.tokens
         for there, now in ((self.rows, rows), (self.positions, starts)):
             there.copy_(torch.tensor(now))

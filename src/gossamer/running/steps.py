@@ -1,7 +1,7 @@
 """What an engine asks of a model: one step of many sequences, each at another place and with other adapters.
 
 A step takes tokens of several sequences one after another, (N,): the next token of those that are being continued, and
-pieces of prompts that are being read. A decoder runs them in parts, and asks for the adapters' terms of one part at a
+chunks of prompts that are being read. A decoder runs them in parts, and asks for the adapters' terms of one part at a
 time at each of its sites.
 """
 
@@ -16,40 +16,40 @@ from torch import Tensor, nn
 from gossamer.running.row_cache import RowCache
 
 
-class Piece(NamedTuple):
-    """Tokens of one sequence: `count` of them, of which `start` are in the cache's row already."""
+class Chunk(NamedTuple):
+    """Tokens of one sequence: `length` of them, of which `start` are in the cache's row already."""
 
     row: int
     start: int
-    count: int
+    length: int
 
     @property
     def continues(self) -> bool:
         """Whether this is the next token of a sequence whose prompt is read."""
-        return self.count == 1 and self.start > 0
+        return self.length == 1 and self.start > 0
 
 
 @dataclass(frozen=True)
-class Step:
+class StepInput:
     """What goes through the model at once.
 
     Attributes:
-        tokens: (N,) ids, piece after piece.
-        pieces: cover them, each of another row; those that continue a sequence come first.
-        wanted: numbers of the pieces after whose last token the logits are asked for, ascending.
+        tokens: (N,) ids, chunk after chunk.
+        chunks: cover them, each of another row; those that continue a sequence come first.
+        wanted: numbers of the chunks after whose last token the logits are asked for, ascending.
     """
 
     tokens: Tensor
-    pieces: tuple[Piece, ...]
+    chunks: tuple[Chunk, ...]
     wanted: tuple[int, ...]
 
     @property
     def extent(self) -> tuple[int, int]:
         """Rows and tokens that the cache must have room for."""
-        return max(piece.row for piece in self.pieces) + 1, max(piece.start + piece.count for piece in self.pieces)
+        return max(chunk.row for chunk in self.chunks) + 1, max(chunk.start + chunk.length for chunk in self.chunks)
 
 
-class Site(NamedTuple):
+class LinearGroup(NamedTuple):
     """Maps that read the same input, where adapters may add terms.
 
     Attributes:
@@ -61,11 +61,11 @@ class Site(NamedTuple):
     modules: tuple[nn.Module, ...]
 
 
-Part = tuple[tuple[int, int], ...]
-"""What is run at once: (number of the piece, rows of it), one after another."""
+ChunkRows = tuple[tuple[int, int], ...]
+"""What is run at once: (number of the chunk, rows of it), one after another."""
 
 
-class Terms(Protocol):
+class AdapterTerms(Protocol):
     """The adapters' share of a step. `part` counts the decoder's parts, `site` its sites."""
 
     def at(self, part: int, site: int) -> bool:
@@ -94,7 +94,7 @@ class Decoder(Protocol):
 
     like: Tensor
     """Of the dtype and on the device that steps run in."""
-    sites: tuple[Site, ...]
+    sites: tuple[LinearGroup, ...]
     copied: int
     """Bytes of weights that are held beside the model's own."""
 
@@ -102,11 +102,11 @@ class Decoder(Protocol):
         """An empty cache, which will often hold so many rows of so many tokens; it grows where it must."""
         ...
 
-    def parts(self, step: Step) -> Sequence[Part]:
+    def parts(self, step: StepInput) -> Sequence[ChunkRows]:
         """How a step will be run; empty parts are allowed."""
         ...
 
-    def __call__(self, step: Step, cache: Any, terms: Terms | None = None) -> Tensor:
+    def __call__(self, step: StepInput, cache: Any, terms: AdapterTerms | None = None) -> Tensor:
         """Take a step: write keys and values of its tokens, and give the logits that are wanted.
 
         Returns:

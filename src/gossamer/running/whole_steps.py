@@ -1,6 +1,6 @@
 """Steps through a model's own forward, for every causal model of transformers whose memory is keys and values.
 
-Sequences that are continued are one call, laid together with padding on their left; every piece of a prompt is a call
+Sequences that are continued are one call, laid together with padding on their left; every chunk of a prompt is a call
 of its own. Adapters add their terms by hooks that are there while a step runs, and gone after it.
 
 The plain twin is the same forward on a whole sequence, without a cache.
@@ -23,7 +23,7 @@ from gossamer.attachment.kinds import kind_of
 from gossamer.errors import UnsupportedError
 from gossamer.methods.base import LINEAR_KINDS
 from gossamer.running.row_cache import RowCache
-from gossamer.running.steps import Part, Piece, Site, Step, Terms
+from gossamer.running.steps import AdapterTerms, Chunk, ChunkRows, LinearGroup, StepInput
 
 _ASKED = ("attention_mask", "past_key_values", "logits_to_keep")
 """What a forward must take."""
@@ -55,7 +55,7 @@ class TransformersDecoder:
         maps = {path: one for path, one in walk.modules(model).items() if kind_of(one) in LINEAR_KINDS}
         words = _words(model, _PROBE, self.like.device)
         self.samples, whole = _probed(model, maps, words)
-        self.sites = tuple(Site((path,), (one,)) for path, one in maps.items() if path in whole)
+        self.sites = tuple(LinearGroup((path,), (one,)) for path, one in maps.items() if path in whole)
         self.head = model.get_output_embeddings()
         if not any(self.samples) or not self._agrees(words[0]):
             expected = "steps with keys and values that give what the whole forward gives"
@@ -65,13 +65,13 @@ class TransformersDecoder:
     def _agrees(self, words: Tensor) -> bool:
         """Whether steps give what the whole forward gives: not where a model looks ahead or has other positions."""
         texts, cache = (words[:8], words[8:14]), self.cache()
-        for pieces in (
-            (Piece(0, 0, 5), Piece(1, 0, 4)),
-            (Piece(1, 4, 1), Piece(0, 5, 2)),
-            (Piece(0, 7, 1), Piece(1, 5, 1)),
+        for chunks in (
+            (Chunk(0, 0, 5), Chunk(1, 0, 4)),
+            (Chunk(1, 4, 1), Chunk(0, 5, 2)),
+            (Chunk(0, 7, 1), Chunk(1, 5, 1)),
         ):
-            tokens = [texts[row][start : start + count] for row, start, count in pieces]
-            out = self(Step(torch.cat(tokens), pieces, (0, 1)), cache).float()
+            tokens = [texts[row][start : start + count] for row, start, count in chunks]
+            out = self(StepInput(torch.cat(tokens), chunks, (0, 1)), cache).float()
         whole = [self.model(input_ids=one.unsqueeze(0), use_cache=False).logits[0, -1].float() for one in texts]
         rounding = _ROUNDING.get(self.like.dtype, 0.2)
         return all((one - other).norm() <= rounding * other.norm() for one, other in zip(out, whole, strict=True))
@@ -85,30 +85,30 @@ class TransformersDecoder:
         """An empty cache; what it may grow to does not matter here."""
         return RowCache(self.samples, axis=1)
 
-    def parts(self, step: Step) -> list[Part]:
-        """For each call its tokens, and the last one of each of its pieces, for the head."""
-        found: list[Part] = []
+    def parts(self, step: StepInput) -> list[ChunkRows]:
+        """For each call its tokens, and the last one of each of its chunks, for the head."""
+        found: list[ChunkRows] = []
         for numbers in _calls(step):
-            found.append(tuple((number, step.pieces[number].count) for number in numbers))
+            found.append(tuple((number, step.chunks[number].length) for number in numbers))
             found.append(tuple((number, 1) for number in numbers))
         return found
 
     @torch.inference_mode()
-    def __call__(self, step: Step, cache: RowCache, terms: Terms | None = None) -> Tensor:
+    def __call__(self, step: StepInput, cache: RowCache, terms: AdapterTerms | None = None) -> Tensor:
         """Take a step: write keys and values of its tokens, and give the logits that are wanted."""
         cache.reserve(*step.extent)
-        tokens = step.tokens.split([piece.count for piece in step.pieces])
+        tokens = step.tokens.split([chunk.length for chunk in step.chunks])
         found = []
         with _Hooks(terms, self.sites, self.head) as hooks:
             for call, numbers in enumerate(_calls(step)):
                 hooks.call = call
                 ids = torch.stack([tokens[number] for number in numbers])
-                found.append(self._run(ids, cache, [step.pieces[number] for number in numbers]))
+                found.append(self._run(ids, cache, [step.chunks[number] for number in numbers]))
         return torch.cat(found)[[*step.wanted]]
 
-    def _run(self, ids: Tensor, cache: RowCache, pieces: Sequence[Piece]) -> Tensor:
-        """One call: (pieces, vocabulary) after the last token of each."""
-        laid = _Laid.of(pieces, ids.device)
+    def _run(self, ids: Tensor, cache: RowCache, chunks: Sequence[Chunk]) -> Tensor:
+        """One call: (chunks, vocabulary) after the last token of each."""
+        laid = _Laid.of(chunks, ids.device)
         memory = Cache(layers=[_Layer(states, laid) if states else DummyLayer() for states in cache.layers])
         options = {"position_ids": laid.positions} if self.named_positions else {}
         out = self.model(
@@ -186,25 +186,25 @@ class _Watch(contextlib.ExitStack):
         return {path for path, found in self.reads.items() if found == {True}}
 
 
-def _calls(step: Step) -> list[list[int]]:
-    """Numbers of the pieces of each call."""
-    alone = sum(piece.continues for piece in step.pieces)
-    return ([[*range(alone)]] if alone else []) + [[number] for number in range(alone, len(step.pieces))]
+def _calls(step: StepInput) -> list[list[int]]:
+    """Numbers of the chunks of each call."""
+    alone = sum(chunk.continues for chunk in step.chunks)
+    return ([[*range(alone)]] if alone else []) + [[number] for number in range(alone, len(step.chunks))]
 
 
 class _Laid(NamedTuple):
     """Where the tokens of a call stand, and what they look at; the same for all layers.
 
     Attributes:
-        pieces: of the call: one of any size, or several of one token.
+        chunks: of the call: one of any size, or several of one token.
         before: tokens in the cache, of the longest.
-        mask: (pieces, longest), 1 where there is a token: padding is on the left.
-        positions: (pieces, tokens) of the call's tokens, each in its own sequence.
-        rows: (pieces,) in the cache.
-        index: (pieces, longest), which token of its row stands at each place.
+        mask: (chunks, longest), 1 where there is a token: padding is on the left.
+        positions: (chunks, tokens) of the call's tokens, each in its own sequence.
+        rows: (chunks,) in the cache.
+        index: (chunks, longest), which token of its row stands at each place.
     """
 
-    pieces: Sequence[Piece]
+    chunks: Sequence[Chunk]
     before: int
     mask: Tensor
     positions: Tensor
@@ -212,14 +212,14 @@ class _Laid(NamedTuple):
     index: Tensor
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], device: torch.device) -> _Laid:
-        count = pieces[0].count
-        starts = torch.tensor([piece.start for piece in pieces], device=device).unsqueeze(1)
-        rows = torch.tensor([piece.row for piece in pieces], device=device)
-        longest = max(piece.start for piece in pieces) + count
+    def of(cls, chunks: Sequence[Chunk], device: torch.device) -> _Laid:
+        count = chunks[0].length
+        starts = torch.tensor([chunk.start for chunk in chunks], device=device).unsqueeze(1)
+        rows = torch.tensor([chunk.row for chunk in chunks], device=device)
+        longest = max(chunk.start for chunk in chunks) + count
         index = torch.arange(longest, device=device) - (longest - count - starts)
         positions = starts + torch.arange(count, device=device)
-        return cls(pieces, longest - count, (index >= 0).long(), positions, rows, index.clamp(min=0))
+        return cls(chunks, longest - count, (index >= 0).long(), positions, rows, index.clamp(min=0))
 
 
 class _Layer(CacheLayerMixin):
@@ -235,7 +235,7 @@ class _Layer(CacheLayerMixin):
         """It is there already."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the call's keys and values, (pieces, heads, tokens, d), and give (pieces, heads, all tokens, d)."""
+        """Write the call's keys and values, (chunks, heads, tokens, d), and give (chunks, heads, all tokens, d)."""
         self.keys, self.values = (
             self._both(*pair) for pair in zip(self.states, (key_states, value_states), strict=True)
         )
@@ -244,8 +244,8 @@ class _Layer(CacheLayerMixin):
     def _both(self, kept: Tensor, new: Tensor) -> Tensor:
         laid = self.laid
         kept[laid.rows[:, None], laid.positions] = new.transpose(1, 2)
-        if len(laid.pieces) == 1:
-            row = laid.pieces[0].row
+        if len(laid.chunks) == 1:
+            row = laid.chunks[0].row
             return kept[row : row + 1, : laid.index.shape[1]].transpose(1, 2)
         places = laid.rows[:, None] * kept.shape[1] + laid.index
         found = kept.flatten(0, 1).index_select(0, places.flatten())
@@ -267,7 +267,7 @@ class _Layer(CacheLayerMixin):
 class _Hooks(contextlib.ExitStack):
     """While open, the sites' inputs and outputs pass through the terms; `call` says for which call."""
 
-    def __init__(self, terms: Terms | None, sites: Sequence[Site], head: nn.Module) -> None:
+    def __init__(self, terms: AdapterTerms | None, sites: Sequence[LinearGroup], head: nn.Module) -> None:
         super().__init__()
         self.call = 0
         for number, site in enumerate(sites if terms is not None else ()):

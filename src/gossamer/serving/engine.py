@@ -23,7 +23,7 @@ from gossamer.models import load_base
 from gossamer.models.device import free_bytes, keep_freed_memory
 from gossamer.models.language import positions
 from gossamer.running.cached import CachedDecoder
-from gossamer.running.steps import Decoder, Piece, Step
+from gossamer.running.steps import Chunk, Decoder, StepInput
 from gossamer.running.whole_steps import TransformersDecoder, refusal
 from gossamer.serving.folder import Folder
 from gossamer.serving.guidance import Guide
@@ -197,17 +197,17 @@ class Engine:
         planned = self.scheduler.plan()
         if not planned:
             return 0
-        pieces = [Piece(row, running[row].read, count) for row, count in planned]
-        pieces.sort(key=lambda one: not one.continues)
-        ends = [one.start + one.count == running[one.row].length for one in pieces]
-        tokens = [one for piece in pieces for one in running[piece.row].ids[piece.start : piece.start + piece.count]]
+        chunks = [Chunk(row, running[row].read, count) for row, count in planned]
+        chunks.sort(key=lambda one: not one.continues)
+        ends = [one.start + one.length == running[one.row].length for one in chunks]
+        tokens = [one for chunk in chunks for one in running[chunk.row].ids[chunk.start : chunk.start + chunk.length]]
         wanted = tuple(number for number, at_end in enumerate(ends) if at_end)
-        step = Step(torch.tensor(tokens, device=self.decoder.like.device), tuple(pieces), wanted)
-        there = self.terms.look([running[piece.row].mix for piece in pieces], self.decoder.parts(step))
+        step = StepInput(torch.tensor(tokens, device=self.decoder.like.device), tuple(chunks), wanted)
+        there = self.terms.look([running[chunk.row].mix for chunk in chunks], self.decoder.parts(step))
         logits = self.decoder(step, self.cache, self.terms if there else None)
-        for piece in pieces:
-            running[piece.row].read += piece.count
-        self._settle([running[pieces[number].row] for number in wanted], logits)
+        for chunk in chunks:
+            running[chunk.row].read += chunk.length
+        self._settle([running[chunks[number].row] for number in wanted], logits)
         return len(tokens)
 
     def _admit(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from gossamer.kernels.routed import Routed
 from gossamer.kernels.routing import Routing
 from gossamer.kernels.slots import Slotted
-from gossamer.running.steps import Part
+from gossamer.running.steps import ChunkRows
 from gossamer.serving.store import Loaded
 
 Mix = tuple[tuple[Loaded, float], ...]
@@ -25,7 +25,7 @@ class BatchTerms:
     def __init__(self) -> None:
         self.known: list[tuple[Routing, Laid]] = []
 
-    def look(self, mixes: Sequence[Mix], parts: Sequence[Part]) -> bool:
+    def look(self, mixes: Sequence[Mix], parts: Sequence[ChunkRows]) -> bool:
         """Lay out the mixes of a step's pieces for its parts; False if nobody has an adapter."""
         before, self.known = self.known, []
         for number, part in enumerate(parts):

@@ -23,7 +23,7 @@ from gossamer.errors import ResourceError, UnsupportedError, UsageError
 from gossamer.methods.virtual_tokens import VirtualTokensLayer
 from gossamer.models.device import free_bytes
 from gossamer.quant import FORMATS, QuantizedLinear
-from gossamer.quant.formats import Format
+from gossamer.quant.formats import QuantFormat
 from gossamer.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def planned_bytes(model: PreTrainedModel, config: RunConfig, part: tuple[int, in
 def stored_as(model: nn.Module) -> str | None:
     """The `quant` that a model's weights are held in; None where they are plain numbers."""
     packed = (module for module in model.modules() if isinstance(module, QuantizedLinear) and module.is_packed)
-    first = next((Format(one.table, one.nested_absmax is not None) for one in packed), None)
+    first = next((QuantFormat(one.table, one.nested_absmax is not None) for one in packed), None)
     return next((name for name, form in FORMATS.items() if form == first), None)
 
 
