@@ -33,16 +33,22 @@ MOVED = {
     "training.fast": "running.fast",
     "training.formats": "data.formats",
     "training.masks": "data.masks",
+    "training.material": "training.dataset",
     "training.outcome": "training.runs.outcome",
     "training.proof": "data.proof",
     "training.report": "training.runs.report",
     "training.run_folder": "training.runs.folder",
     "training.sharding": "training.spread.sharding",
     "training.sweep": "training.many.sweep",
+    "training.trainee": "training.state",
 }
 """Earlier name -> name, both without `gossamer.`."""
 
-RENAMED: dict[str, dict[str, str]] = {"training.formats": {"Row": "row_of"}}
+RENAMED: dict[str, dict[str, str]] = {
+    "training.formats": {"Row": "row_of"},
+    "training.material": {"Material": "EncodedDataset"},
+    "training.trainee": {"Trainee": "TrainState"},
+}
 """Earlier name of a module -> earlier name in it -> name."""
 
 

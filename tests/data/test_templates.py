@@ -17,7 +17,7 @@ from gossamer.data.rows import Chat, Completion, Instruction, Row, Turn
 from gossamer.errors import DataError, Interrupted, SpecError
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.training import RunConfig
-from gossamer.training.material import Material
+from gossamer.training.dataset import EncodedDataset
 from tests.data.dialects import byte_level, chat
 from tests.training.toy_run import Watcher, fingerprint, toy_config, toy_train
 
@@ -240,7 +240,7 @@ def test_ends_are_named_and_so_is_one_that_does_not_stop_generation(tmp_path: Pa
 
     def said(shape: str) -> str:
         lines: list[str] = []
-        Material.read(config, speaker(SHAPES[shape]), lines.append, model=model)
+        EncodedDataset.read(config, speaker(SHAPES[shape]), lines.append, model=model)
         return "\n".join(lines)
 
     assert "answers are learned with the token they end with: <|im_end|>\n" in said("chatml") + "\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gossamer.training import optim, trainee
+from gossamer.training import optim, state
 from gossamer.training.optim import EIGHT_BIT, make_optimizer, set_lr
 from gossamer.training.runs.checkpoint import newest_checkpoint, save_checkpoint
 from tests.training.test_checkpoint import EightBit
@@ -35,7 +35,7 @@ def test_on_a_cpu_the_plain_one_says_so(tmp_path: Path, kind: str) -> None:
 def test_a_run_with_another_optimiser_s_state_is_resumed_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainee, "usable_optimizer", lambda asked, device: (asked, ""))
+    monkeypatch.setattr(state, "usable_optimizer", lambda asked, device: (asked, ""))
     monkeypatch.setattr(optim, "_maker", lambda kind: EightBit)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):

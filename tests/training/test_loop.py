@@ -17,7 +17,7 @@ from gossamer.data.masks import encode
 from gossamer.errors import DataError, GradientError, StateError, UnsupportedError
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.training import RunConfig, adapter_of
-from gossamer.training.material import Steps
+from gossamer.training.dataset import Steps
 from gossamer.training.optim import lr_factor, warmup_steps
 from tests.training.toy_run import Watcher, curve, metrics_of, toy_config, toy_model, toy_train, write_rows
 

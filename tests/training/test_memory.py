@@ -164,7 +164,7 @@ def test_auto_leaves_off_what_the_plan_refuses(kind: type[UsageError], monkeypat
         raise kind("no such module")
 
     monkeypatch.setattr(memory, "planned_bytes", unknown)
-    assert memory.decide(toy_model(), settings(), (4, 9)) == memory.Memory(
+    assert memory.decide(toy_model(), settings(), (4, 9)) == memory.MemoryPolicy(
         False, "checkpointing auto: off, without a plan of this run (no such module)"
     )
 
@@ -227,5 +227,5 @@ def test_how_weights_are_held(quant: str | None) -> None:
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="else"), memory.Memory(False, "").errors():
+    with pytest.raises(RuntimeError, match="else"), memory.MemoryPolicy(False, "").errors():
         raise RuntimeError("something else")

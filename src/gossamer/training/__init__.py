@@ -1,7 +1,7 @@
 """Training: from a data file to an adapter.
 
 containers -> formats -> masks -> batches turn a file into batches whose loss masks are proven;
-loop repeats the one step for one trainee or many, checkpoint makes it resumable, evaluate measures it, report draws it.
+loop repeats the one step for one state or many, checkpoint makes it resumable, evaluate measures it, report draws it.
 """
 
 from gossamer.files.places import adapter_of

@@ -29,20 +29,20 @@ from gossamer.progress import Progress
 from gossamer.running.fast import fast_path
 from gossamer.training.audit import adapter_to_train, refuse_misfits
 from gossamer.training.config import RunConfig, TrainConfig
+from gossamer.training.dataset import EncodedDataset, Files
 from gossamer.training.evaluate import keeping_modes, pad_id
 from gossamer.training.interrupt import interruptible
 from gossamer.training.loss import refuse_unless_causal, supervised_nll
-from gossamer.training.material import Files, Material
 from gossamer.training.memory import agreed, checkpointing
 from gossamer.training.runs.folder import open_run
 from gossamer.training.runs.outcome import Run, run_config
 from gossamer.training.spread.world import World
-from gossamer.training.trainee import Batches, Parts, Trainee
+from gossamer.training.state import Batches, Parts, TrainState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Piece = tuple[Trainee, list[int]]
+Piece = tuple[TrainState, list[int]]
 """Examples of one adapter that go through the model together."""
 
 
@@ -89,19 +89,19 @@ def train(
     refuse_unless_causal(model)
     with world.opened(lambda: open_run(settings.output, resume=resume)) as folder:
         began = world.first(folder.began)
-        material = Material.read(settings, tokenizer, show.say, files, model=model, began=began)
-        refuse_misfits(model, material.examples)
-        trainee = Trainee(model, tokenizer, name, running, whole, material, folder, show, resume, world=world)
-        loop = Loop(model, tokenizer, [trainee], show, world=world)
+        dataset = EncodedDataset.read(settings, tokenizer, show.say, files, model=model, began=began)
+        refuse_misfits(model, dataset.examples)
+        state = TrainState(model, tokenizer, name, running, whole, dataset, folder, show, resume, world=world)
+        loop = Loop(model, tokenizer, [state], show, world=world)
         loop.run()
         return loop.finished[name]
 
 
 class Loop:
-    """Trains every trainee to its end; they take turns, step by step.
+    """Trains every state to its end; they take turns, step by step.
 
     Args:
-        together: an error of one trainee ends that one alone, and is kept in `failed`.
+        together: an error of one state ends that one alone, and is kept in `failed`.
         at_once: tokens of several adapters that go through the model together; by default as many as the largest batch
             of any of them has, so that memory is that of one.
 
@@ -113,25 +113,25 @@ class Loop:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        trainees: Sequence[Trainee],
+        states: Sequence[TrainState],
         show: Progress,
         *,
         together: bool = False,
         at_once: int | None = None,
         world: World | None = None,
     ) -> None:
-        self.model, self.pad, self.trainees, self.show = model, pad_id(tokenizer), trainees, show
+        self.model, self.pad, self.states, self.show = model, pad_id(tokenizer), states, show
         self.together, self.at_once = together, at_once
         self.device = next(model.parameters()).device
         self.world = world or World()
-        self.memory = agreed([one for many in self.world.gathered([one.memory for one in trainees]) for one in many])
+        self.memory = agreed([one for many in self.world.gathered([one.memory for one in states]) for one in many])
         self.finished: dict[str, Run] = {}
         self.failed: dict[str, GossamerError] = {}
 
     @property
-    def live(self) -> list[Trainee]:
+    def live(self) -> list[TrainState]:
         """Those that have neither finished nor failed."""
-        return [one for one in self.trainees if one.name not in self.finished and one.name not in self.failed]
+        return [one for one in self.states if one.name not in self.finished and one.name not in self.failed]
 
     def run(self) -> None:
         """The algorithm, from the first evaluations to the reports.
@@ -144,7 +144,7 @@ class Loop:
             keeping_modes(self.model),
             interruptible() as self.stop,
             checkpointing(self.model, self.memory.checkpointing),
-            fast_path(self.model, packing=all(one.config.packing for one in self.trainees)) as self.fast,
+            fast_path(self.model, packing=all(one.config.packing for one in self.states)) as self.fast,
         ):
             self.show.say(self.fast.rule)
             try:
@@ -155,24 +155,24 @@ class Loop:
                 self.show.finish()
 
     def _run(self) -> None:
-        for trainee in self.trainees:
-            trainee.memory, trainee.pause = self.memory, self._pause
-            with self._turn(trainee):
-                trainee.begin()
+        for state in self.states:
+            state.memory, state.pause = self.memory, self._pause
+            with self._turn(state):
+                state.begin()
         self.model.train()
         self._show_bar()
         while live := self.live:
             if work := [(one, one.batches()) for one in live if one.left]:
-                for trainee, parts in self._gradients(work):
-                    with self._turn(trainee):
-                        self._step(trainee, parts)
-            for trainee in [one for one in self.live if not one.left]:
+                for state, parts in self._gradients(work):
+                    with self._turn(state):
+                        self._step(state, parts)
+            for state in [one for one in self.live if not one.left]:
                 self.show.finish()
-                with self._turn(trainee):
-                    self.finished[trainee.name] = trainee.finish()
+                with self._turn(state):
+                    self.finished[state.name] = state.finish()
                 self._show_bar()
 
-    def _gradients(self, work: Sequence[tuple[Trainee, Batches]]) -> Iterator[tuple[Trainee, Parts]]:
+    def _gradients(self, work: Sequence[tuple[TrainState, Batches]]) -> Iterator[tuple[TrainState, Parts]]:
         """Leave d loss / d parameters of each adapter in its parameters, and give the parts of its loss.
 
         The loss is the mean over all supervised tokens of an adapter's own batches. Its step follows at once, so that
@@ -181,44 +181,44 @@ class Loop:
         if self.world.size > 1:
             yield from self._shared_gradients(work)
             return
-        pieces = [(trainee, indices) for trainee, batches in work for indices in batches]
-        last = {trainee: number for number, (trainee, _) in enumerate(pieces)}
-        supervised = {trainee: trainee.supervised(batches) for trainee, batches in work}
-        parts: dict[Trainee, list[tuple[list[int], Tensor]]] = {trainee: [] for trainee, _ in work}
+        pieces = [(state, indices) for state, batches in work for indices in batches]
+        last = {state: number for number, (state, _) in enumerate(pieces)}
+        supervised = {state: state.supervised(batches) for state, batches in work}
+        parts: dict[TrainState, list[tuple[list[int], Tensor]]] = {state: [] for state, _ in work}
         done = 0
         for group in self._groups(pieces):
-            for (trainee, indices), loss in zip(group, self._losses(group, supervised), strict=True):
-                parts[trainee].append((indices, loss))
+            for (state, indices), loss in zip(group, self._losses(group, supervised), strict=True):
+                parts[state].append((indices, loss))
             done += len(group)
-            for trainee in dict.fromkeys(trainee for trainee, _ in group):
-                if last[trainee] < done and trainee.name not in self.failed:
-                    yield trainee, parts[trainee]
+            for state in dict.fromkeys(state for state, _ in group):
+                if last[state] < done and state.name not in self.failed:
+                    yield state, parts[state]
 
-    def _shared_gradients(self, work: Sequence[tuple[Trainee, Batches]]) -> Iterator[tuple[Trainee, Parts]]:
+    def _shared_gradients(self, work: Sequence[tuple[TrainState, Batches]]) -> Iterator[tuple[TrainState, Parts]]:
         """The same on several processes: each goes through its share of the rows, one adapter after the other."""
-        for trainee, batches in work:
-            examples, lengths = trainee.material.examples, trainee.steps.lengths
-            supervised = trainee.supervised(batches)
-            step = self.world.exchange(trainee.parameters.values(), batches, lengths)
-            with self._turn(trainee), trainee.learning(), step:
-                self.world.reseed(trainee.config.seed, trainee.step)
+        for state, batches in work:
+            examples, lengths = state.dataset.examples, state.steps.lengths
+            supervised = state.supervised(batches)
+            step = self.world.exchange(state.parameters.values(), batches, lengths)
+            with self._turn(state), state.learning(), step:
+                self.world.reseed(state.config.seed, state.step)
                 for indices in step.mine:
                     rows = [examples[index] for index in indices]
-                    batch = collate(rows, self.pad, self.device, **self.fast.options(shared=not trainee.draws))
+                    batch = collate(rows, self.pad, self.device, **self.fast.options(shared=not state.draws))
                     loss = supervised_nll(self.model, batch).sum() / supervised
                     if not loss.requires_grad:
-                        trainee.audit()
+                        state.audit()
                     step.learn(loss)
-            if trainee.name not in self.failed:
-                trainee.tokens += sum(lengths[index] for batch in batches for index in batch)
-                yield trainee, step.parts
+            if state.name not in self.failed:
+                state.tokens += sum(lengths[index] for batch in batches for index in batch)
+                yield state, step.parts
 
     def _groups(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         """Pieces that go through the model at once: no more tokens than the largest of them has, or `at_once`.
 
         An adapter that draws random numbers is alone, as these come from its own sequence.
         """
-        sizes = [sum(trainee.steps.lengths[index] for index in indices) for trainee, indices in pieces]
+        sizes = [sum(state.steps.lengths[index] for index in indices) for state, indices in pieces]
         most = self.at_once or max(sizes)
         group: list[Piece] = []
         room = 0
@@ -232,58 +232,58 @@ class Loop:
         if group:
             yield group
 
-    def _losses(self, group: Sequence[Piece], supervised: Mapping[Trainee, int]) -> list[Tensor]:
+    def _losses(self, group: Sequence[Piece], supervised: Mapping[TrainState, int]) -> list[Tensor]:
         """Run the rows of a group forwards and backwards; the part of the loss of each of its pieces."""
         if len(group) == 1:
-            (trainee, _), found = group[0], []
-            with self._turn(trainee), trainee.learning():
+            (state, _), found = group[0], []
+            with self._turn(state), state.learning():
                 found = self._through_model(group, supervised)
             return found or [torch.zeros(())]  # failed, and looked at no more
         start = time.monotonic()
         with self.memory.errors():
             found = self._through_model(group, supervised)
-        for trainee, indices in group:
-            share = sum(trainee.steps.lengths[index] for index in indices) / sum(
+        for state, indices in group:
+            share = sum(state.steps.lengths[index] for index in indices) / sum(
                 other.steps.lengths[index] for other, others in group for index in others
             )
-            trainee.training_seconds += share * (time.monotonic() - start)
+            state.training_seconds += share * (time.monotonic() - start)
         return found
 
-    def _through_model(self, group: Sequence[Piece], supervised: Mapping[Trainee, int]) -> list[Tensor]:
+    def _through_model(self, group: Sequence[Piece], supervised: Mapping[TrainState, int]) -> list[Tensor]:
         batches, spans, first = [], [], 0
-        for trainee, indices in group:
-            examples = [trainee.material.examples[index] for index in indices]
-            batches.append(collate(examples, self.pad, self.device, **self.fast.options(shared=not trainee.draws)))
-            spans.append((trainee.active, first, first := first + batches[-1].input_ids.shape[1]))
-            trainee.tokens += batches[-1].tokens
+        for state, indices in group:
+            examples = [state.dataset.examples[index] for index in indices]
+            batches.append(collate(examples, self.pad, self.device, **self.fast.options(shared=not state.draws)))
+            spans.append((state.active, first, first := first + batches[-1].input_ids.shape[1]))
+            state.tokens += batches[-1].tokens
         with using_spans(self.model, spans) if len(group) > 1 else nullcontext():
             each = supervised_nll(self.model, joined(batches)).split([batch.supervised for batch in batches])
-            losses = [nll.sum() / supervised[trainee] for nll, (trainee, _) in zip(each, group, strict=True)]
+            losses = [nll.sum() / supervised[state] for nll, (state, _) in zip(each, group, strict=True)]
             total = torch.stack(losses).sum()
             if not total.requires_grad:  # no adapter had a part in it, or all runs under no_grad
                 group[0][0].audit()
             total.backward()
         return [loss.detach() for loss in losses]
 
-    def _step(self, trainee: Trainee, parts: Parts) -> None:
+    def _step(self, state: TrainState, parts: Parts) -> None:
         """Take the step that the gradients say; then log, evaluate, save and stop, each when it is due."""
-        with trainee.learning():
-            taken = trainee.take_step(parts)
-        record = trainee.record(taken)
+        with state.learning():
+            taken = state.take_step(parts)
+        record = state.record(taken)
         self.show.step(**record)
-        trainee.log_if_due(record)
-        if trainee.evaluation_due:
+        state.log_if_due(record)
+        if state.evaluation_due:
             self.show.finish()
-            trainee.evaluate_between()
+            state.evaluate_between()
             self._show_bar()
-        trainee.save_if_due()
+        state.save_if_due()
         self._pause()
 
     @contextmanager
-    def _turn(self, trainee: Trainee) -> Iterator[None]:
+    def _turn(self, state: TrainState) -> Iterator[None]:
         """Its adapter runs, with its own random numbers; among others, what goes wrong meanwhile is its own affair."""
         try:
-            with self.memory.errors(), trainee.current():
+            with self.memory.errors(), state.current():
                 yield
         except Interrupted:
             raise
@@ -291,9 +291,9 @@ class Loop:
             if not self.together or self.world.sharded:  # the others are inside the model
                 raise
             error.__traceback__ = error.__cause__ = None  # its frames hold the step's tensors
-            self.failed[trainee.name] = error
-            trainee.optimizer.zero_grad(set_to_none=True)
-            trainee.show.say(str(error))
+            self.failed[state.name] = error
+            state.optimizer.zero_grad(set_to_none=True)
+            state.show.say(str(error))
 
     def _show_bar(self) -> None:
         if self.live:
@@ -307,11 +307,11 @@ class Loop:
     def _saved(self) -> Interrupted:
         """Save all that have begun, and say where they stand."""
         live = self.live
-        for trainee in [one for one in live if one.saved_step >= 0]:
-            with self._turn(trainee):
-                trainee.save()
+        for state in [one for one in live if one.saved_step >= 0]:
+            with self._turn(state):
+                state.save()
         if self.together:
-            place = f"with {len(self.finished)} of {len(self.trainees)} adapters trained"
+            place = f"with {len(self.finished)} of {len(self.states)} adapters trained"
         else:
             (one,) = live
             begun = one.saved_step >= 0

@@ -36,7 +36,7 @@ _FLAG, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryPolicy:
     """Whether a run uses gradient checkpointing, the line that says why, and what would make it take less."""
 
     checkpointing: bool
@@ -61,15 +61,15 @@ def ran_out(error: Exception) -> bool:
     return known or (type(error) is RuntimeError and "can't allocate memory" in str(error))
 
 
-def agreed(memories: Sequence[Memory]) -> Memory:
+def agreed(memories: Sequence[MemoryPolicy]) -> MemoryPolicy:
     """What runs on one model do together: checkpointing, which changes no result, as soon as one of them needs it."""
     return next((one for one in memories if one.checkpointing), memories[0])
 
 
-def decide(model: PreTrainedModel, config: RunConfig, part: tuple[int, int]) -> Memory:
+def decide(model: PreTrainedModel, config: RunConfig, part: tuple[int, int]) -> MemoryPolicy:
     """Whether to use gradient checkpointing for parts of (rows, tokens a row). Raises `UnsupportedError`."""
     on, rule = _decided(model, config, part)
-    return Memory(on, rule, _thriftier(model, on, part))
+    return MemoryPolicy(on, rule, _thriftier(model, on, part))
 
 
 def _decided(model: PreTrainedModel, config: RunConfig, part: tuple[int, int]) -> tuple[bool, str]:

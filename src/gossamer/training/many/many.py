@@ -21,13 +21,13 @@ from gossamer.methods import TargetedMethod
 from gossamer.progress import Progress
 from gossamer.training.audit import refuse_misfits
 from gossamer.training.config import RunConfig, TrainConfig
+from gossamer.training.dataset import EncodedDataset
 from gossamer.training.loop import Loop
 from gossamer.training.loss import refuse_unless_causal
-from gossamer.training.material import Material
 from gossamer.training.runs.folder import open_run
 from gossamer.training.runs.outcome import Run, run_config
 from gossamer.training.spread.world import World
-from gossamer.training.trainee import Trainee
+from gossamer.training.state import TrainState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,20 +122,20 @@ def _restoring(model: PreTrainedModel) -> Iterator[None]:
                 use(model, None)
 
 
-class Materials:
+class EncodedDatasets:
     """Rows for one model, read once for all who read the same rows in the same way."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.known: dict[Any, Material] = {}
+        self.known: dict[Any, EncodedDataset] = {}
 
-    def read(self, settings: TrainConfig, show: Progress, began: str | None = None) -> Material:
+    def read(self, settings: TrainConfig, show: Progress, began: str | None = None) -> EncodedDataset:
         """The rows of a config of a run begun on that day, encoded and checked. Raises `DataError`."""
         key = (settings.data, settings.task, settings.max_length, settings.overlong, settings.eval_batch_size, began)
         if key not in self.known:
-            material = Material.read(settings, self.tokenizer, show.say, model=self.model, began=began)
-            refuse_misfits(self.model, material.examples)
-            self.known[key] = material
+            dataset = EncodedDataset.read(settings, self.tokenizer, show.say, model=self.model, began=began)
+            refuse_misfits(self.model, dataset.examples)
+            self.known[key] = dataset
         return self.known[key]
 
 
@@ -155,22 +155,22 @@ class _Room:
     measured: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.materials = Materials(self.model, self.tokenizer)
+        self.datasets = EncodedDatasets(self.model, self.tokenizer)
 
     def train(self) -> dict[str, Run]:
-        """Make a trainee of every job that can be begun, and let them learn."""
-        trainees = []
+        """Make a state of every job that can be begun, and let them learn."""
+        states = []
         for name, job in self.jobs.items():
             try:
-                trainees.append(self._trainee(name, job))
+                states.append(self._state(name, job))
             except GossamerError as error:
                 self.failed[name] = error
                 self.remove(name)
                 _Named(self.show, name).say(str(error))
-        if not trainees:
+        if not states:
             return {}
         how: dict[str, Any] = {"together": True, "at_once": self.at_once, "world": self.world}
-        loop = Loop(self.model, self.tokenizer, trainees, self.show, **how)
+        loop = Loop(self.model, self.tokenizer, states, self.show, **how)
         loop.run()
         self.failed |= loop.failed
         return loop.finished
@@ -181,17 +181,17 @@ class _Room:
             if name in attached(self.model):
                 detach(self.model, name)
 
-    def _trainee(self, name: str, job: Job | RunConfig) -> Trainee:
+    def _state(self, name: str, job: Job | RunConfig) -> TrainState:
         config = job if isinstance(job, RunConfig) else job.config
         settings = job.train_config() if isinstance(job, RunConfig) else job.config
         show = _Named(self.show, name)
         resume = self.world.first(lambda: self.resume and Path(settings.output).is_dir())
         folder = self.folders.enter_context(self.world.opened(lambda: open_run(settings.output, resume=resume)))
-        material = self.materials.read(settings, show, self.world.first(folder.began))
+        dataset = self.datasets.read(settings, show, self.world.first(folder.began))
         attach(self.model, job.method, name, seed=settings.seed)
         whole = run_config(self.model, name, config)
         shared: dict[str, Any] = {"measured": self.measured, "world": self.world}
-        return Trainee(self.model, self.tokenizer, name, (name,), whole, material, folder, show, resume, **shared)
+        return TrainState(self.model, self.tokenizer, name, (name,), whole, dataset, folder, show, resume, **shared)
 
 
 def _check(model: PreTrainedModel, jobs: Mapping[str, Job | RunConfig], resume: bool, world: World) -> None:

@@ -24,10 +24,10 @@ from gossamer.models import load_base
 from gossamer.progress import Progress
 from gossamer.spec import read_yaml, write_yaml
 from gossamer.training.config import Draft, RunConfig
+from gossamer.training.dataset import Steps, read_files
 from gossamer.training.loss import refuse_unless_causal
-from gossamer.training.many.many import Materials, Runs, train_many
+from gossamer.training.many.many import EncodedDatasets, Runs, train_many
 from gossamer.training.many.report import train_loss, write_sweep_report
-from gossamer.training.material import Steps, read_files
 from gossamer.training.runs.folder import open_run
 from gossamer.training.spread.world import World
 
@@ -184,14 +184,14 @@ def rehearse_plan(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
     _refuse_without_rows(plan)
     model, tokenizer = _base(plan, World())
     refuse_unless_causal(model)
-    materials, rows = Materials(model, tokenizer), []
+    datasets, rows = EncodedDatasets(model, tokenizer), []
     for note in plan.notes:
         progress.say(note)
     for one in plan.settings:
         row: dict[str, Any] = {"name": one.name, "settings": dict(one.own)}
         try:
             settings = one.config.train_config()
-            steps = Steps(materials.read(settings, progress).examples, settings)
+            steps = Steps(datasets.read(settings, progress).examples, settings)
             report = attach(model, one.config.method, one.name, seed=settings.seed)
             rows.append(row | {"trainable_params": report.trainable, "steps": steps.total})
         except GossamerError as error:

@@ -22,7 +22,7 @@ from gossamer.files.atomic import sha256_file, write_json
 from gossamer.methods import spectra as changes
 from gossamer.quant import QuantizedLinear
 from gossamer.training.config import RunConfig, TrainConfig
-from gossamer.training.material import Material
+from gossamer.training.dataset import EncodedDataset
 from gossamer.training.memory import stored_as
 from gossamer.training.runs.report import write_report
 from gossamer.training.runs.folder import RunFolder
@@ -56,7 +56,7 @@ def write_outcome(
     config: RunConfig,
     model: nn.Module,
     adapter: Adapter,
-    material: Material,
+    dataset: EncodedDataset,
     before: Mapping[str, Any] | None,
     after: Mapping[str, Any] | None,
     figures: Mapping[str, Any],
@@ -71,7 +71,7 @@ def write_outcome(
         "operation": "train",
         "base": config.base,
         "task": config.task,
-        "data": material.identity,
+        "data": dataset.identity,
         "steps": figures["step"],
     }
     adapter = replace(adapter, provenance=origin)
@@ -88,7 +88,7 @@ def write_outcome(
         "quant": stored_as(model),
         "eval_before": measured(before),
         "eval_after": measured(after),
-        "examples": _examples(material, before, after),
+        "examples": _examples(dataset, before, after),
         "peak_memory_bytes": memory,
         "peak_memory_kind": kind,
         "tokens_per_second": figures["tokens"] / max(figures["training_seconds"], 1e-9),
@@ -96,8 +96,8 @@ def write_outcome(
         "adapter_sha256": sha256_file(file),
         "adapter_digest": adapter.digest,
         "base_fingerprint": dict(adapter.base or {}),
-        "data": material.identity,
-        "rows": len(material.examples),
+        "data": dataset.identity,
+        "rows": len(dataset.examples),
         **{name: value for name, value in figures.items() if name != "step"},
         "gossamer": __version__,
         "torch": torch.__version__,
@@ -175,7 +175,7 @@ def sampled(result: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _examples(
-    material: Material, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+    dataset: EncodedDataset, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
 ) -> list[dict[str, str]]:
     """A few held-out rows with the answers before and after."""
     then = {one["where"]: one["predicted"] for one in (before or {}).get("predictions", ())}
@@ -188,7 +188,7 @@ def _examples(
             "before": then[row.where],
             "after": now[row.where],
         }
-        for row in material.held_out
+        for row in dataset.held_out
         if row.where in then
     ]
 

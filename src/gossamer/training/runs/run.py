@@ -14,7 +14,7 @@ from gossamer.training.spread.world import World
 from gossamer.training.loop import train
 from gossamer.training.loss import refuse_unless_causal
 from gossamer.data.masks import preview
-from gossamer.training.material import Material, Steps, read_files
+from gossamer.training.dataset import EncodedDataset, Steps, read_files
 from gossamer.training.memory import decide
 from gossamer.training.optim import peak_lr
 from gossamer.training.runs.outcome import Run
@@ -80,10 +80,10 @@ def rehearse(config: RunConfig) -> Rehearsal:
     model, tokenizer, report = _prepared(config, World())
     settings, said = config.train_config(), []
     refuse_unless_causal(model)
-    material = Material.read(settings, tokenizer, said.append, files, model=model)
+    dataset = EncodedDataset.read(settings, tokenizer, said.append, files, model=model)
     lr = peak_lr(model.config, config)[1]
-    pieces = preview(material.examples[0], tokenizer)
-    steps = Steps(material.examples, settings)
+    pieces = preview(dataset.examples[0], tokenizer)
+    steps = Steps(dataset.examples, settings)
     memory = decide(model, config, steps.largest()).rule
     return Rehearsal(config, report, tuple(said), steps.total, lr, memory, tuple(pieces))
 

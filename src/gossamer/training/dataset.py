@@ -35,7 +35,7 @@ def read_files(data: DataFiles) -> Files:
 
 
 @dataclass(frozen=True)
-class Material:
+class EncodedDataset:
     """The examples of a run, how they are measured, and what identifies both."""
 
     examples: Encoding
@@ -57,7 +57,7 @@ class Material:
         *,
         model: PreTrainedModel | None = None,
         began: str | None = None,
-    ) -> Material:
+    ) -> EncodedDataset:
         """Read and encode the files of a config, saying what was found.
 
         Args:

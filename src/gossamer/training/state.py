@@ -27,7 +27,7 @@ from gossamer.progress import Progress
 from gossamer.running.fast import drops_out
 from gossamer.training.audit import audit_gradients
 from gossamer.training.config import FREE_ON_RESUME, SPLITS_ON_RESUME, RunConfig
-from gossamer.training.material import Material, Steps
+from gossamer.training.dataset import EncodedDataset, Steps
 from gossamer.training.memory import decide, stored_as
 from gossamer.training.optim import lr_factor, make_optimizer, peak_lr, set_lr, usable_optimizer, warmup_steps
 from gossamer.training.runs.checkpoint import (
@@ -52,7 +52,7 @@ Parts = Sequence[tuple[list[int], Tensor]]
 
 
 @dataclass(eq=False)
-class Trainee:
+class TrainState:
     """Where the training of one adapter is, and the few verbs that it is written in.
 
     All of them but the first two ask to be called while `current` is open.
@@ -69,7 +69,7 @@ class Trainee:
     name: str
     active: tuple[str, ...]
     whole: RunConfig
-    material: Material
+    dataset: EncodedDataset
     folder: RunFolder
     show: Progress
     resume: bool = False
@@ -78,12 +78,12 @@ class Trainee:
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
-        self.whole = self.whole.told(self.material.date)
+        self.whole = self.whole.told(self.dataset.date)
         config = self.config = self.whole.train_config()
         self.device = next(self.model.parameters()).device
         self.parameters = trainable_parameters(self.model, self.name)
         self.sites = sites_of_parameters(self.model, self.name)
-        self.steps = Steps(self.material.examples, config)
+        self.steps = Steps(self.dataset.examples, config)
         self.memory = decide(self.model, self.whole, self.steps.largest())
         self.draws = drops_out(self.model, self.active)
         outer = self.whole.method.outer_slots
@@ -170,7 +170,7 @@ class Trainee:
                     self.show.say(said)
             self.show.say(f"resuming after step {self.step:,} of {self.steps.total:,}")
         else:
-            key = (id(self.material), start.digest)
+            key = (id(self.dataset), start.digest)
             if key not in self.measured:
                 self.measured[key] = self._evaluate("before training")
             self.before = sampled(self.measured[key])
@@ -187,7 +187,7 @@ class Trainee:
 
     def supervised(self, batches: Batches) -> int:
         """Tokens with a label in these batches; each of them has an equal share in the loss."""
-        return sum(sum(self.material.examples[index].supervised[1:]) for batch in batches for index in batch)
+        return sum(sum(self.dataset.examples[index].supervised[1:]) for batch in batches for index in batch)
 
     def take_step(self, parts: Parts) -> dict[str, float]:
         """Clip the gradients that are there, and step. Returns the loss, the learning rate, and the gradients' norm.
@@ -267,7 +267,7 @@ class Trainee:
         if outcome is None:
             after = self._evaluate("after training")
             figures = self._figures() | best | {"steps": self.step, "processes": self.world.size}
-            written = self.folder, self.whole, self.model, adapter, self.material, self.before, after, figures
+            written = self.folder, self.whole, self.model, adapter, self.dataset, self.before, after, figures
             outcome = self.world.first(lambda: write_outcome(*written, self.tokenizer))
         return Run(self.folder.path, outcome.report, outcome.adapter)
 
@@ -316,7 +316,7 @@ class Trainee:
         ]
         self._log({"step": self.step + 1, "loss": None, "fault": f"non-finite {what}"})
         self.optimizer.zero_grad(set_to_none=True)
-        rows = [self.material.examples[index].where for indices in bad or every for index in indices]
+        rows = [self.dataset.examples[index].where for indices in bad or every for index in indices]
         raise NonFiniteError(
             f"the {what} of step {self.step + 1} is not finite; the step was not taken",
             where=", ".join(rows),
@@ -326,7 +326,7 @@ class Trainee:
 
     def _evaluate(self, when: str) -> dict[str, Any] | None:
         """Measure the held-out rows, if there are any; may stop between two of their batches."""
-        evaluation = self.material.evaluation
+        evaluation = self.dataset.evaluation
         if evaluation is None:
             return None
         self.show.start(evaluation.batches, f"evaluating {when}")
@@ -379,7 +379,7 @@ class Trainee:
         return {
             "train": train,
             "method": start.spec.to_dict(),
-            "data": self.material.identity,
+            "data": self.dataset.identity,
             "base": dict(start.base or {}),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "quant": stored_as(self.model),
