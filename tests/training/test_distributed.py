@@ -30,8 +30,9 @@ from gossamer.training.interrupt import StopRequest, interruptible
 from gossamer.training.loss import supervised_nll
 from gossamer.training.memory import checkpointing
 from gossamer.training.runs.checkpoint import newest_checkpoint, save_checkpoint
+from gossamer.training.spread.exchange import shares
 from gossamer.training.spread.sharding import Sharding, is_sharded, shard
-from gossamer.training.spread.world import World, _round, shares
+from gossamer.training.spread.world import World, _round
 from tests.house.tree import ROOT
 from tests.training.worlds import STEPS, Failed, Learned, in_world, learn, rows, toy
 
@@ -65,12 +66,12 @@ def test_every_row_is_dealt_once_and_no_piece_is_larger_than_before(sizes: list[
     count = iter(range(len(lengths)))
     batches = [[next(count) for _ in batch] for batch in sizes]
     dealt = shares(batches, lengths, size, even=True)
-    learned = [index for share in dealt for piece in share if piece.counts for index in piece.indices]
+    learned = [index for share in dealt for piece in share if piece.weight for index in piece.indices]
     assert sorted(learned) == list(range(len(lengths)))
     area = max(len(batch) * max(lengths[index] for index in batch) for batch in batches)
     assert all(len(piece.indices) * max(lengths[i] for i in piece.indices) <= area for one in dealt for piece in one)
     assert len({len(share) for share in dealt}) == 1
-    loads = [sum(lengths[i] for piece in share if piece.counts for i in piece.indices) for share in dealt]
+    loads = [sum(lengths[i] for piece in share if piece.weight for i in piece.indices) for share in dealt]
     assert max(loads) - min(loads) <= max(lengths)
 
 

@@ -133,9 +133,11 @@ def learn(
         world.reseed(0, number)
         supervised = sum(sum(examples[index].supervised[1:]) for batch in batches for index in batch)
         with world.exchange(parameters.values(), batches, lengths) as step:
-            for indices in step.mine:
-                batch = collate([examples[index] for index in indices], pad, world.device)
-                step.learn(supervised_nll(model, batch).sum() / supervised)
+            for micro_batch in step.mine:
+                batch = collate([examples[index] for index in micro_batch.indices], pad, world.device)
+                loss = micro_batch.weight * (supervised_nll(model, batch).sum() / supervised)
+                loss.backward()
+                step.add(loss)
         losses.append(float(sum(loss for _, loss in step.parts)))
         gradients.append({name: one.grad.clone() for name, one in parameters.items() if one.grad is not None})
         optimizer.step()

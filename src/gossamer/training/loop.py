@@ -202,13 +202,14 @@ class Loop:
             step = self.world.exchange(state.parameters.values(), batches, lengths)
             with self._turn(state), state.learning(), step:
                 self.world.reseed(state.config.seed, state.step)
-                for indices in step.mine:
-                    rows = [examples[index] for index in indices]
+                for micro_batch in step.mine:
+                    rows = [examples[index] for index in micro_batch.indices]
                     batch = collate(rows, self.pad, self.device, **self.fast.options(shared=not state.draws))
                     loss = supervised_nll(self.model, batch).sum() / supervised
                     if not loss.requires_grad:
                         state.audit()
-                    step.learn(loss)
+                    (micro_batch.weight * loss).backward()
+                    step.add(loss)
             if state.name not in self.failed:
                 state.tokens += sum(lengths[index] for batch in batches for index in batch)
                 yield state, step.parts

@@ -1,16 +1,9 @@
-"""One run on several processes: each learns from a share of a step's rows, and all take the same step.
+"""One run on one process or on several: each learns from a share of a step's rows, and all take the same step.
 
-    g = sum over processes of  d (sum of nll over my rows / supervised tokens of the whole step) / d (A, B)
-
-Adapters are small and the base is frozen, so a step needs one exchange: one all-reduce of one flat float32 buffer with
-every gradient in it, after the last micro-batch. That is the sum of DistributedDataParallel without its hooks and
-buckets, which hide the exchange of billions of gradients behind the backward; here there is little to hide. The same
-buffer carries the losses, so every process knows the whole step, takes the same decision and fails the same way.
+    g = sum over processes of  d (sum of losses over my rows / terms of the whole step) / d (A, B)
 
 Processes are started by torchrun, which tells each of them its place in the environment. Whatever is written or read
-once is done by the first one, and the others get its result or its error.
-
-Source: Li et al. 2020, arXiv:2006.15704, section 3 (data parallel training, and what its buckets are for).
+once is done by the first one, and the others get its result or its error. A process that is alone makes the same calls.
 """
 
 from __future__ import annotations
@@ -25,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,23 +29,12 @@ from torch.distributed.rendezvous import rendezvous
 from gossamer.errors import GossamerError, ResourceError, StateError, UsageError
 from gossamer.progress import Progress, Silent, for_terminal
 from gossamer.training.interrupt import StopRequest
+from gossamer.training.spread.exchange import Exchange
 
 PATIENCE = timedelta(minutes=30)
 """How long one process waits for the others; the first one may be writing or evaluating meanwhile."""
 
 Value = TypeVar("Value")
-
-
-class Piece(NamedTuple):
-    """Rows that go through the model at once in one process.
-
-    Attributes:
-        indices: of the examples.
-        counts: False for rows that another process learns from. They only keep this one in step, with weight zero.
-    """
-
-    indices: list[int]
-    counts: bool = True
 
 
 @dataclass
@@ -212,7 +194,14 @@ class World:
         self, parameters: Iterable[nn.Parameter], batches: Sequence[list[int]], lengths: Sequence[int]
     ) -> Exchange:
         """One step's work and how its results come together; see `Exchange`."""
-        return Exchange(self, [*parameters], shares(batches, lengths, self.size, even=self.sharded))
+        return Exchange(self, parameters, batches, lengths)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The tensor with the sum of all processes' values in it, the same bits everywhere."""
+        if self.size > 1:
+            with _talking():
+                dist.all_reduce(tensor)
+        return tensor
 
     def reseed(self, seed: int, step: int) -> None:
         """Draw a step's random numbers from (seed, step, rank): others in every process, the same after a restart.
@@ -231,113 +220,6 @@ class World:
             f"the checkpoint is of a run of {processes} processes, this one has {self.size}: the steps learn from the "
             "same rows, but sums are rounded and dropout is drawn otherwise"
         )
-
-
-class Exchange:
-    """The work of one step, dealt out, and the sum of what came of it.
-
-        with world.exchange(parameters, batches, lengths) as step:
-            for indices in step.mine:
-                step.learn(sum of nll over these rows / supervised tokens of the whole step)
-        step.parts, parameters' .grad                    now the whole step's, the same in every process
-
-    An error in one process while the context is open is raised in all of them when it closes, so none waits for ever.
-    Where the base is sharded the others are inside the model's own exchange then, and torchrun ends them.
-
-    Attributes:
-        parts: (indices of examples, loss) of all that went through the model, in the order of the ranks.
-    """
-
-    def __init__(self, world: World, parameters: list[nn.Parameter], dealt: list[list[Piece]]) -> None:
-        self.world, self.parameters, self.dealt = world, parameters, dealt
-        self.losses: list[Tensor] = []
-        self.parts: list[tuple[list[int], Tensor]] = []
-
-    @property
-    def mine(self) -> list[list[int]]:
-        """Rows that go through the model at once here, one after the other. May be none."""
-        return [piece.indices for piece in self.dealt[self.world.rank]]
-
-    def learn(self, loss: Tensor) -> None:
-        """Run the backward of the next of `mine`."""
-        counts = self.dealt[self.world.rank][len(self.losses)].counts
-        (loss if counts else 0.0 * loss).backward()
-        self.losses.append(loss.detach())
-
-    def __enter__(self) -> Exchange:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if self.world.size == 1:
-            self.parts = [(piece.indices, loss) for piece, loss in zip(self.dealt[0], self.losses, strict=False)]
-        elif error is None or (isinstance(error, Exception) and not self.world.sharded):
-            self._sum(error)
-
-    def _sum(self, error: Exception | None) -> None:
-        failed = self._all_reduced(error is not None)
-        if not failed:
-            return
-        known = error if isinstance(error, GossamerError) else error and ResourceError(*_told(error))
-        others = [one for one in self.world.gathered(known) if one is not None]
-        if error is None:
-            raise others[0]
-
-    def _all_reduced(self, failed: bool) -> bool:
-        """Sum gradients and losses of all processes. True when one of them failed; then nothing is changed."""
-        parameters, device = self.parameters, self.parameters[0].device
-        pieces = [(rank, piece) for rank, share in enumerate(self.dealt) for piece in share if piece.counts]
-        own = iter(self.losses)
-        zero = torch.zeros((), device=device)
-        losses = [next(own, zero) if rank == self.world.rank else zero for rank, _ in pieces]
-        reached = torch.tensor([float(failed), *(float(one.grad is not None) for one in parameters)], device=device)
-        gradients = [(torch.zeros_like(one) if one.grad is None else one.grad).flatten() for one in parameters]
-        flat = torch.cat([reached, torch.stack([*losses, zero]).to(device), *gradients])
-        with _talking():
-            dist.all_reduce(flat)
-        reached, losses, *gradients = flat.split([len(reached), len(losses) + 1, *map(len, gradients)])
-        failures, *counts = reached.tolist()
-        if failures:
-            return True
-        for parameter, count, gradient in zip(parameters, counts, gradients, strict=True):
-            parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if count else None
-        self.parts = [(piece.indices, loss) for (_, piece), loss in zip(pieces, losses, strict=False)]
-        return False
-
-
-def shares(batches: Sequence[list[int]], lengths: Sequence[int], size: int, *, even: bool = False) -> list[list[Piece]]:
-    """Deal the rows of one step out to `size` processes; every row to exactly one, and the same plan in all of them.
-
-    Longest rows first, each to the process with the fewest tokens so far; then each process' rows are cut into pieces
-    that hold, padding counted, no more tokens than the largest of `batches` did.
-
-    Args:
-        batches: what one process alone would send through the model, one after the other; it keeps them as they are.
-        lengths: tokens of every example.
-        even: give all processes the same number of pieces, filled up with pieces that do not count.
-    """
-    if size == 1:
-        return [[Piece(batch) for batch in batches]]
-    most = max(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    rows = sorted((index for batch in batches for index in batch), key=lambda index: (-lengths[index], index))
-    piles: list[list[int]] = [[] for _ in range(size)]
-    loads = [0] * size
-    for row in rows:
-        lightest = loads.index(min(loads))
-        piles[lightest].append(row)
-        loads[lightest] += lengths[row]
-    dealt = [[Piece(piece) for piece in _cut(pile, lengths, most)] for pile in piles]
-    longest = max(map(len, dealt)) if even else 0
-    return [share + [Piece(rows[-1:], counts=False)] * (longest - len(share)) for share in dealt]
-
-
-def _cut(rows: Sequence[int], lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Rows, longest first, as pieces of at most `most` tokens with padding."""
-    pieces: list[list[int]] = []
-    for row in rows:
-        if not pieces or (len(pieces[-1]) + 1) * lengths[pieces[-1][0]] > most:
-            pieces.append([])
-        pieces[-1].append(row)
-    return pieces
 
 
 def _device(asked: str, local_rank: int, local_size: int) -> torch.device:
@@ -374,11 +256,6 @@ def _round(store: Store, rank: int, size: int, patience: timedelta) -> str:
             store.set(f"answer/{word}", own)
         time.sleep(0.02)
     return own
-
-
-def _told(error: BaseException) -> tuple[str]:
-    """One line on an error that torch or Python raised in another process."""
-    return (f"another process of this run failed: {type(error).__name__}: {str(error).split(chr(10))[0]}",)
 
 
 @contextmanager
