@@ -1,4 +1,4 @@
-"""Writes the generated pages (help, settings, errors' index, methods, the README's comparisons) and checks every link.
+"""Writes the generated pages (help, settings, errors, methods, protocols, glossary, comparisons) and checks every link.
 
 python docs/build_pages.py            write what is stale, report broken links
 python docs/build_pages.py --check    write nothing; exit 1 when something is stale or broken
@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import build_figures
+import build_house
 import build_methods
 
 from gossamer import errors
@@ -180,6 +181,7 @@ PAGES = {
     DOCS / "settings.md": settings_page,
     DOCS / "errors" / "index.md": error_page,
     build_figures.README: build_figures.readme,
+    build_house.HOUSE: build_house.house,
 } | build_methods.pages()
 
 
