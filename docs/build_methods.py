@@ -29,7 +29,7 @@ from build_measured import TOYS, Measured, measured
 from pydantic.fields import FieldInfo
 
 import gossamer
-from gossamer.files.layouts.own import OWN
+from gossamer.files.layouts import OWN
 from gossamer.methods import METHODS, TargetedMethod
 
 FOLDER = Path(__file__).resolve().parent / "methods"

@@ -21,10 +21,11 @@ from gossamer.adapter import Adapter, Tensors
 from gossamer.errors import AdapterFileError, SpecError, StateError
 from gossamer.files.atomic import new_folder, write_bytes, write_json
 from gossamer.files.folder import CONFIG, OURS, WEIGHTS, missing_hint, read_json, read_tensors
-from gossamer.files.layouts import Layout, layout_for, layout_of
-from gossamer.files.misread import warn_of_misreading
+from gossamer.files.layouts import layout_for, layout_of, reading
+from gossamer.files.layouts.writing import config_of, encode
 from gossamer.files.seal import check_base, check_tensors, read_seal, same_config, sealed_file
-from gossamer.methods import TargetedMethod, method_from_dict
+from gossamer.methods import method_from_dict
+from gossamer.methods.peft import PeftLayout
 
 FORMAT = 1
 Content = tuple[bytes, dict[str, Any], dict[str, Any]]
@@ -39,7 +40,7 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_json(folder / CONFIG, missing=missing_hint(folder))
     config_at, weights_at = str(folder / CONFIG), str(folder / WEIGHTS)
     layout = layout_of(config, config_at)
-    layout.check_keys(config, config_at)
+    reading.check_keys(layout, config, config_at)
     stored, found = read_tensors(folder)
     ours = read_json(folder / OURS) if (folder / OURS).exists() else None
     seal = read_seal(found, weights_at)
@@ -47,19 +48,20 @@ def read_adapter(folder: Path) -> Adapter:
         check_tensors(stored, seal, weights_at)
         if not same_config(config, seal):
             warnings.warn(f"{config_at}: not what it said when these tensors were written; it is taken", stacklevel=2)
-    tensors = layout.sorted_out(stored, config, weights_at)
+    tensors = reading.sorted_out(layout, stored, config, weights_at)
     if ours is None:
-        config, tensors = layout.renewed(config, tensors, weights_at)
+        config, tensors = reading.renewed(layout, config, tensors, weights_at)
     if layout.complete or ours is None:
-        spec = layout.spec(config, tensors, config_at)
-        layout.check(tensors, spec, weights_at)
+        spec = reading.spec_of(layout, config, tensors, config_at)
+        reading.check(layout, tensors, spec, weights_at)
         if ours is None:
-            return _told(Adapter(spec, layout.restored(spec, tensors), seal.get("base"), foreign=config), folder, seal)
+            tensors = reading.restored(layout, spec, tensors)
+            return _not_idle(Adapter(spec, tensors, seal.get("base"), foreign=config), folder, seal)
     check_base(ours.get("base"), seal, str(folder / OURS))
     return _verified(ours, config, layout, tensors, folder)
 
 
-def _told(adapter: Adapter, folder: Path, seal: Mapping[str, Any]) -> Adapter:
+def _not_idle(adapter: Adapter, folder: Path, seal: Mapping[str, Any]) -> Adapter:
     """Somebody else's adapter; a warning where it is one that changes nothing. Of our own, `attach` says so."""
     if not seal and adapter.idle_paths and set(adapter.idle_paths) == {path for path in adapter.paths if path}:
         warnings.warn(f"{folder}: this adapter changes nothing, at every module its change is zero", stacklevel=3)
@@ -67,7 +69,7 @@ def _told(adapter: Adapter, folder: Path, seal: Mapping[str, Any]) -> Adapter:
 
 
 def _verified(
-    ours: Mapping[str, Any], config: Mapping[str, Any], layout: Layout, tensors: Tensors, folder: Path
+    ours: Mapping[str, Any], config: Mapping[str, Any], layout: PeftLayout, tensors: Tensors, folder: Path
 ) -> Adapter:
     """The adapter as `gossamer.json` describes it, if config and tensors are still the ones it was written with."""
     where = str(folder / OURS)
@@ -82,8 +84,8 @@ def _verified(
         raise AdapterFileError("not a gossamer.json", where=where, got=str(error)) from None
     if layout_for(spec).peft_type != layout.peft_type:
         raise _changed(folder, {"peft_type": layout_for(spec).peft_type}, config)
-    adapter = Adapter(spec, layout.restored(spec, tensors), base, provenance, config)
-    written = layout.config(adapter, str(folder / CONFIG))
+    adapter = Adapter(spec, reading.restored(layout, spec, tensors), base, provenance, config)
+    written = config_of(adapter, str(folder / CONFIG))
     changed = {key: written[key] for key in written if _unordered(written[key]) != _unordered(config.get(key))}
     if changed:
         raise _changed(folder, changed, config)
@@ -148,25 +150,13 @@ def _content(adapter: Adapter, folder: Path) -> Content:
     """What the three files hold."""
     from gossamer import __version__
 
-    spec = adapter.spec
-    assert isinstance(spec, TargetedMethod)
-    layout = layout_for(spec)
+    config, tensors = encode(adapter, str(folder))
     description = {
         "format": FORMAT,
         "gossamer": __version__,
         "digest": adapter.digest,
-        "spec": spec.to_dict(),
+        "spec": adapter.spec.to_dict(),
         "base": adapter.base,
         "provenance": dict(adapter.provenance),
     }
-    as_written, tensors = layout.written(adapter)
-    named = {
-        layout.name(path, slot, as_written, slots): tensor.detach().clone().contiguous()
-        for path, slots in tensors.items()
-        for slot, tensor in slots.items()
-    }
-    config = dict(sorted(layout.config(adapter, str(folder)).items()))
-    if layout.peft_type == "LORA":
-        targets = layout.named_targets(tensors)
-        warn_of_misreading(str((adapter.base or {}).get("architecture", "")), targets, str(folder))
-    return sealed_file(adapter, config, named), config, description
+    return sealed_file(adapter, config, tensors), config, description

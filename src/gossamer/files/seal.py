@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gossamer.adapter import Adapter, hash_tensors
 from gossamer.errors import AdapterFileError
-from gossamer.files.layouts.layout import DESCRIPTIVE
+from gossamer.methods.peft import DESCRIPTIVE
 
 PEFTS = {"format": "pt"}
 """The metadata that PEFT writes."""

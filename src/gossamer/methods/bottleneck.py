@@ -23,6 +23,10 @@ Activation = Literal["relu", "gelu", "silu"]
 class Bottleneck(TargetedMethod):
     """`h + up(act(down(h)))` behind the module that gives h; what Houlsby and Lin share."""
 
+    dotted_slots: ClassVar[tuple[str, ...]] = tuple(
+        f"{part}.{name}" for part in ("down", "up", "norm") for name in ("weight", "bias")
+    )
+
     bottleneck: Rank = 64
     """Width between `down` and `up`."""
     activation: Activation

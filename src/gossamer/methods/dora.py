@@ -14,9 +14,9 @@ from gossamer.kernels.routing import Share
 from gossamer.methods.base import AFFINE_KINDS, LINEAR_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.factored import Factored
 from gossamer.methods.lora_layers import FactorLayer
+from gossamer.methods.lora_peft import MAGNITUDE, lora_layout
+from gossamer.methods.peft import PeftLayout
 from gossamer.methods.replacement import bias_shift
-
-MAGNITUDE = "lora_magnitude_vector"
 
 
 class DoRA(Factored):
@@ -51,6 +51,7 @@ class DoRA(Factored):
 
     name: ClassVar[str] = "dora"
     lr_over_lora: ClassVar[float] = 1.0
+    peft: ClassVar[PeftLayout | None] = lora_layout(dora=True)
 
     def fits(self, shape: Shape) -> bool:
         return shape.kind in AFFINE_KINDS

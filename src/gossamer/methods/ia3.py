@@ -12,10 +12,24 @@ from torch import Tensor, nn
 from gossamer.errors import TargetError
 from gossamer.kernels.routing import Share
 from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
+from gossamer.methods.peft import EXCLUDED, TARGETS, Key, PeftLayout, Stored, listed, plain
 from gossamer.methods.roles import role_of
-from gossamer.methods.targeted import Names, Regex, TargetedMethod
+from gossamer.methods.targeted import Names, Regex, TargetedMethod, exactly
 
 SLOT = "ia3_l"
+
+
+def _feedforward(stored: Stored) -> Any:
+    if not stored.resolved:
+        return listed(stored.spec.feedforward_modules)
+    return listed(exactly(filter(stored.spec.scales_input, stored.targets)))
+
+
+def _resolved(spec: IA3) -> bool:
+    """PEFT wants its list of feedforward modules to be a part of its list of targets, entry by entry."""
+    outputs, targets = spec.feedforward_modules, spec.target_modules
+    both = isinstance(outputs, tuple) and isinstance(targets, tuple)
+    return outputs == "auto" or (both and not {*outputs} <= {*targets})
 
 
 class IA3(TargetedMethod):
@@ -44,6 +58,14 @@ class IA3(TargetedMethod):
 
     name: ClassVar[str] = "ia3"
     lr_over_lora: ClassVar[float] = 6.0
+    peft: ClassVar[PeftLayout | None] = PeftLayout(
+        "IA3",
+        slots=plain(SLOT),
+        keys={"feedforward_modules": Key(None, "feedforward_modules", write=_feedforward)},
+        targeting=(*TARGETS, *EXCLUDED),
+        descriptive={"fan_in_fan_out": False, "init_ia3_weights": True},
+        resolved=_resolved,
+    )
     roles = ("key", "value", "fused", "feedforward-output")
 
     feedforward_modules: Names | Regex = "auto"

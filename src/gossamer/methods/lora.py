@@ -13,12 +13,13 @@ from gossamer.adapter import Method, Tensors
 from gossamer.errors import StateError, UnsupportedError
 from gossamer.linalg import all_zero
 from gossamer.methods.base import Layer, Shape, wide
+from gossamer.methods.doubled import FACTORS, plain_fields, plain_slots
 from gossamer.methods.factored import RANDOM_STARTS, Factored, factors_in
 from gossamer.methods.lora_layers import LoRALayer, MatrixLoRA, product
+from gossamer.methods.lora_peft import lora_layout
 from gossamer.methods.pairs import Pair, added, only_factors, pairs_of, shrunk, slots_of
+from gossamer.methods.peft import PeftLayout
 from gossamer.methods.targeted import exactly
-
-_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 class LoRA(Factored):
@@ -56,6 +57,7 @@ class LoRA(Factored):
 
     name: ClassVar[str] = "lora"
     lr_over_lora: ClassVar[float] = 1.0
+    peft: ClassVar[PeftLayout | None] = lora_layout()
 
     def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
         if shape.matrices:
@@ -77,7 +79,7 @@ class LoRA(Factored):
         return self.scaling_at(path) * change
 
     def idle(self, path: str, slots: Mapping[str, Tensor]) -> bool:
-        if any(slot.rpartition(".")[2] not in _FACTORS and not slot.startswith("start_") for slot in slots):
+        if any(slot.rpartition(".")[2] not in FACTORS and not slot.startswith("start_") for slot in slots):
             return False  # a bias that is trained whole may be the base's own or not
         if "start_A" in slots:
             pair = factors_in(slots)
@@ -119,26 +121,7 @@ class LoRA(Factored):
         only_factors(tensors)
         if self.start in RANDOM_STARTS:
             return self, tensors
-        return plain_spec(self), {path: plain_slots(slots) for path, slots in tensors.items()}
-
-
-def plain_spec(spec: Factored) -> LoRA:
-    """The spec of the plain LoRA of twice the rank that says the same as one with a start made of the weight."""
-    growth = 2.0 if spec.scaling == "standard" else 2**0.5
-    fields = {name: getattr(spec, name) for name in type(spec).model_fields}
-    doubled = {pattern: 2 * rank for pattern, rank in spec.rank_pattern.items()}
-    alphas = {pattern: alpha * growth for pattern, alpha in spec.alpha_pattern.items()}
-    changes = {"r": 2 * spec.r, "alpha": spec.alpha * growth, "rank_pattern": doubled, "alpha_pattern": alphas}
-    return LoRA(**fields | changes | {"start": "kaiming"})
-
-
-def plain_slots(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`B A - B0 A0` as one pair of factors: A over A0, B beside -B0."""
-    plain = {name: slot for name, slot in slots.items() if not name.startswith("start_")}
-    for name in [name for name in plain if "start_A" in slots and name in _FACTORS]:
-        start = slots["start_A"] if name.endswith("A") else -slots["start_B"]
-        plain[name] = torch.cat([plain[name], start.to(plain[name].dtype)], dim=0 if name.endswith("A") else 1)
-    return plain
+        return LoRA(**plain_fields(self)), {path: plain_slots(slots) for path, slots in tensors.items()}
 
 
 def unit_scaled(pairs: Mapping[str, Pair]) -> LoRA:

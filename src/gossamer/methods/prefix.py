@@ -8,13 +8,15 @@ itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from gossamer.errors import AdapterFileError, UnsupportedError
 from gossamer.methods.base import Base, Layer, Shape
+from gossamer.methods.peft import Key, PeftLayout, Stored, plain
 from gossamer.methods.targeted import TargetedMethod
 from gossamer.methods.virtual_tokens import (
     SLOT,
@@ -25,6 +27,49 @@ from gossamer.methods.virtual_tokens import (
     refuse_other_caches,
 )
 from gossamer.spec import StrictInt
+
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+"""How a class name ends -> PEFT's word for what the model does, without which it does not use a prompt."""
+_STARTS = {"RANDOM": "random", "SAMPLE_VOCAB": "vocabulary", "TEXT": "vocabulary"}
+
+
+def _task(stored: Stored) -> str | None:
+    """What the file said goes first; else the class of the base says it."""
+    name = str((stored.adapter.base or {}).get("architecture"))
+    task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+    return stored.adapter.foreign.get("task_type") or task
+
+
+def _one_transformer(value: Any, where: str) -> None:
+    if value not in (None, 1):
+        got = f"num_transformer_submodules={value!r}"
+        raise UnsupportedError("this PEFT feature is not covered", where=where, got=got, expected="1")
+
+
+def _check(spec: VirtualTokens, path: str, slots: Mapping[str, Tensor], where: str) -> None:
+    count, shape = spec.num_virtual_tokens, tuple(slots[SLOT].shape)
+    if path or set(slots) != {SLOT} or len(shape) != 2 or shape[0] != count:
+        what = "not the prompt that the config describes"
+        raise AdapterFileError(what, where=where, got=str(shape), expected=f"({count}, ...)")
+
+
+def _layout(peft_type: str, descriptive: dict[str, Any], **keys: Key) -> PeftLayout:
+    """One tensor for the whole model. What the base's config says (layers, heads, width) PEFT fills in itself."""
+    return PeftLayout(
+        peft_type,
+        slots=plain(SLOT),
+        whole_model={SLOT: SLOT},
+        prefix="base_model.",
+        keys={
+            "num_virtual_tokens": Key(None, "num_virtual_tokens", read=lambda value, where: value),
+            "num_transformer_submodules": Key(None, read=_one_transformer),
+            "task_type": Key(None, write=_task),
+            **keys,
+        },
+        targeting=("modules_to_save",),
+        descriptive={"num_attention_heads": None, "num_layers": None, "token_dim": None, **descriptive},
+        check=_check,
+    )
 
 
 class VirtualTokens(TargetedMethod):
@@ -68,6 +113,9 @@ class PrefixTuning(VirtualTokens):
 
     name: ClassVar[str] = "prefix"
     lr_over_lora: ClassVar[float] = 30.0
+    peft: ClassVar[PeftLayout | None] = _layout(
+        "PREFIX_TUNING", {"encoder_hidden_size": None, "init_weights": None, "prefix_projection": False}
+    )
 
     def expected(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         layers, heads, size = cache_shape(shape.config)
@@ -108,6 +156,11 @@ class PromptTuning(VirtualTokens):
 
     name: ClassVar[str] = "prompt"
     lr_over_lora: ClassVar[float] = 30.0
+    peft: ClassVar[PeftLayout | None] = _layout(
+        "PROMPT_TUNING",
+        {"prompt_tuning_init_text": None, "tokenizer_kwargs": None, "tokenizer_name_or_path": None},
+        prompt_tuning_init=Key("RANDOM", "start", _STARTS),
+    )
 
     start: Literal["vocabulary", "random"] = "vocabulary"
     """How E starts: as the embeddings of tokens drawn from the vocabulary, or normal."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gossamer.adapter import Method, Tensors
 from gossamer.errors import UnsupportedError
 from gossamer.methods.base import Base, Layer, Shape
+from gossamer.methods.peft import PeftLayout
 from gossamer.spec import Indices, Names, StrictInt, StrictStr
 
 _NEEDS_THE_BASE = "gossamer.combine adds the changes that it makes to a base's weights, where base= gives them"
@@ -46,6 +47,10 @@ class TargetedMethod(Method):
     """In words, for the error of a model that has none of them."""
     lr_over_lora: ClassVar[float]
     """What `lr: auto` gives this method, over what it gives LoRA; every registered method states its own."""
+    peft: ClassVar[PeftLayout | None] = None
+    """How PEFT stores it; None for what PEFT has not. A subclass that PEFT would read as this method says it anew."""
+    dotted_slots: ClassVar[tuple[str, ...]] = ()
+    """Slots with a dot in their names, which a file's names do not tell from a path."""
     outer_slots: ClassVar[tuple[str, ...]] = ()
     """Slots that LoRA+ gives a learning rate of their own: the factor that is applied last."""
 

@@ -14,8 +14,26 @@ from gossamer.kernels.routing import Share
 from gossamer.linalg import all_zero
 from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.factored import Rank
+from gossamer.methods.peft import LAYERS, TARGETS, Key, PeftLayout, check_names, plain
 from gossamer.methods.targeted import Names, Regex, TargetedMethod
 from gossamer.spec import StrictFloat, StrictInt
+
+_VECTORS = ("vera_lambda_b", "vera_lambda_d")
+_SHARED = ("vera_A", "vera_B")
+
+
+def _check(spec: VeRA, path: str, slots: Mapping[str, Tensor], where: str) -> None:
+    """Two vectors a module, and two matrices for all of them."""
+    if not path:
+        got = {slot: tensor.ndim for slot, tensor in slots.items()}
+        if got != dict.fromkeys(_SHARED, 2):
+            raise AdapterFileError("the shared projections are two matrices", where=where, got=str(got))
+        return
+    check_names(slots, plain(*_VECTORS), where)
+    got = tuple(slots["vera_lambda_d"].shape)
+    if got != (spec.r,):
+        what = "a vector that does not have the rank the config gives"
+        raise AdapterFileError(what, where=where, got=str(got), expected=str((spec.r,)))
 
 
 class VeRA(TargetedMethod):
@@ -45,6 +63,23 @@ class VeRA(TargetedMethod):
 
     name: ClassVar[str] = "vera"
     lr_over_lora: ClassVar[float] = 30.0
+    peft: ClassVar[PeftLayout | None] = PeftLayout(
+        "VERA",
+        slots=plain(*_VECTORS),
+        whole_model={slot: f"base_model.{slot}" for slot in _SHARED},
+        keys={
+            "r": Key(256, "r"),
+            "projection_prng_key": Key(0, "projection_seed"),
+            "vera_dropout": Key(0.0, "dropout"),
+            "d_initial": Key(0.1, "d_initial"),
+            "save_projection": Key(True, write=lambda stored: "" in stored.adapter.tensors),
+        },
+        targeting=(*TARGETS, *LAYERS),
+        assumed=("r",),
+        descriptive={"fan_in_fan_out": False, "init_weights": True},
+        refused={"bias": "none"},
+        check=_check,
+    )
 
     target_modules: Names | Regex = "all-linear"
     """List of path suffixes, one regular expression, or "all-linear": every linear module but the head."""
@@ -70,8 +105,7 @@ class VeRA(TargetedMethod):
         }
 
     def idle(self, path: str, slots: Mapping[str, Tensor]) -> bool:
-        names = ("vera_lambda_b", "vera_lambda_d")
-        return sorted(slots) == [*names] and any(all_zero(slots[name]) for name in names)
+        return sorted(slots) == [*_VECTORS] and any(all_zero(slots[name]) for name in _VECTORS)
 
     def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
         assert isinstance(common, Projections)

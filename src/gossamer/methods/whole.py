@@ -9,9 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from gossamer.errors import AdapterFileError
 from gossamer.methods.base import Base, Layer, Shape, wide
+from gossamer.methods.peft import EXCLUDED, TARGETS, PeftLayout
 from gossamer.methods.replacement import Replacement
 from gossamer.methods.targeted import TargetedMethod
+
+_MARK = "ln_tuning_layers."
+"""How PEFT begins the names of a normalisation's own parameters."""
 
 
 class Whole(TargetedMethod):
@@ -73,6 +78,11 @@ class BitFit(Whole):
         return [name for name in _floating(shape) if name.endswith("bias")]
 
 
+def _check_norm(spec: NormTuning, path: str, slots: Mapping[str, Tensor], where: str) -> None:
+    if not all(slot.startswith(_MARK) for slot in slots):
+        raise AdapterFileError("a module trained in two ways", where=where, got=", ".join(slots))
+
+
 class NormTuning(Whole):
     """Normalisation tuning: the gains and biases of every normalisation are trained, and nothing else.
 
@@ -100,6 +110,9 @@ class NormTuning(Whole):
     name: ClassVar[str] = "norm"
     lr_over_lora: ClassVar[float] = 1.0
     stands_at: ClassVar[str] = "normalisation modules"
+    peft: ClassVar[PeftLayout | None] = PeftLayout(
+        "LN_TUNING", mark=_MARK, targeting=(*TARGETS, *EXCLUDED), check=_check_norm
+    )
 
     def trained(self, shape: Shape) -> list[str]:
         names = _floating(shape)

@@ -16,7 +16,7 @@ from torch import Tensor
 from gossamer.adapter import Adapter
 from gossamer.errors import AdapterFileError, UnsupportedError
 from gossamer.methods import LoRA
-from gossamer.methods.lora import plain_slots, plain_spec
+from gossamer.methods.doubled import plain_fields, plain_slots
 from gossamer.methods.targeted import exactly
 
 RANDOM_STARTS = ("gaussian", "kaiming")
@@ -53,7 +53,7 @@ def changes_of(adapter: Adapter, format_name: str) -> tuple[Changes, list[str]]:
     tensors = adapter.tensors
     if spec.start not in RANDOM_STARTS:
         lost.append(f"start={spec.start!r} (written as the plain adapter of twice the rank that computes the same)")
-        spec, tensors = plain_spec(spec), {path: plain_slots(slots) for path, slots in tensors.items()}
+        spec, tensors = LoRA(**plain_fields(spec)), {path: plain_slots(slots) for path, slots in tensors.items()}
     if spec.scaling == "rslora":
         lost.append("scaling='rslora' (written as the alpha that scales alike)")
     found: Changes = {}
