@@ -1,4 +1,4 @@
-"""gossamer compose"""
+"""The verb `gossamer compose`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from gossamer.cli.shared import ListedWeights, WeightType, emit, json_option
+from gossamer.cli.shared import ListedWeights, WeightType, json_option, present
 from gossamer.progress import amount
 
 
@@ -34,7 +34,11 @@ from gossamer.progress import amount
 @click.option("--density", type=float, help="Share of entries kept by ties, dare, dare_ties, magnitude_prune, knots.")
 @click.option("--common", type=float, help="Share of directions that iso_cts takes from the sum.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what dare and dare_ties draw.")
-@click.option("--base", metavar="B", help="For --learn, DoRA, VeRA and IA3: a catalog name, id, folder or .gguf file.")
+@click.option(
+    "--base",
+    metavar="B",
+    help="For --learn, and where a change depends on it: catalog name, id, folder or .gguf.",
+)
 @click.option("--output", required=True, metavar="DIR", help="A folder that does not exist yet.")
 @json_option
 def command(adapters: tuple[str, ...], output: str, as_json: bool, **given: Any) -> None:
@@ -60,16 +64,16 @@ def command(adapters: tuple[str, ...], output: str, as_json: bool, **given: Any)
         "sha256": combined.digest,
         "distance": combined.provenance.get("distance", 0.0),
     }
-    if as_json:
-        emit(done)
-        return
-    click.echo(f"{output}: {len(adapters)} adapters at {done['modules']} modules, {amount(done['bytes'])}")
-    if given["learn"]:
-        for folder, numbers in zip(adapters, combined.provenance["weights"], strict=True):
-            found = [*numbers.values()]
-            click.echo(f"{folder}: weights {min(found):.2f} to {max(found):.2f}, mean {sum(found) / len(found):.2f}")
+    learned = zip(adapters, combined.provenance["weights"] if given["learn"] else (), strict=bool(given["learn"]))
+    spreads = [(folder, [*numbers.values()]) for folder, numbers in learned]
     distance = "no exact sum to compare with" if done["distance"] is None else f"{done['distance']:.3g}"
-    click.echo(f"{given['method']}: distance from the exact sum {distance} (relative, Frobenius norm)")
+    present(
+        done,
+        as_json,
+        f"{output}: {len(adapters)} adapters at {done['modules']} modules, {amount(done['bytes'])}",
+        *(f"{name}: weights {min(w):.2f} to {max(w):.2f}, mean {sum(w) / len(w):.2f}" for name, w in spreads),
+        f"{given['method']}: distance from the exact sum {distance} (relative, Frobenius norm)",
+    )
 
 
 def _combined(folders: Sequence[Path], given: dict[str, Any], quiet: bool) -> Any:

@@ -1,4 +1,4 @@
-"""gossamer convert"""
+"""The verb `gossamer convert`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gossamer doctor"""
+"""The verb `gossamer doctor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from gossamer.cli.shared import columns, emit, json_option
+from gossamer.cli.shared import columns, json_option, present
 
 FLOORS = {
     "torch": ((2, 10), "older ones can be made to run code by a weights file (CVE-2026-24747)"),
@@ -27,13 +27,10 @@ FLOORS = {
 def command(as_json: bool) -> None:
     """Say what this machine has, and what is wrong with it. Exit code 4 when something is."""
     found = examined()
-    if as_json:
-        emit(found)
-    else:
-        facts = [(name, str(value)) for name, value in found.items() if name not in ("problems", "catalog")]
-        facts += [(f"catalog: {name}", folder or "not fetched") for name, folder in found["catalog"].items()]
-        click.echo(columns(facts))
-        click.echo("\n".join(f"problem: {one}" for one in found["problems"]) or "no problems found")
+    facts = [(name, str(value)) for name, value in found.items() if name not in ("problems", "catalog")]
+    facts += [(f"catalog: {name}", folder or "not fetched") for name, folder in found["catalog"].items()]
+    problems = [f"problem: {one}" for one in found["problems"]] or ["no problems found"]
+    present(found, as_json, columns(facts), *problems)
     if found["problems"]:
         raise click.exceptions.Exit(4)
 

@@ -1,4 +1,4 @@
-"""gossamer eval"""
+"""The verb `gossamer eval`."""
 
 from __future__ import annotations
 

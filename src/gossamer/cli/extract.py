@@ -1,10 +1,10 @@
-"""gossamer extract"""
+"""The verb `gossamer extract`."""
 
 from __future__ import annotations
 
 import click
 
-from gossamer.cli.shared import emit, json_option
+from gossamer.cli.shared import json_option, present
 from gossamer.progress import amount
 
 
@@ -47,12 +47,12 @@ def command(
     facts = found.provenance
     done = {"output": output, "modules": len(found.tensors), "bytes": found.nbytes, "sha256": found.digest}
     done |= {name: facts[name] for name in ("error", "errors", "left")}
-    if as_json:
-        emit(done)
-        return
-    click.echo(f"{output}: {done['modules']} modules, {amount(done['bytes'])}")
     worst = max(facts["errors"], key=lambda path: facts["errors"][path])
-    click.echo(f"misses {facts['error']:.2%} of the change; most at {worst}, {facts['errors'][worst]:.2%}")
-    if facts["left"]:
-        named = ", ".join(facts["left"][:3]) + (" ..." if len(facts["left"]) > 3 else "")
-        click.echo(f"changed, but not in it: {len(facts['left'])} parameters ({named})")
+    named = ", ".join(facts["left"][:3]) + (" ..." if len(facts["left"]) > 3 else "")
+    present(
+        done,
+        as_json,
+        f"{output}: {done['modules']} modules, {amount(done['bytes'])}",
+        f"misses {facts['error']:.2%} of the change; most at {worst}, {facts['errors'][worst]:.2%}",
+        f"changed, but not in it: {len(facts['left'])} parameters ({named})" if facts["left"] else "",
+    )

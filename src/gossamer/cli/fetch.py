@@ -1,4 +1,4 @@
-"""gossamer fetch"""
+"""The verb `gossamer fetch`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import click
 
-from gossamer.cli.shared import columns, emit, json_option
+from gossamer.cli.shared import columns, emit, json_option, present
 
 
 @click.command("fetch")
@@ -21,35 +21,12 @@ def command(names: tuple[str, ...], show_list: bool, verify: bool, as_json: bool
     from gossamer.catalog import catalog
 
     if show_list or not names:
-        entries = catalog.CATALOG.values()
-        if as_json:
-            emit(
-                [
-                    {
-                        "name": one.name,
-                        "kind": one.kind,
-                        "description": one.description,
-                        "licence": one.licence,
-                        "folder": str(catalog.cached(one.name) or ""),
-                    }
-                    for one in entries
-                ]
-            )
-        else:
-            click.echo(
-                columns(
-                    [
-                        (
-                            one.name,
-                            one.kind,
-                            one.licence,
-                            one.description,
-                            str(catalog.cached(one.name) or "not fetched"),
-                        )
-                        for one in entries
-                    ]
-                )
-            )
+        facts = ("name", "kind", "licence", "description")
+        listed = [
+            {fact: getattr(one, fact) for fact in facts} | {"folder": str(catalog.cached(one.name) or "")}
+            for one in catalog.CATALOG.values()
+        ]
+        present(listed, as_json, columns([tuple(value or "not fetched" for value in one.values()) for one in listed]))
         return
     folders = {}
     for name in names:

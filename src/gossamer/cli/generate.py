@@ -1,4 +1,4 @@
-"""gossamer generate"""
+"""The verb `gossamer generate`."""
 
 from __future__ import annotations
 

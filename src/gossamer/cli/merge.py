@@ -1,12 +1,13 @@
-"""gossamer merge"""
+"""The verb `gossamer merge`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from gossamer.cli.shared import ListedWeights, base_options, columns, emit, force_option, json_option
+from gossamer.cli.shared import ListedWeights, base_options, columns, force_option, json_option, present
 
 
 @click.command("merge", cls=ListedWeights)
@@ -44,25 +45,26 @@ def command(adapters: tuple[str, ...], as_json: bool, weights: tuple[float, ...]
         progress=Silent() if as_json else for_terminal(),
         **options,
     )
-    if as_json:
-        emit(done)
-        return
-    for note in done["notes"]:
-        click.echo(f"note: {note}")
+    present(done, as_json, *_lines(done, options["dry_run"]))
+
+
+def _lines(done: dict[str, Any], dry_run: bool) -> Iterator[str]:
+    """What was merged, or would be, and what it lost."""
+    yield from (f"note: {note}" for note in done["notes"])
     size = f", {done['bytes'] / 1e9:.2f} GB in {done['files']} files" if done["streamed"] else ""
-    if options["dry_run"]:
+    if dry_run:
         what = f"{done['modules']} modules would be merged{size}" if done["streamed"] else "would be merged in memory"
-        click.echo(f"{done['output']}: {what}")
+        yield f"{done['output']}: {what}"
         return
-    click.echo(f"{done['output']}: {done['modules']} modules merged in {done['dtype']}{size}, {done['seconds']:.1f} s")
+    yield f"{done['output']}: {done['modules']} modules merged in {done['dtype']}{size}, {done['seconds']:.1f} s"
     if done.get("continued"):
-        click.echo(f"{done['continued']} files were there from an interrupted merge")
+        yield f"{done['continued']} files were there from an interrupted merge"
     if "rounding" in done:
-        click.echo(f"rounding to {done['dtype']} takes {done['rounding']:.2%} of the adapters' change")
+        yield f"rounding to {done['dtype']} takes {done['rounding']:.2%} of the adapters' change"
     if "max_error" in done:
-        click.echo(f"outputs differ by at most {done['max_error']:.2g} (largest output {done['max_logit']:.3g})")
+        yield f"outputs differ by at most {done['max_error']:.2g} (largest output {done['max_logit']:.3g})"
     if done["choices"]:
-        click.echo(_table(done["choices"]))
+        yield _table(done["choices"])
 
 
 def _table(choices: dict[str, dict[str, float]]) -> str:

@@ -1,4 +1,4 @@
-"""gossamer plan"""
+"""The verb `gossamer plan`."""
 
 from __future__ import annotations
 

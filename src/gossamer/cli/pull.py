@@ -1,10 +1,10 @@
-"""gossamer pull"""
+"""The verb `gossamer pull`."""
 
 from __future__ import annotations
 
 import click
 
-from gossamer.cli.shared import emit, json_option
+from gossamer.cli.shared import json_option, present
 
 
 @click.command("pull")
@@ -17,7 +17,5 @@ def command(repository: str, revision: str | None, output: str, as_json: bool) -
     from gossamer.files.hub import pull
 
     adapter = pull(repository, output, revision)
-    if as_json:
-        emit({"output": output, "sha256": adapter.digest, "parameters": adapter.num_parameters})
-        return
-    click.echo(f"{output}: {adapter!r}")
+    done = {"output": output, "sha256": adapter.digest, "parameters": adapter.num_parameters}
+    present(done, as_json, f"{output}: {adapter!r}")

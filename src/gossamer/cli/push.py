@@ -1,10 +1,10 @@
-"""gossamer push"""
+"""The verb `gossamer push`."""
 
 from __future__ import annotations
 
 import click
 
-from gossamer.cli.shared import emit, json_option
+from gossamer.cli.shared import json_option, present
 
 
 @click.command("push")
@@ -40,10 +40,8 @@ def command(
     report = report_of(Path(adapter))
     card = model_card(value, base=base, licence=licence, data=data, report=report, picture=PICTURE if picture else "")
     done = push(folder, repository, card, picture, private=not public, dry_run=dry_run)
-    if as_json:
-        emit(done | {"card": card})
-        return
     visible = "private" if done["private"] else "public"
-    click.echo(f"{'would go to' if dry_run else 'sent to'} {repository} ({visible} if new): {done['url']}".rstrip(": "))
-    for name, size in done["files"].items():
-        click.echo(f"  {name}: {size:,} bytes")
+    where = f"{'would go to' if dry_run else 'sent to'} {repository} ({visible} if new): {done['url']}".rstrip(": ")
+    present(
+        done | {"card": card}, as_json, where, *(f"  {name}: {size:,} bytes" for name, size in done["files"].items())
+    )

@@ -1,10 +1,10 @@
-"""gossamer quantize"""
+"""The verb `gossamer quantize`."""
 
 from __future__ import annotations
 
 import click
 
-from gossamer.cli.shared import device_option, dtype_option, emit, json_option
+from gossamer.cli.shared import device_option, dtype_option, json_option, present
 from gossamer.progress import amount
 
 
@@ -20,14 +20,12 @@ def command(base: str, output: str, quant: str, dtype: str, device: str, as_json
     from gossamer.models import quantize_base
 
     done = quantize_base(base, output, quant=quant, dtype=dtype, device=device)
-    if as_json:
-        emit(done)
-        return
     whole = done["model"]
-    click.echo(
+    present(
+        done,
+        as_json,
         f"{done['output']}: {whole['bits']:.3f} bits a parameter over the whole model, {amount(whole['bytes'])}, "
-        f"{done['seconds']:.1f} s"
+        f"{done['seconds']:.1f} s",
+        f"{whole['packed']:.1%} in {quant}: {done['modules']} weights, {done['bits']:.3f} bits each",
+        *(f"{count / whole['parameters']:.1%} in {done['dtype']}: {kind}" for kind, count in whole["dense"].items()),
     )
-    click.echo(f"{whole['packed']:.1%} in {quant}: {done['modules']} weights, {done['bits']:.3f} bits each")
-    for kind, count in whole["dense"].items():
-        click.echo(f"{count / whole['parameters']:.1%} in {done['dtype']}: {kind}")

@@ -1,10 +1,10 @@
-"""gossamer resize"""
+"""The verb `gossamer resize`."""
 
 from __future__ import annotations
 
 import click
 
-from gossamer.cli.shared import columns, emit, json_option
+from gossamer.cli.shared import columns, json_option, present
 
 
 @click.command("resize")
@@ -29,11 +29,12 @@ def command(adapter: str, rank: int | None, energy: float | None, pooled: bool, 
     after = before.resize(rank, energy=energy, pooled=pooled)
     after.save(output)
     hand_on([adapter_of(adapter)], Path(output))
-    told = after.provenance
-    if as_json:
-        emit({"output": output, "sha256": after.digest, "error": told["error"], "errors": told["errors"]})
-        return
-    click.echo(f"{output}: {before.num_parameters:,} numbers became {after.num_parameters:,}")
-    click.echo(f"error {told['error']:.3g} of the change (relative, Frobenius norm); the largest of single modules:")
-    worst = sorted(told["errors"].items(), key=lambda item: -item[1])[:5]
-    click.echo(columns([(path, f"{error:.3g}") for path, error in worst], indent="  "))
+    error, errors = after.provenance["error"], after.provenance["errors"]
+    worst = sorted(errors.items(), key=lambda item: -item[1])[:5]
+    present(
+        {"output": output, "sha256": after.digest, "error": error, "errors": errors},
+        as_json,
+        f"{output}: {before.num_parameters:,} numbers became {after.num_parameters:,}",
+        f"error {error:.3g} of the change (relative, Frobenius norm); the largest of single modules:",
+        columns([(path, f"{error:.3g}") for path, error in worst], indent="  "),
+    )

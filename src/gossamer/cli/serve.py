@@ -1,4 +1,4 @@
-"""gossamer serve"""
+"""The verb `gossamer serve`."""
 
 from __future__ import annotations
 

@@ -151,6 +151,14 @@ def emit(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False))
 
 
+def present(value: Any, as_json: bool, *lines: str) -> None:
+    """Print a result on stdout: the value for machines, or its lines for people; empty ones are left out."""
+    if as_json:
+        emit(value)
+    else:
+        click.echo("\n".join(line for line in lines if line))
+
+
 def warn(text: str) -> None:
     """Print on stderr, red on a terminal."""
     click.secho(text, err=True, fg="red" if wants_colour(sys.stderr) else None)

@@ -1,4 +1,4 @@
-"""gossamer train"""
+"""The verb `gossamer train`."""
 
 from __future__ import annotations
 
