@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class GossamerError(Exception):
@@ -59,11 +60,11 @@ class GossamerError(Exception):
             [f"{self.code}: {self.what}", *(f"  {label + ':':<10}{text}" for label, text in details if text)]
         )
 
-    def __reduce__(self):  # keyword-only arguments survive a trip between processes
+    def __reduce__(self) -> tuple[Any, ...]:  # keyword-only arguments survive a trip between processes
         return (_rebuild, (type(self), self.what, self.__dict__))
 
 
-def _rebuild(kind: type[GossamerError], what: str, state: dict) -> GossamerError:
+def _rebuild(kind: type[GossamerError], what: str, state: dict[str, Any]) -> GossamerError:
     error = kind.__new__(kind)
     Exception.__init__(error, what)
     error.__dict__.update(state)

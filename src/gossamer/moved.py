@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, cast
 
 MOVED = {
     "drawing": "pages.charts",
@@ -59,7 +60,7 @@ class Moved:
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec of a module that moved; None for every other, which is then not found."""
-        return ModuleSpec(fullname, self) if fullname.removeprefix("gossamer.") in MOVED else None
+        return ModuleSpec(fullname, cast(Any, self)) if fullname.removeprefix("gossamer.") in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> None:
         """As Python makes one; `exec_module` puts the real one in its place."""
