@@ -10,7 +10,6 @@ Before the clock starts, all three give the same tokens, greedily and in float32
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import gossamer as gs
 from bench.common import Row, interleaved, report
-from gossamer.serving import Engine, Limits, Request, Sampling
+from gossamer.serving import Engine, Limits, Sampling, Sequence
 
 BASE = "smollm2-135m"
 REQUESTS, ROWS, TOKENS = 24, 16, 512
@@ -47,7 +46,7 @@ def workload(count: int, longest: int = 256, most: int = 128) -> list[Asked]:
     return [Asked([draw.randrange(2, 250) for _ in range(length)], more) for length, more in sizes]
 
 
-def compared(model: Any, tokenizer: Any, asked: Sequence[Asked], rounds: int = ROUNDS) -> list[Row]:
+def compared(model: Any, tokenizer: Any, asked: list[Asked], rounds: int = ROUNDS) -> list[Row]:
     """The three on one workload."""
     with Engine((model, tokenizer), limits=Limits(ROWS, TOKENS), prefixes=0) as engine:
         contenders = {
@@ -78,7 +77,7 @@ def compared(model: Any, tokenizer: Any, asked: Sequence[Asked], rounds: int = R
 
 
 @torch.inference_mode()
-def static(model: Any, asked: Sequence[Asked]) -> list[list[int]]:
+def static(model: Any, asked: list[Asked]) -> list[list[int]]:
     """ROWS at a time in the order that they came, until the longest answer is there."""
     found: list[list[int]] = []
     for start in range(0, len(asked), ROWS):
@@ -96,7 +95,7 @@ def static(model: Any, asked: Sequence[Asked]) -> list[list[int]]:
     return found
 
 
-def continuous(model: Any, asked: Sequence[Asked]) -> list[list[int]]:
+def continuous(model: Any, asked: list[Asked]) -> list[list[int]]:
     """Through transformers' own manager."""
     pages = ROWS * -(-max(len(one.prompt) + one.more for one in asked) // PAGE) + ROWS
     config = ContinuousBatchingConfig(
@@ -121,14 +120,14 @@ def continuous(model: Any, asked: Sequence[Asked]) -> list[list[int]]:
     return [found[name] for name in names]
 
 
-def ours(engine: Engine, asked: Sequence[Asked]) -> list[list[int]]:
+def ours(engine: Engine, asked: list[Asked]) -> list[list[int]]:
     """Through the engine."""
-    tickets = [
-        engine.submit(Request(tuple(one.prompt), {}, Sampling(max_tokens=one.more, ignore_eos=True))) for one in asked
+    sequences = [
+        engine.submit(Sequence(tuple(one.prompt), {}, Sampling(max_tokens=one.more, ignore_eos=True))) for one in asked
     ]
     while engine.busy:
         engine.step()
-    return [[*ticket.drawn] for ticket in tickets]
+    return [[*sequence.drawn] for sequence in sequences]
 
 
 def _greedy(most: int) -> GenerationConfig:

@@ -8,7 +8,7 @@ read the same prompts, and agree on the next tokens and their probabilities.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from bench.common import Row, Timing, interleaved, report
 from bench.trainers.peers import canonical
 from gossamer.adapter import Adapter
 from gossamer.models import has_bfloat16_units
-from gossamer.serving import Engine, Limits, Request, Sampling
+from gossamer.serving import Engine, Limits, Sampling, Sequence
 
 BASE, RANK, PROMPT = "smollm2-135m", 8, 64
 DECODING, READING = 11, 3
@@ -56,7 +56,7 @@ def compared(
     tokenizer: Any,
     bare: Any,
     modules: Any,
-    cases: Sequence[tuple[int, int]] = CASES,
+    cases: Iterable[tuple[int, int]] = CASES,
     rounds: tuple[int, int] = (DECODING, READING),
 ) -> list[Row]:
     """Base, ours and PEFT in turn, for every case.
@@ -129,30 +129,30 @@ class _Ours:
             if not graphs:
                 engine.decoder.graphs = None  # pyright: ignore[reportAttributeAccessIssue]
         self.names, self.prompts = names, prompts.tolist()
-        self.tickets = self._submitted(self.engines[0])
+        self.sequences = self._submitted(self.engines[0])
         self.step = self.engines[0].step
         self.step()
 
     def _submitted(self, engine: Engine) -> list[Any]:
         sampling = Sampling(max_tokens=200, ignore_eos=True)
         return [
-            engine.submit(Request(tuple(prompt), {name: 1.0} if name else {}, sampling))
+            engine.submit(Sequence(tuple(prompt), {name: 1.0} if name else {}, sampling))
             for prompt, name in zip(self.prompts, self.names, strict=True)
         ]
 
     def read(self) -> None:
-        tickets = self._submitted(self.engines[1])
+        sequences = self._submitted(self.engines[1])
         self.engines[1].step()
-        assert all(len(ticket.drawn) == 1 for ticket in tickets)
-        for ticket in tickets:
-            self.engines[1].cancel(ticket)
+        assert all(len(sequence.drawn) == 1 for sequence in sequences)
+        for sequence in sequences:
+            self.engines[1].cancel(sequence)
 
     def close(self) -> None:
         for engine in self.engines:
             engine.close()
 
     def logprobs(self) -> torch.Tensor:
-        return torch.tensor([ticket.logprobs[0] for ticket in self.tickets])
+        return torch.tensor([sequence.logprobs[0] for sequence in self.sequences])
 
 
 class _Peft:

@@ -18,7 +18,7 @@ import torch
 import gossamer as gs
 from bench.common import Row, interleaved, report
 from bench.serve import BASE, MOST, PROMPT, TARGETS, _adapter, dtypes
-from gossamer.serving import Engine, Limits, Request, Sampling
+from gossamer.serving import Engine, Limits, Sampling, Sequence
 
 MANY, ROUNDS, MEMORY = 1000, 15, 128 * 2**20
 
@@ -66,13 +66,13 @@ class _Serving:
         self.engine = Engine(base, sources, limits=Limits(rows=MOST, tokens=PROMPT * MOST), prefixes=0)
         draw = torch.Generator().manual_seed(0)
         prompts = torch.randint(0, 40_000, (MOST, PROMPT), generator=draw).tolist()
-        tickets = [
-            self.engine.submit(Request(tuple(prompt), {name: 1.0}, Sampling(max_tokens=200, ignore_eos=True)))
+        sequences = [
+            self.engine.submit(Sequence(tuple(prompt), {name: 1.0}, Sampling(max_tokens=200, ignore_eos=True)))
             for prompt, name in zip(prompts, names, strict=False)
         ]
-        while not all(ticket.drawn for ticket in tickets):
+        while not all(sequence.drawn for sequence in sequences):
             self.engine.step()
-        self.drawn = [ticket.drawn[0] for ticket in tickets]
+        self.drawn = [sequence.drawn[0] for sequence in sequences]
 
 
 def _firsts(engine: Engine, names: list[str]) -> list[Row]:
@@ -80,13 +80,13 @@ def _firsts(engine: Engine, names: list[str]) -> list[Row]:
     took, most = [], 0
     for name in names:
         start = time.perf_counter()
-        ticket = engine.submit(Request(tuple(range(100, 116)), {name: 1.0}, Sampling(max_tokens=1)))
-        while not ticket.done:
+        sequence = engine.submit(Sequence(tuple(range(100, 116)), {name: 1.0}, Sampling(max_tokens=1)))
+        while not sequence.done:
             engine.step()
         took.append(1e3 * (time.perf_counter() - start))
-        assert ticket.reply, ticket.fault
+        assert sequence.reply, sequence.fault
         most = max(most, engine.store.bytes)
-    known = engine.submit(Request(tuple(range(100, 116)), {names[-1]: 1.0}, Sampling(max_tokens=1)))
+    known = engine.submit(Sequence(tuple(range(100, 116)), {names[-1]: 1.0}, Sampling(max_tokens=1)))
     start = time.perf_counter()
     while not known.done:
         engine.step()

@@ -26,6 +26,10 @@ MOVED = {
     "models.toy_inputs": "testing.toy_inputs",
     "models.toys": "testing.toys",
     "models.whole_steps": "running.whole_steps",
+    "serving.guidance": "serving.grammar",
+    "serving.request": "serving.sequence",
+    "serving.text": "serving.detokenizer",
+    "serving.ticket": "serving.sequence",
     "training.batches": "data.batches",
     "training.checkpoint": "training.runs.checkpoint",
     "training.columns": "data.columns",
@@ -46,6 +50,10 @@ MOVED = {
 """Earlier name -> name, both without `gossamer.`."""
 
 RENAMED: dict[str, dict[str, str]] = {
+    "serving.guidance": {"Guide": "Grammar"},
+    "serving.request": {"Request": "Sequence"},
+    "serving.text": {"Writer": "Detokenizer"},
+    "serving.ticket": {"Ticket": "Sequence"},
     "training.formats": {"Row": "row_of"},
     "training.material": {"Material": "EncodedDataset"},
     "training.trainee": {"Trainee": "TrainState"},

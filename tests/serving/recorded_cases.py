@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from gossamer.adapter import Adapter
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.running.cached import CachedDecoder
 from gossamer.running.graphs import StepGraphs
-from gossamer.serving import Engine, Limits, Request, Sampling
+from gossamer.serving import Engine, Limits, Sampling, Sequence
 from tests.adapters import trained
 
 SPECS = (gs.LoRA(r=4), gs.LoRA(r=2, target_modules=["q_proj", "v_proj"]), gs.LoRA(r=3), gs.LoRA(r=4), gs.DoRA(r=2))
@@ -46,16 +47,16 @@ def served(one: Engine, wave: tuple[Mapping[str, float], ...]) -> list[tuple[int
 
     def asked(number: int, mix: Mapping[str, float], more: int) -> Any:
         prompt = tuple(range(5 * number + 1, 7 * number + 9))
-        return one.submit(Request(prompt, dict(mix), Sampling(max_tokens=more, ignore_eos=True)))
+        return one.submit(Sequence(prompt, dict(mix), Sampling(max_tokens=more, ignore_eos=True)))
 
-    tickets = [asked(number, mix, 4 + 3 * number) for number, mix in enumerate(wave)]
+    sequences = [asked(number, mix, 4 + 3 * number) for number, mix in enumerate(wave)]
     for _ in range(6):
         one.step()
-    tickets += [asked(number + 4, mix, 5) for number, mix in enumerate(wave)]
+    sequences += [asked(number + 4, mix, 5) for number, mix in enumerate(wave)]
     while one.busy:
         one.step()
-    assert all(ticket.reply for ticket in tickets), [ticket.fault for ticket in tickets]
-    return [ticket.reply.tokens for ticket in tickets]
+    assert all(sequence.reply for sequence in sequences), [sequence.fault for sequence in sequences]
+    return [sequence.reply.tokens for sequence in sequences]
 
 
 def check(record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | bool, device: str = "cpu") -> None:
@@ -74,13 +75,13 @@ def check(record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | bool,
             counts.append(len(graphs.made))
         assert 0 < counts[0] == counts[1], "another adapter in a row records nothing"
         assert len({key[2] for key in graphs.made}) <= 2, "what is used no more is let go"
-        longer = Request(tuple(range(1, 200)), {"a0": 1.0}, Sampling(max_tokens=80, ignore_eos=True))
+        longer = Sequence(tuple(range(1, 200)), {"a0": 1.0}, Sampling(max_tokens=80, ignore_eos=True))
         answers = []
         for one in (recorded, plain):
-            tickets = [one.submit(longer) for _ in range(2)]
+            sequences = [one.submit(replace(longer)) for _ in range(2)]
             while one.busy:
                 one.step()
-            answers.append([ticket.reply and ticket.reply.tokens for ticket in tickets])
+            answers.append([sequence.reply and sequence.reply.tokens for sequence in sequences])
         assert answers[0] == answers[1]
         assert max(key[1] for key in graphs.made) == 384, "longer sequences look further"
         for one in (recorded, plain):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from gossamer.errors import (
 )
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.serving.engine import Engine
-from gossamer.serving.request import Request, Sampling
+from gossamer.serving.sampling import Sampling
 from gossamer.serving.scheduler import Limits
+from gossamer.serving.sequence import Sequence, SequenceState
 from tests.adapters import trained
 
 TOKENS = len(tiny_tokenizer())
@@ -49,7 +51,7 @@ def adapters() -> dict[str, Adapter]:
     return made | {"qv": adapter(20, 2, ("q_proj", "v_proj")), "up": adapter(21, 5, ("up_proj",))}
 
 
-def alone(adapters: Mapping[str, Adapter], request: Request) -> list[int]:
+def alone(adapters: Mapping[str, Adapter], request: Sequence) -> list[int]:
     """By transformers' own model with the adapters attached, without a cache."""
     model = tiny("llama")
     total = None
@@ -69,13 +71,13 @@ def engine_of(adapters: Any = None, family: str = "llama", **options: Any) -> En
     return Engine((tiny(family), tiny_tokenizer()), adapters, **options)
 
 
-def drawn(names: list[str], count: int, seed: int) -> list[Request]:
+def drawn(names: list[str], count: int, seed: int) -> list[Sequence]:
     draw, made = random.Random(seed), []
     for _ in range(count):
         prompt = tuple(draw.randrange(250) for _ in range(draw.randint(1, 30)))
         chosen = {name: draw.choice([1.0, 1.0, 0.5, -1.0]) for name in draw.sample(names, draw.choice([0, 1, 1, 1, 2]))}
         sampling = Sampling(max_tokens=draw.randint(1, 8), ignore_eos=True)
-        made.append(Request(prompt, chosen, sampling, f"t{draw.randrange(3)}"))
+        made.append(Sequence(prompt, chosen, sampling, f"t{draw.randrange(3)}"))
     return made
 
 
@@ -83,16 +85,16 @@ def drawn(names: list[str], count: int, seed: int) -> list[Request]:
 def test_everybody_gets_what_he_would_get_alone(adapters: dict[str, Adapter], limits: Limits) -> None:
     requests = drawn([*adapters], 24, 0)
     with engine_of(adapters, limits=limits) as engine:
-        tickets = [engine.submit(one) for one in requests[:10]]
+        sequences = [engine.submit(one) for one in requests[:10]]
         for one in requests[10:]:  # the others come while these are served
             engine.step()
-            tickets.append(engine.submit(one))
+            sequences.append(engine.submit(one))
         while engine.busy:
             engine.step()
-        for request, ticket in zip(requests, tickets, strict=True):
-            assert ticket.reply is not None
-            assert [*ticket.reply.tokens] == alone(adapters, request)
-            assert ticket.reply.digests == {name: adapters[name].digest for name in request.adapters}
+        for request, sequence in zip(requests, sequences, strict=True):
+            assert sequence.reply is not None
+            assert [*sequence.reply.tokens] == alone(adapters, request)
+            assert sequence.reply.digests == {name: adapters[name].digest for name in request.adapters}
         assert not any(one.holders for one in engine.store.resident)
         assert not engine.scheduler.running
 
@@ -115,17 +117,17 @@ def test_families(family: str) -> None:
 
 def test_a_request_keeps_the_adapter_that_it_began_with(adapters: dict[str, Adapter]) -> None:
     with engine_of({"it": adapters["a1"]}) as engine:
-        request = Request((5, 6, 7), {"it": 1.0}, Sampling(max_tokens=6, ignore_eos=True))
+        request = Sequence((5, 6, 7), {"it": 1.0}, Sampling(max_tokens=6, ignore_eos=True))
         first = engine.submit(request)
         engine.step()
         engine.store.register("it", adapters["a2"])
-        second = engine.submit(request)
+        second = engine.submit(replace(request))
         while engine.busy:
             engine.step()
-        for ticket, known in ((first, "a1"), (second, "a2")):
-            assert ticket.reply is not None
-            assert [*ticket.reply.tokens] == alone({"it": adapters[known]}, request)
-            assert ticket.reply.digests == {"it": adapters[known].digest}
+        for sequence, known in ((first, "a1"), (second, "a2")):
+            assert sequence.reply is not None
+            assert [*sequence.reply.tokens] == alone({"it": adapters[known]}, request)
+            assert sequence.reply.digests == {"it": adapters[known].digest}
 
 
 METHODS: dict[str, Any] = {
@@ -149,15 +151,15 @@ def test_every_row_may_have_another_method() -> None:
     prompts = [tuple(range(3 + row, 12 + 2 * row)) for row in range(len(names))]
     sampling = Sampling(max_tokens=5, ignore_eos=True)
     with Engine((model, tiny_tokenizer()), made, limits=Limits(tokens=40)) as engine:
-        tickets = [
-            engine.submit(Request(prompt, {name: 1.0} if name else {}, sampling))
+        sequences = [
+            engine.submit(Sequence(prompt, {name: 1.0} if name else {}, sampling))
             for prompt, name in zip(prompts, names, strict=True)
         ]
         while engine.busy:
             engine.step()
         with pytest.raises(UnsupportedError, match="only sums"):
             next(engine.generate(["x"], [{"dora": 0.5}]))
-    for prompt, name, ticket in zip(prompts, names, tickets, strict=True):
+    for prompt, name, sequence in zip(prompts, names, sequences, strict=True):
         if name:
             gs.attach(model, made[name])
         logits = []
@@ -168,9 +170,9 @@ def test_every_row_may_have_another_method() -> None:
                 ids.append(int(logits[-1][:TOKENS].argmax()))
         if name:
             gs.detach(model)
-        assert [*ticket.drawn] == ids[len(prompt) :]
+        assert [*sequence.drawn] == ids[len(prompt) :]
         known = torch.stack([one[:TOKENS].max() for one in logits])
-        torch.testing.assert_close(torch.tensor(ticket.logprobs), known, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(sequence.logprobs), known, rtol=1e-4, atol=1e-4)
 
 
 def test_what_rows_cannot_share_leaves_the_old_one_serving(adapters: dict[str, Adapter]) -> None:
@@ -210,8 +212,8 @@ def test_a_folder_that_cannot_be_read_is_the_fault_of_its_request_alone(
     adapters["a1"].save(tmp_path / "bad")
     (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"no")
     with engine_of({"bad": tmp_path / "bad", "a2": adapters["a2"]}) as engine:
-        bad = engine.submit(Request((1, 2), {"bad": 1.0}))
-        good = engine.submit(Request((1, 2), {"a2": 1.0}, Sampling(max_tokens=2)))
+        bad = engine.submit(Sequence((1, 2), {"bad": 1.0}))
+        good = engine.submit(Sequence((1, 2), {"a2": 1.0}, Sampling(max_tokens=2)))
         while engine.busy:
             engine.step()
         assert isinstance(bad.fault, AdapterFileError)
@@ -224,39 +226,39 @@ def test_a_folder_that_cannot_be_read_is_the_fault_of_its_request_alone(
 def test_prompts_that_begin_alike_are_read_once(adapters: dict[str, Adapter]) -> None:
     """While one reads, the others rest; they go on from what it has read, and say the same as without."""
     long = tuple(range(1, 60))
-    requests = [Request((*long, 70 + one), {"a1": 1.0}, Sampling(max_tokens=4, ignore_eos=True)) for one in range(4)]
+    requests = [Sequence((*long, 70 + one), {"a1": 1.0}, Sampling(max_tokens=4, ignore_eos=True)) for one in range(4)]
     with engine_of(adapters, limits=Limits(tokens=16)) as engine:
-        tickets = [engine.submit(one) for one in requests]
+        sequences = [engine.submit(one) for one in requests]
         through = 0
         while engine.busy:
             through += engine.step()
-        assert [ticket.reused for ticket in tickets] == [0, 59, 59, 59]
+        assert [sequence.reused for sequence in sequences] == [0, 59, 59, 59]
         assert through == 60 + 3 + 4 * 3
-        for ticket, request in zip(tickets, requests, strict=True):
-            assert [*ticket.drawn] == alone(adapters, request)
+        for sequence, request in zip(sequences, requests, strict=True):
+            assert [*sequence.drawn] == alone(adapters, request)
 
 
 def test_the_one_that_reads_for_others_may_be_cancelled(adapters: dict[str, Adapter]) -> None:
-    request = Request(tuple(range(1, 60)), {"a1": 1.0}, Sampling(max_tokens=4, ignore_eos=True))
+    request = Sequence(tuple(range(1, 60)), {"a1": 1.0}, Sampling(max_tokens=4, ignore_eos=True))
     with engine_of(adapters, limits=Limits(tokens=16)) as engine:
-        first, second, third = (engine.submit(request) for _ in range(3))
+        first, second, third = (engine.submit(replace(request)) for _ in range(3))
         engine.step()
         engine.step()
-        assert second.rests
+        assert second.state is SequenceState.PAUSED
         engine.cancel(first)
         while engine.busy:
             engine.step()
         assert first.fault
-        for ticket in (second, third):
-            assert [*ticket.drawn] == alone(adapters, request)
+        for sequence in (second, third):
+            assert [*sequence.drawn] == alone(adapters, request)
 
 
 def test_cancelled_ones_leave_at_once(adapters: dict[str, Adapter]) -> None:
     with engine_of(adapters, limits=Limits(rows=1)) as engine:
-        one, other = (engine.submit(Request((1, 2), {"a1": 1.0})) for _ in range(2))
+        one, other = (engine.submit(Sequence((1, 2), {"a1": 1.0})) for _ in range(2))
         engine.step()
-        for ticket in (other, one, one):
-            engine.cancel(ticket)
+        for sequence in (other, one, one):
+            engine.cancel(sequence)
         assert "cancelled" in str(one.fault)
         assert "cancelled" in str(other.fault)
         assert not engine.busy
@@ -266,25 +268,25 @@ def test_cancelled_ones_leave_at_once(adapters: dict[str, Adapter]) -> None:
 def test_the_cache_holds_no_more_than_it_may() -> None:
     with engine_of(limits=Limits(rows=8, cache=100)) as engine:
         for _ in range(6):
-            engine.submit(Request(tuple(range(20)), {}, Sampling(max_tokens=20, ignore_eos=True)))
+            engine.submit(Sequence(tuple(range(20)), {}, Sampling(max_tokens=20, ignore_eos=True)))
         most = 0
         while engine.busy:
             engine.step()
             most = max(most, len(engine.scheduler.running))
         assert most == 2
         with pytest.raises(UsageError, match="impossible length"):
-            engine.submit(Request(tuple(range(100))))
+            engine.submit(Sequence(tuple(range(100))))
 
 
 def test_an_adapter_that_overflows_spoils_nobody_else(adapters: dict[str, Adapter]) -> None:
     huge = 1e36 * adapters["a3"]
-    request = Request((5, 6, 7), {"a1": 1.0}, Sampling(max_tokens=4, ignore_eos=True))
+    request = Sequence((5, 6, 7), {"a1": 1.0}, Sampling(max_tokens=4, ignore_eos=True))
     for others in (1, 9):  # concatenated, then gathered
         with engine_of(adapters | {"huge": huge}) as engine:
-            bad = engine.submit(Request((5, 6), {"huge": 1.0}))
-            good = engine.submit(request)
+            bad = engine.submit(Sequence((5, 6), {"huge": 1.0}))
+            good = engine.submit(replace(request))
             for other in range(others):
-                engine.submit(Request((9, 8), {f"a{other}": 1.0}))
+                engine.submit(Sequence((9, 8), {f"a{other}": 1.0}))
             while engine.busy:
                 engine.step()
             assert isinstance(bad.fault, NonFiniteError)
@@ -318,12 +320,12 @@ def test_stop_texts_and_ends() -> None:
 def test_refusals(adapters: dict[str, Adapter]) -> None:
     with engine_of(adapters, limits=Limits(waiting=1)) as engine:
         with pytest.raises(UsageError, match="qv"):
-            engine.submit(Request((1,), {"qw": 1.0}))
+            engine.submit(Sequence((1,), {"qw": 1.0}))
         with pytest.raises(UsageError, match="impossible length"):
-            engine.submit(Request(()))
-        engine.submit(Request((1,)))
+            engine.submit(Sequence(()))
+        engine.submit(Sequence((1,)))
         with pytest.raises(ResourceError, match="too many"):
-            engine.submit(Request((1,), {"a1": 1.0}))
+            engine.submit(Sequence((1,), {"a1": 1.0}))
         assert not engine.store.versions["a1"].holders
     with pytest.raises(UnsupportedError, match="Bert"):
         engine_of(family="bert")
@@ -350,13 +352,13 @@ def test_models_of_other_families_answer_each_row_as_alone(family: str) -> None:
     prompts = [tuple(range(5, 9 + 3 * row)) for row in range(len(names))]
     sampling = Sampling(max_tokens=4, ignore_eos=True)
     with Engine((model, tiny_tokenizer()), made, limits=Limits(rows=3, tokens=8)) as engine:
-        tickets = [
-            engine.submit(Request(prompt, {name: 1.0} if name else {}, sampling))
+        sequences = [
+            engine.submit(Sequence(prompt, {name: 1.0} if name else {}, sampling))
             for prompt, name in zip(prompts, names, strict=True)
         ]
         while engine.busy:
             engine.step()
-    for prompt, name, ticket in zip(prompts, names, tickets, strict=True):
+    for prompt, name, sequence in zip(prompts, names, sequences, strict=True):
         if name:
             gs.attach(model, made[name])
         ids = [*prompt]
@@ -365,7 +367,7 @@ def test_models_of_other_families_answer_each_row_as_alone(family: str) -> None:
                 ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1, :TOKENS].argmax()))
         if name:
             gs.detach(model)
-        assert ticket.drawn == ids[len(prompt) :]
+        assert sequence.drawn == ids[len(prompt) :]
 
 
 def test_reading_adapters_computes_with_one_core_and_leaves_the_others_theirs() -> None:

@@ -11,9 +11,8 @@ import torch
 
 from gossamer.errors import GossamerError, StateError, UsageError
 from gossamer.models import tiny_tokenizer
-from gossamer.serving.guidance import Guide, check_schema
-from gossamer.serving.request import Sampling
-from gossamer.serving.sampling import Sampler
+from gossamer.serving.grammar import Grammar, check_schema
+from gossamer.serving.sampling import Sampler, Sampling
 
 TOKENIZER = tiny_tokenizer()
 PERSON = {
@@ -27,7 +26,7 @@ PERSON = {
 def answer(schema: str, seed: int, most: int = 400) -> tuple[str, bool]:
     """What random logits say under a schema, and whether they came to its end."""
     generator = torch.Generator().manual_seed(seed)
-    sampler = Sampler(Sampling(temperature=1.0, seed=seed, schema=schema), [], Guide(schema, TOKENIZER))
+    sampler = Sampler(Sampling(temperature=1.0, seed=seed, schema=schema), [], Grammar(schema, TOKENIZER))
     tokens: list[int] = []
     while not sampler.done and len(tokens) < most:
         tokens.append(sampler.draw(torch.randn(330, generator=generator)).token)  # more rows than tokens
@@ -63,13 +62,13 @@ def test_json_is_any_object() -> None:
 
 
 def test_a_token_that_may_not_come_is_refused() -> None:
-    guide = Guide(json.dumps(PERSON), TOKENIZER)
+    guide = Grammar(json.dumps(PERSON), TOKENIZER)
     with pytest.raises(StateError, match="schema"):
         guide.advance(ord("x"))
 
 
 def test_no_layout_goes_on_for_ever() -> None:
-    guide, (blank,) = Guide("json", TOKENIZER), TOKENIZER(" ")["input_ids"]
+    guide, (blank,) = Grammar("json", TOKENIZER), TOKENIZER(" ")["input_ids"]
     guide.advance(TOKENIZER("{")["input_ids"][0])
     for _ in range(60):
         logits = torch.zeros(320)
@@ -112,7 +111,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_schema_that_cannot_be_followed_is_refused(name: str) -> None:
     with pytest.raises(UsageError):
-        Guide(REFUSED[name], TOKENIZER)
+        Grammar(REFUSED[name], TOKENIZER)
 
 
 FOLLOWED = {

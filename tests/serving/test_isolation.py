@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import gossamer as gs
 from gossamer.adapter import Adapter
 from gossamer.models import tiny, tiny_tokenizer
-from gossamer.serving import Engine, Limits, Request, Sampling
+from gossamer.serving import Engine, Limits, Sampling, Sequence
 from tests.adapters import trained
 
 REQUESTS = 2000
@@ -49,17 +50,17 @@ class Alone:
         self.engine = Engine(base, {digest[:16]: one for digest, one in adapters.items()}, limits=limits, prefixes=0)
         self.known: dict[Any, tuple[int, ...]] = {}
 
-    def __call__(self, request: Request, digests: Mapping[str, str]) -> tuple[int, ...]:
+    def __call__(self, request: Sequence, digests: Mapping[str, str]) -> tuple[int, ...]:
         mix: dict[str, float] = {}
         for name, digest in digests.items():  # two names may mean one adapter
             mix[digest[:16]] = mix.get(digest[:16], 0.0) + request.adapters[name]
         key = request.prompt, request.sampling, tuple(mix.items())
         if key not in self.known:
-            ticket = self.engine.submit(Request(request.prompt, mix, request.sampling))
-            while not ticket.done:
+            sequence = self.engine.submit(Sequence(request.prompt, mix, request.sampling))
+            while not sequence.done:
                 self.engine.step()
-            assert ticket.reply
-            self.known[key] = ticket.reply.tokens
+            assert sequence.reply
+            self.known[key] = sequence.reply.tokens
         return self.known[key]
 
 
@@ -68,17 +69,17 @@ def test_two_thousand_requests_while_adapters_come_and_go(base: tuple[Any, Any],
     values = [*adapters.values()]
     engine = Engine(base, {f"a{one}": values[one] for one in range(6)}, limits=Limits(12, 40), memory=20_000)
     sums = {f"a{one}" for one in range(6)}
-    running: list[tuple[Request, Any, Mapping[str, str]]] = []
+    running: list[tuple[Sequence, Any, Mapping[str, str]]] = []
     asked = cancelled = replaced = 0
     while asked < REQUESTS or running:
         for _ in range(chance.randint(0, 4) if asked < REQUESTS else 0):
             names = chance.sample(sorted(engine.store.names()), k=chance.choice([0, 1, 1, 1, 2]))
             plain = all(type(engine.store.versions[name].source.spec) is gs.LoRA for name in names)  # type: ignore[union-attr]
             mix = {name: chance.choice([1.0, 0.5]) if plain else 1.0 for name in (names if plain else names[:1])}
-            request = Request(chance.choice(PROMPTS), mix, chance.choice(HOW), tenant=chance.choice("xyz"))
+            request = Sequence(chance.choice(PROMPTS), mix, chance.choice(HOW), tenant=chance.choice("xyz"))
             expected = {name: engine.store.versions[name].source.digest for name in mix}  # type: ignore[union-attr]
             for _ in range(chance.choice([1, 1, 1, 3])):  # several answers to one question
-                running.append((request, engine.submit(request), expected))
+                running.append((request, engine.submit(replace(request)), expected))
                 asked += 1
         if chance.random() < 0.3:
             name = chance.choice(sorted(sums))
@@ -91,12 +92,12 @@ def test_two_thousand_requests_while_adapters_come_and_go(base: tuple[Any, Any],
             engine.cancel(running[chance.randrange(len(running))][1])
             cancelled += 1
         engine.step()
-        for request, ticket, expected in [one for one in running if one[1].done]:
-            if ticket.fault is None:
-                assert ticket.reply.digests == expected  # those that it began with
-                assert ticket.reply.tokens == alone(request, expected)
+        for request, sequence, expected in [one for one in running if one[1].done]:
+            if sequence.fault is None:
+                assert sequence.reply.digests == expected  # those that it began with
+                assert sequence.reply.tokens == alone(request, expected)
             else:
-                assert "cancelled" in str(ticket.fault)
+                assert "cancelled" in str(sequence.fault)
         running = [one for one in running if not one[1].done]
     assert replaced > 50
     assert cancelled > 10
@@ -114,13 +115,13 @@ def test_rows_of_the_base_are_the_same_to_the_bit_whoever_else_is_there(
     def logprobs(names: list[str | None]) -> list[list[float]]:
         known = {f"a{one}": values[one] for one in range(5)} if any(names) else {}
         engine = Engine(base, known, prefixes=0)
-        tickets = [
-            engine.submit(Request(prompt, {name: 1.0} if name else {}, sampling))
+        sequences = [
+            engine.submit(Sequence(prompt, {name: 1.0} if name else {}, sampling))
             for prompt, name in zip(PROMPTS[:6], names, strict=True)
         ]
         while engine.busy:
             engine.step()
-        return [ticket.logprobs for ticket in tickets]
+        return [sequence.logprobs for sequence in sequences]
 
     without, among = logprobs([None] * 6), logprobs(["a0", None, "a2", "a3", None, "a4"])
     assert among[1] == without[1]
@@ -132,36 +133,36 @@ def test_an_adapter_of_the_same_name_never_gets_the_old_ones_prefix(
     base: tuple[Any, Any], adapters: dict[str, Adapter]
 ) -> None:
     values, alone = [*adapters.values()], Alone(base, adapters)
-    request = Request(PROMPTS[-1], {"a": 1.0}, HOW[0])
+    request = Sequence(PROMPTS[-1], {"a": 1.0}, HOW[0])
     engine = Engine(base, {"a": values[0]})
     for turn in range(100):
         engine.store.register("a", values[turn % 3])
-        tickets = [engine.submit(request), engine.submit(request)]
+        sequences = [engine.submit(replace(request)) for _ in range(2)]
         while engine.busy:
             engine.step()
-        for ticket in tickets:
-            assert ticket.reply
-            assert ticket.reply.digests == {"a": values[turn % 3].digest}
-            assert ticket.reply.tokens == alone(request, ticket.reply.digests)
-        assert tickets[1].reused == len(request.prompt) - 1
+        for sequence in sequences:
+            assert sequence.reply
+            assert sequence.reply.digests == {"a": values[turn % 3].digest}
+            assert sequence.reply.tokens == alone(request, sequence.reply.digests)
+        assert sequences[1].reused == len(request.prompt) - 1
     assert engine.prefixes.hits > 90
 
 
 def test_tenants_share_no_prefix(base: tuple[Any, Any]) -> None:
     engine = Engine(base)
     for tenant, reused in (("one", 0), ("other", 0), ("one", len(PROMPTS[-1]) - 1)):
-        ticket = engine.submit(Request(PROMPTS[-1], {}, HOW[0], tenant))
+        sequence = engine.submit(Sequence(PROMPTS[-1], {}, HOW[0], tenant))
         while engine.busy:
             engine.step()
-        assert ticket.reused == reused
+        assert sequence.reused == reused
 
 
 def test_a_token_more_or_less_does_not_move_the_others(base: tuple[Any, Any]) -> None:
     """The numbers of a sequence do not depend on who shares its batch, beyond rounding."""
     engine, lonely = Engine(base, prefixes=0), Engine(base, limits=Limits(rows=1), prefixes=0)
-    tickets = [engine.submit(Request(prompt, {}, HOW[0])) for prompt in PROMPTS]
-    singles = [lonely.submit(Request(prompt, {}, HOW[0])) for prompt in PROMPTS]
+    sequences = [engine.submit(Sequence(prompt, {}, HOW[0])) for prompt in PROMPTS]
+    singles = [lonely.submit(Sequence(prompt, {}, HOW[0])) for prompt in PROMPTS]
     while engine.busy or lonely.busy:
         engine.step(), lonely.step()
-    for one, other in zip(tickets, singles, strict=True):
+    for one, other in zip(sequences, singles, strict=True):
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-4, atol=1e-4)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import StateError, UsageError
-from gossamer.serving.request import Sampling
-from gossamer.serving.sampling import Drawn, Sampler
+from gossamer.serving.sampling import SampledToken, Sampler, Sampling
 
 SIZE, DRAWS = 12, 1200
 LOGITS = torch.randn(SIZE, generator=torch.Generator().manual_seed(1)) * 1.5
@@ -115,7 +114,7 @@ def test_the_model_s_own_log_probabilities_are_told() -> None:
     options = RULES["all"] | {"top_logprobs": 5, "logit_bias": {0: 100.0}}
     before = LOGITS.clone()
     drawn = Sampler(Sampling(**options), [1]).draw(LOGITS)
-    assert isinstance(drawn, Drawn)
+    assert isinstance(drawn, SampledToken)
     assert drawn.token == 0
     assert drawn.logprob == pytest.approx(own[0].item(), abs=1e-5)
     assert [token for token, _ in drawn.top] == own.topk(5).indices.tolist()

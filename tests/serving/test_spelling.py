@@ -12,10 +12,11 @@ from tokenizers.models import BPE, WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from gossamer.models import tiny_tokenizer
-from gossamer.serving.api.answers import Answer, Form
+from gossamer.serving.api.answers import Form
 from gossamer.serving.api.worker import Progress
+from gossamer.serving.detokenizer import Detokenizer
+from gossamer.serving.sequence import Reply
 from gossamer.serving.spelling import Spelling
-from gossamer.serving.text import Writer
 
 WORDS = ["true", "false", "the", "cat", "é", "日本"]
 
@@ -88,7 +89,7 @@ TEXTS = st.lists(st.sampled_from([" ", " ab", "é", "😀", "日本", "the cat",
 def test_joined_they_are_the_text(name: str, parts: list[str], data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     tokens = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
-    writer = Writer(tokenizer)
+    writer = Detokenizer(tokenizer)
     text = "".join(map(writer.add, tokens)) + writer.end()
     spelling, spelled = Spelling(tokenizer), []
     for token in tokens:
@@ -112,7 +113,7 @@ def test_joined_they_are_the_text(name: str, parts: list[str], data: st.DataObje
 @settings(max_examples=100, deadline=None)
 @given(tokens=st.lists(st.integers(0, 255), max_size=30))
 def test_so_they_are_where_bytes_are_no_text(name: str, tokens: list[int]) -> None:
-    tokenizer, writer = TOKENIZERS[name], Writer(TOKENIZERS[name])
+    tokenizer, writer = TOKENIZERS[name], Detokenizer(TOKENIZERS[name])
     text = "".join(map(writer.add, tokens)) + writer.end()
     spelling = Spelling(tokenizer)
     spelled = [spelling.add(token)[0] for token in tokens]
@@ -133,7 +134,7 @@ def test_no_likely_token_takes_the_place_of_another(name: str, chat: bool) -> No
     count = len(tokenizer)
     for first in (0, 1):
         tops = (tuple((token, -0.01 * token) for token in range(count)),) * (1 + first)
-        answer = Answer("", [count // 2] * (1 + first), [-1.0] * (1 + first), [*tops], "length")
+        answer = Reply("", (count // 2,) * (1 + first), (-1.0,) * (1 + first), {}, "length", tuple(tops))
         told: Any = form(tokenizer, chat).whole([answer], Usage0(), {})["choices"][0]["logprobs"]
         if chat:
             names = [(one["token"], bytes(one["bytes"] or b"")) for one in told["content"][-1]["top_logprobs"]]
@@ -162,11 +163,12 @@ def test_halves_of_characters_have_bytes() -> None:
 def test_a_stream_is_the_whole_in_pieces_and_ends_without_text(chat: bool) -> None:
     tokenizer = TOKENIZERS["sentencepiece"]
     tokens = [*tokenizer("true é😀 the")["input_ids"], tokenizer.eos_token_id]
-    writer, pieces, made = Writer(tokenizer), list[dict[str, Any]](), form(tokenizer, chat)
+    writer, pieces, made = Detokenizer(tokenizer), list[dict[str, Any]](), form(tokenizer, chat)
     for number, token in enumerate(tokens):
         last = number == len(tokens) - 1
         text = writer.add(token) + (writer.end() if last else "")
-        progress = Progress(0, text, (token,), (-1.0,), (((token, -1.0),),), {}, 0, "stop" if last else None, None)
+        reply = Reply(text, (token,), (-1.0,), {}, "stop" if last else None, (((token, -1.0),),))
+        progress = Progress(0, reply, None)
         pieces += [one["choices"][0] for one in made.chunks(progress, not number)]
     ends = [one for one in pieces if one["finish_reason"]]
     assert ends == pieces[-1:]

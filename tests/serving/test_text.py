@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from gossamer.models import tiny_tokenizer
-from gossamer.serving.text import Writer
+from gossamer.serving.detokenizer import Detokenizer
 
 
 def sentencepiece_like() -> Any:
@@ -74,7 +74,7 @@ def _tokens(tokenizer: Any, text: list[int], first: int) -> list[int]:
 def test_pieces_joined_are_the_whole(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     tokens = data.draw(tokens_of(tokenizer))
-    writer, told = Writer(tokenizer), ""
+    writer, told = Detokenizer(tokenizer), ""
     for token in tokens:
         told += writer.add(token)
         assert writer.text == told
@@ -85,7 +85,7 @@ def test_pieces_joined_are_the_whole(name: str, data: st.DataObject) -> None:
 def test_no_half_character_is_told() -> None:
     for name, tokenizer in TOKENIZERS.items():
         tokens = _tokens(tokenizer, [*"é日😀".encode()], 0 if name == "byte-level" else 2)
-        writer = Writer(tokenizer)
+        writer = Detokenizer(tokenizer)
         pieces = [*map(writer.add, tokens), writer.end()]
         assert "".join(pieces) == "é日😀"
         assert all("\ufffd" not in piece for piece in pieces)
@@ -93,7 +93,7 @@ def test_no_half_character_is_told() -> None:
 
 def test_a_character_is_told_as_soon_as_it_is_whole() -> None:
     tokenizer = TOKENIZERS["byte-level"]
-    writer = Writer(tokenizer)
+    writer = Detokenizer(tokenizer)
     assert [writer.add(token) for token in tokenizer("aé")["input_ids"]] == ["a", "", "é"]
 
 
@@ -101,7 +101,7 @@ def test_a_character_is_told_as_soon_as_it_is_whole() -> None:
 @given(text=st.text("ab\u00e9 ", max_size=60), stop=st.lists(st.text("ab\u00e9", min_size=1, max_size=5), max_size=4))
 def test_stop_texts_end_it_and_their_beginnings_wait(text: str, stop: list[str]) -> None:
     tokenizer = TOKENIZERS["byte-level"]
-    writer = Writer(tokenizer, stop)
+    writer = Detokenizer(tokenizer, stop)
     ends = min((text.index(one) for one in stop if one in text), default=None)
     for token in tokenizer(text)["input_ids"]:
         before = writer.text
@@ -119,7 +119,7 @@ def test_stop_texts_end_it_and_their_beginnings_wait(text: str, stop: list[str])
 
 def test_the_beginning_of_a_stop_text_is_told_at_the_end() -> None:
     tokenizer = TOKENIZERS["byte-level"]
-    writer = Writer(tokenizer, ["STOP"])
+    writer = Detokenizer(tokenizer, ["STOP"])
     told = "".join(map(writer.add, tokenizer("go ST")["input_ids"]))
     assert told == "go "
     assert writer.end() == "ST"
@@ -128,7 +128,7 @@ def test_the_beginning_of_a_stop_text_is_told_at_the_end() -> None:
 
 def test_nothing_follows_a_stop_text() -> None:
     tokenizer = TOKENIZERS["byte-level"]
-    writer = Writer(tokenizer, ["\n"])
+    writer = Detokenizer(tokenizer, ["\n"])
     for token in tokenizer("one\ntwo")["input_ids"]:
         writer.add(token)
     assert writer.stopped
@@ -140,7 +140,7 @@ def test_nothing_follows_a_stop_text() -> None:
 @pytest.mark.parametrize("kind", ["text", "broken", "special", "anything"])
 def test_the_work_for_a_token_does_not_grow(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, draw, decoded = TOKENIZERS[name], random.Random(0), 0
-    writer, decode = Writer(tokenizer), type(tokenizer).decode
+    writer, decode = Detokenizer(tokenizer), type(tokenizer).decode
 
     def counted(self: Any, tokens: list[int], **options: Any) -> Any:
         nonlocal decoded
@@ -187,7 +187,7 @@ def _ended(pieces: list[str], stop: list[str]) -> tuple[str, bool]:
 def test_the_text_of_a_special_token_is_a_stop_text_too(pieces: list[str], stop: list[str]) -> None:
     tokenizer = TOKENIZERS["byte-level"]
     text, stopped = _ended(pieces, stop)
-    writer, told = Writer(tokenizer, stop), ""
+    writer, told = Detokenizer(tokenizer, stop), ""
     for token in tokenizer("".join(pieces))["input_ids"]:
         if writer.stopped:
             break
@@ -198,7 +198,7 @@ def test_the_text_of_a_special_token_is_a_stop_text_too(pieces: list[str], stop:
 
 def test_a_stop_text_alone_is_no_list_of_letters() -> None:
     tokenizer = TOKENIZERS["byte-level"]
-    writer = Writer(tokenizer, "END")
+    writer = Detokenizer(tokenizer, "END")
     told = "".join(map(writer.add, tokenizer("DEN EN END")["input_ids"]))
     assert (told, writer.stopped) == ("DEN EN ", True)
 
@@ -207,6 +207,6 @@ def test_special_tokens_of_sentencepiece_stop_it_after_bytes() -> None:
     tokenizer = TOKENIZERS["sentencepiece-like"]
     end = tokenizer.convert_tokens_to_ids("</s>")
     for stop in ("</s>", "é</s>"):
-        writer = Writer(tokenizer, [stop])
+        writer = Detokenizer(tokenizer, [stop])
         told = "".join(map(writer.add, [*_tokens(tokenizer, [*"aé".encode()], 2), end]))
         assert (told, writer.stopped) == ("aé".removesuffix(stop.removesuffix("</s>")), True)

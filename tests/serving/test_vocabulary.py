@@ -15,7 +15,8 @@ import gossamer as gs
 from gossamer.errors import UsageError
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.serving.engine import Engine
-from gossamer.serving.request import Request, Sampling
+from gossamer.serving.sampling import Sampling
+from gossamer.serving.sequence import Sequence
 from gossamer.serving.vocabulary import Vocabulary, encoded, vocabulary_of
 
 
@@ -64,13 +65,13 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 def test_only_tokens_are_drawn(engine: Any, name: str) -> None:
     known = {*engine.tokenizer.get_vocab().values()}
     sampling = [Sampling(max_tokens=12, ignore_eos=True, **SAMPLINGS[name] | {"seed": seed}) for seed in range(6)]
-    tickets = [engine.submit(Request((1, 2 + seed), {}, one)) for seed, one in enumerate(sampling)]
+    sequences = [engine.submit(Sequence((1, 2 + seed), {}, one)) for seed, one in enumerate(sampling)]
     while engine.busy:
         engine.step()
-    for ticket in tickets:
-        assert ticket.reply is not None
-        assert {*ticket.reply.tokens} <= known
-        told = [token for top in ticket.reply.tops for token, _ in top]
+    for sequence in sequences:
+        assert sequence.reply is not None
+        assert {*sequence.reply.tokens} <= known
+        told = [token for top in sequence.reply.tops for token, _ in top]
         assert {*told} <= known
         assert len(told) == (20 * 12 if name == "tops" else 0)
 
@@ -129,8 +130,8 @@ def test_a_token_that_was_added_later_is_one() -> None:
 @pytest.mark.parametrize("token", [10, 19, 32, 63, 64, 191222])
 def test_ids_that_are_no_tokens_are_refused(engine: Any, token: int) -> None:
     for request, where in (
-        (Request((1, token), {}), "prompt"),
-        (Request((1,), {}, Sampling(logit_bias={token: 100.0})), "logit_bias"),
+        (Sequence((1, token), {}), "prompt"),
+        (Sequence((1,), {}, Sampling(logit_bias={token: 100.0})), "logit_bias"),
     ):
         with pytest.raises(UsageError) as caught:
             engine.submit(request)
@@ -212,7 +213,7 @@ def test_so_it_does_wherever_texts_are_continued() -> None:
     gs.generate(model, tokenizer, "hi", max_tokens=1, chat=True)
     assert [one[:3].count(257) for one in seen] == [1, 1]
     with Engine((tiny("llama"), tokenizer)) as engine:
-        submitted = list[Request]()
+        submitted = list[Sequence]()
         submit = engine.submit
         engine.submit = lambda request: (submitted.append(request), submit(request))[1]
         [*engine.generate("<|im_start|>hi", max_tokens=1)]

@@ -2,7 +2,8 @@
 
 from gossamer.serving.engine import Engine
 from gossamer.serving.generate import generate
-from gossamer.serving.request import Reply, Request, Sampling
+from gossamer.serving.sampling import Sampling
 from gossamer.serving.scheduler import Limits
+from gossamer.serving.sequence import Reply, Sequence
 
-__all__ = ["Engine", "Limits", "Reply", "Request", "Sampling", "generate"]
+__all__ = ["Engine", "Limits", "Reply", "Sampling", "Sequence", "generate"]

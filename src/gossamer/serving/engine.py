@@ -8,7 +8,7 @@ settle     draw a token for each that came to its end, finish those that are don
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,16 +25,15 @@ from gossamer.models.language import positions
 from gossamer.running.cached import CachedDecoder
 from gossamer.running.steps import Chunk, Decoder, StepInput
 from gossamer.running.whole_steps import TransformersDecoder, refusal
+from gossamer.serving.detokenizer import Detokenizer
 from gossamer.serving.folder import Folder
-from gossamer.serving.guidance import Guide
+from gossamer.serving.grammar import Grammar
 from gossamer.serving.prefixes import LEAST, Prefixes, common
-from gossamer.serving.request import Finish, Reply, Request, Sampling
-from gossamer.serving.sampling import Drawn, Sampler
+from gossamer.serving.sampling import FinishReason, SampledToken, Sampler, Sampling
 from gossamer.serving.scheduler import Limits, Scheduler
+from gossamer.serving.sequence import Reply, Sequence, SequenceState
 from gossamer.serving.store import Store
 from gossamer.serving.terms import BatchTerms
-from gossamer.serving.text import Writer
-from gossamer.serving.ticket import Ticket
 from gossamer.serving.vocabulary import encoded, ends_of, texts, vocabulary_of
 
 
@@ -73,7 +72,7 @@ class Engine:
             raise StateError("the engine serves a base as it is", got=f"attached: {', '.join(names)}", hint="detach")
         self.decoder: Decoder = decoder_of(self.model.eval(), prepack)
         self.store = Store(self.model, self.decoder, memory, self.tokenizer)
-        self.scheduler: Scheduler[Ticket] = Scheduler(limits or Limits())
+        self.scheduler = Scheduler(limits or Limits())
         most = self.scheduler.limits
         self.cache = self.decoder.cache(most.rows, most.cache // most.rows)
         self.prefixes = Prefixes(prefixes)
@@ -93,8 +92,8 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what is there, and read nothing more."""
-        for ticket in [*self.scheduler.running, *(one for queue in self.scheduler.queues.values() for one in queue)]:
-            self.cancel(ticket)
+        for sequence in [*self.scheduler.running, *(one for queue in self.scheduler.queues.values() for one in queue)]:
+            self.cancel(sequence)
         self.store.close()
 
     def _named(self, adapters: str | Path | Mapping[str, Adapter | str | Path] | None) -> Mapping[str, Adapter | Path]:
@@ -112,47 +111,43 @@ class Engine:
         """Whether anybody runs or waits."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def submit(self, request: Request) -> Ticket:
-        """Let a request wait its turn; `step` brings it on.
+    def submit(self, sequence: Sequence) -> Sequence:
+        """Let a new sequence wait its turn, and give it back; `step` brings it on.
 
         Raises: UsageError for an empty or too long prompt, for ids that are no tokens in it or in `logit_bias`, or an
-            unknown adapter; ResourceError when too many wait.
-            What is wrong with an adapter shows when it is read, and becomes the ticket's fault.
+            unknown adapter; ResourceError when too many wait; StateError for one that was submitted before.
+            What is wrong with an adapter shows when it is read, and becomes the sequence's fault.
         """
-        if not 0 < len(request.prompt) < self.context:
-            got = f"{len(request.prompt):,} tokens"
+        prompt, sampling = sequence.prompt, sequence.sampling
+        if sequence.state is not SequenceState.NEW:
+            raise StateError("a sequence is submitted once", got=sequence.state.value, hint="dataclasses.replace(it)")
+        if not 0 < len(prompt) < self.context:
+            got = f"{len(prompt):,} tokens"
             raise UsageError("a prompt of an impossible length", got=got, expected=f"1 to {self.context - 1:,}")
-        sampling = request.sampling
-        self.vocabulary.check(request.prompt, "prompt")
+        self.vocabulary.check(prompt, "prompt")
         self.vocabulary.check(sampling.logit_bias, "logit_bias")
-        guide = Guide(sampling.schema, self.tokenizer) if sampling.schema is not None else None
-        held = self.store.hold([*request.adapters])
-        ticket = Ticket(
-            request,
-            [*request.prompt],
-            min(len(request.prompt) + sampling.max_tokens, self.context),
-            held,
-            Sampler(sampling, request.prompt, guide, self.vocabulary),
-            Writer(self.tokenizer, sampling.stop),
-        )
-        if not self.scheduler.offer(ticket):
-            self.store.let_go(held)
+        grammar = Grammar(sampling.schema, self.tokenizer) if sampling.schema is not None else None
+        sequence.most = min(sequence.most, self.context)
+        sequence.sampler = Sampler(sampling, prompt, grammar, self.vocabulary)
+        sequence.detokenizer = Detokenizer(self.tokenizer, sampling.stop)
+        sequence.held = tuple(self.store.hold([*sequence.adapters]))
+        if not self.scheduler.offer(sequence):
+            self.store.let_go(sequence.held)
             raise ResourceError("too many requests wait", got=f"{self.scheduler.waiting:,}", hint="ask again later")
-        return ticket
+        return sequence
 
-    def cancel(self, ticket: Ticket) -> None:
-        """End a request wherever it is; does nothing to one that is done."""
-        if not ticket.done:
-            if self.scheduler.withdraw(ticket):
-                self.store.let_go(ticket.held)
-                ticket.fault = _CANCELLED
-            else:
-                self._leave(ticket, _CANCELLED)
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence wherever it is; does nothing to one that is done or was not submitted."""
+        if self.scheduler.withdraw(sequence):
+            self.store.let_go(sequence.held)
+            sequence.end(_CANCELLED)
+        elif sequence.state in (SequenceState.RUNNING, SequenceState.PAUSED):
+            self._leave(sequence, _CANCELLED)
 
     def generate(
         self,
         prompts: str | Iterable[str],
-        adapters: Sequence[str | Mapping[str, float] | None] | str | Mapping[str, float] | None = None,
+        adapters: Iterable[str | Mapping[str, float] | None] | str | Mapping[str, float] | None = None,
         **sampling: Any,
     ) -> Iterator[Reply]:
         """Continue prompts, all at once; replies come in the order of the prompts.
@@ -170,22 +165,22 @@ class Engine:
         each: list[Any] = [adapters] * len(listed) if one else [*(adapters or ())]
         if len(each) != len(listed):
             raise UsageError("one adapter a prompt", got=f"{len(each)} adapters", expected=str(len(listed)))
-        tickets: list[Ticket] = []
+        sequences: list[Sequence] = []
         try:
             for prompt, adapter in zip(listed, each, strict=True):
                 chosen = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
                 ids = encoded(self.tokenizer, prompt)
-                tickets.append(self.submit(Request(ids, chosen, Sampling(**sampling))))
-            for ticket in tickets:
-                while not ticket.done:
+                sequences.append(self.submit(Sequence(ids, chosen, Sampling(**sampling))))
+            for sequence in sequences:
+                while not sequence.done:
                     self.step()
-                if ticket.fault:
-                    raise ticket.fault
-                assert ticket.reply
-                yield ticket.reply
+                if sequence.fault:
+                    raise sequence.fault
+                assert sequence.reply
+                yield sequence.reply
         finally:
-            for ticket in tickets:
-                self.cancel(ticket)
+            for sequence in sequences:
+                self.cancel(sequence)
 
     # A step ----------------------------------------------------------------------------------------------------
 
@@ -214,83 +209,80 @@ class Engine:
         """Let in whom there is room for, and let those go on who waited for another to read what they begin with."""
         scheduler = self.scheduler
 
-        def ready(ticket: Ticket) -> bool:
-            return self.store.ready(ticket.held, at_once=not scheduler.running)
+        def ready(sequence: Sequence) -> bool:
+            return self.store.ready(sequence.held, at_once=not scheduler.running)
 
         admitted = scheduler.admit(ready)
         if not scheduler.running and scheduler.waiting:
             self.store.wait(1.0)
             admitted = scheduler.admit(ready)
-        for ticket in admitted:
+        for sequence in admitted:
             try:
-                loaded = [self.store.take(version) for version in ticket.held]
-                ticket.begin(loaded)
+                sequence.begin([self.store.take(version) for version in sequence.held])
             except GossamerError as error:
-                self._leave(ticket, error)
+                self._leave(sequence, error)
         if scheduler.running:
             self.cache.fit(len(scheduler.running), max(one.length for one in scheduler.running))
-        for ticket in [one for one in scheduler.running if one.rests or not one.read]:
-            self._reuse(ticket)
+        for sequence in [one for one in scheduler.running if not one.read]:
+            self._reuse(sequence)
 
-    def _reuse(self, ticket: Ticket) -> None:
-        """Copy what was read of its beginning before; rest while another reads it."""
-        running, ticket.rests = self.scheduler.running, False
-        row = running.index(ticket)
-        others = [(common(one.ids, ticket.ids), one) for one in running[:row] if one.owner == ticket.owner]
-        alike, other = max(others, key=lambda one: one[0], default=(0, ticket))
-        found = self.prefixes.find(ticket.owner, ticket.ids)
+    def _reuse(self, sequence: Sequence) -> None:
+        """Copy what was read of its beginning before; pause it while another reads that."""
+        running, sequence.state = self.scheduler.running, SequenceState.RUNNING
+        row, owner = running.index(sequence), sequence.owner
+        others = [(common(one.ids, sequence.ids), one) for one in running[:row] if one.owner == owner]
+        alike, other = max(others, key=lambda one: one[0], default=(0, sequence))
+        found = self.prefixes.find(owner, sequence.ids)
         if found and found[1] >= alike:
             self.cache.give(row, found[0], found[1])
-            ticket.read = ticket.reused = found[1]
+            sequence.read = sequence.reused = found[1]
         elif alike >= LEAST and other.read >= alike:
             self.cache.copy(running.index(other), row, alike)
-            ticket.read = ticket.reused = alike
+            sequence.read = sequence.reused = alike
         elif alike >= LEAST:
-            ticket.rests = True
+            sequence.state = SequenceState.PAUSED
 
-    def _settle(self, tickets: Sequence[Ticket], logits: Tensor) -> None:
-        """Draw a token for each, and let those leave that are done."""
+    def _settle(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Sample a token for each, and let those leave that are done."""
         wide = logits.float()
         best, likeliest = self.vocabulary.drawable(wide).max(1)
         found = torch.stack([wide.logsumexp(1), best, likeliest.double()]).T.tolist()
-        for number, (ticket, (total, top, first)) in enumerate(zip(tickets, found, strict=True)):
+        for number, (sequence, (total, top, first)) in enumerate(zip(sequences, found, strict=True)):
             if not math.isfinite(total):
-                names = ", ".join(loaded.name for loaded, _ in ticket.mix)
-                self._leave(ticket, NonFiniteError("the logits are not finite", where=names or "the base"))
+                names = ", ".join(loaded.name for loaded, _ in sequence.mix)
+                self._leave(sequence, NonFiniteError("the logits are not finite", where=names or "the base"))
                 continue
             try:
-                plain = ticket.sampler.plain
-                drawn = Drawn(int(first), top - total, ()) if plain else ticket.sampler.draw(wide[number].cpu())
-                finish = self._accept(ticket, drawn)
+                sampler = sequence.sampler
+                plain = SampledToken(int(first), top - total, ())
+                finish = self._accept(sequence, plain if sampler.plain else sampler.draw(wide[number].cpu()))
             except GossamerError as error:
-                self._leave(ticket, error)
+                self._leave(sequence, error)
             else:
                 if finish:
-                    self._leave(ticket, finish)
+                    self._leave(sequence, finish)
 
-    def _accept(self, ticket: Ticket, drawn: Drawn) -> Finish | None:
-        """Write a token down; how the request ends, if this was its last one."""
-        ticket.add(drawn)
-        sampling, writer = ticket.request.sampling, ticket.writer
-        if (drawn.token in self.ends or drawn.token in ticket.ends) and not sampling.ignore_eos:
+    def _accept(self, sequence: Sequence, sampled: SampledToken) -> FinishReason | None:
+        """Write a token down; how the sequence ends, if this was its last one."""
+        sequence.add(sampled)
+        ends = sampled.token in self.ends or sampled.token in sequence.ends
+        if ends and not sequence.sampling.ignore_eos:
             return "stop"
-        writer.add(drawn.token)
-        if writer.stopped or ticket.sampler.done:
+        sequence.detokenizer.add(sampled.token)
+        if sequence.detokenizer.stopped or sequence.sampler.done:
             return "stop"
-        return "length" if ticket.length >= ticket.most else None
+        return "length" if sequence.length >= sequence.most else None
 
-    def _leave(self, ticket: Ticket, end: Finish | GossamerError) -> None:
+    def _leave(self, sequence: Sequence, end: FinishReason | GossamerError) -> None:
         """Free a row: keep what others may begin with, and let the last row take the free place."""
         running = self.scheduler.running
-        row = running.index(ticket)
-        if isinstance(end, GossamerError):
-            ticket.fault = end
-        else:
-            ticket.finish(end)
-            read = ticket.ids[: ticket.read]
-            if self.prefixes.wants(ticket.owner, read):
-                self.prefixes.add(ticket.owner, read, self.cache.keep(row, ticket.read))
-        self.store.let_go(ticket.held)
+        row = running.index(sequence)
+        sequence.end(end)
+        if sequence.state is SequenceState.FINISHED:
+            read = sequence.ids[: sequence.read]
+            if self.prefixes.wants(sequence.owner, read):
+                self.prefixes.add(sequence.owner, read, self.cache.keep(row, sequence.read))
+        self.store.let_go(sequence.held)
         moved = self.scheduler.leave(row)
         if moved is not None:
             self.cache.copy(moved, row, running[row].read)

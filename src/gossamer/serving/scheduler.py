@@ -1,4 +1,4 @@
-"""Who takes part in the next step. Knows sequences and budgets, and no tensors.
+"""Which sequences take part in the next step. Knows sequences and budgets, and no tensors.
 
 Every sequence that is being continued takes part with its next token, so that none waits for a long prompt; what is
 left of the budget reads prompts, piece by piece, those first that were begun first. New ones are let in as rows come
@@ -12,42 +12,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
+
+from gossamer.serving.sequence import SequenceState
+
+if TYPE_CHECKING:
+    from gossamer.serving.sequence import Sequence
 
 AHEAD = 8
-"""How many of those who wait are looked at for one that is ready."""
-
-
-class Sequence(Protocol):
-    """What the scheduler knows of a sequence."""
-
-    read: int
-    """Tokens that are in the cache."""
-    passed: int
-    """How many were let in before it although it was its turn."""
-
-    @property
-    def tenant(self) -> str:
-        """Whose it is."""
-        ...
-
-    @property
-    def length(self) -> int:
-        """Tokens that there are, drawn ones among them."""
-        ...
-
-    @property
-    def most(self) -> int:
-        """Tokens that there may be in the end."""
-        ...
-
-    @property
-    def rests(self) -> bool:
-        """Whether it takes no part in the next step."""
-        ...
-
-
-Item = TypeVar("Item", bound=Sequence)
+"""How many of those that wait are looked at for one that is ready."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +40,8 @@ class Limits:
     cache: int = 32768
 
 
-class Scheduler(Generic[Item]):
-    """Rows, and who waits for one.
+class Scheduler:
+    """Rows, and the sequences that wait for one.
 
     Attributes:
         running: the sequence in each row, rows 0, 1, 2, ...
@@ -76,8 +49,8 @@ class Scheduler(Generic[Item]):
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.running: list[Item] = []
-        self.queues: dict[str, deque[Item]] = {}
+        self.running: list[Sequence] = []
+        self.queues: dict[str, deque[Sequence]] = {}
         self.had: dict[str, int] = {}
 
     @property
@@ -85,72 +58,78 @@ class Scheduler(Generic[Item]):
         """How many have no row yet."""
         return sum(map(len, self.queues.values()))
 
-    def offer(self, item: Item) -> bool:
+    def offer(self, sequence: Sequence) -> bool:
         """Let a sequence wait its turn; False when too many do."""
         if self.waiting >= self.limits.waiting:
             return False
-        if item.tenant not in self.queues:
-            # a tenant who comes late has no claim to what he did not ask for
-            present = [self.had[tenant] for tenant in (*self.queues, *(one.tenant for one in self.running))]
-            self.had[item.tenant] = max(self.had.get(item.tenant, 0), min(present, default=0))
-            self.queues[item.tenant] = deque()
-        self.queues[item.tenant].append(item)
+        tenant = sequence.tenant
+        if tenant not in self.queues:
+            # a tenant that comes late has no claim to what it did not ask for
+            present = [self.had[other] for other in (*self.queues, *(one.tenant for one in self.running))]
+            self.had[tenant] = max(self.had.get(tenant, 0), min(present, default=0))
+            self.queues[tenant] = deque()
+        self.queues[tenant].append(sequence)
+        sequence.state = SequenceState.WAITING
         return True
 
-    def withdraw(self, item: Item) -> bool:
+    def withdraw(self, sequence: Sequence) -> bool:
         """Take back one that waits; False if it does not."""
-        queue = self.queues.get(item.tenant, deque())
-        if item not in queue:
+        if sequence.state is not SequenceState.WAITING:
             return False
-        queue.remove(item)
-        self._forget(item.tenant)
+        queue = self.queues[sequence.tenant]
+        queue.remove(sequence)
+        if not queue:
+            del self.queues[sequence.tenant]
+        sequence.state = SequenceState.NEW
         return True
 
-    def admit(self, ready: Callable[[Item], bool] = lambda _: True) -> list[Item]:
-        """Give free rows to those who wait, and say to whom. `ready` is asked in the order of turns, and may begin."""
-        admitted: list[Item] = []
-        while len(self.running) < self.limits.rows and (item := self._next(ready)):
-            self.queues[item.tenant].remove(item)
-            self._forget(item.tenant)
-            self.running.append(item)
-            self.had[item.tenant] += item.length
-            admitted.append(item)
+    def admit(self, ready: Callable[[Sequence], bool] = lambda _: True) -> list[Sequence]:
+        """Give free rows to those that wait, and say to which. `ready` is called in the order of turns, and may begin
+        what makes one ready."""
+        admitted: list[Sequence] = []
+        while len(self.running) < self.limits.rows and (sequence := self._next(ready)):
+            self.withdraw(sequence)
+            sequence.state = SequenceState.RUNNING
+            self.running.append(sequence)
+            self.had[sequence.tenant] += sequence.length
+            admitted.append(sequence)
         if len(self.running) == self.limits.rows:
-            for item in self._coming():
-                ready(item)
+            coming = (one for tenant in self._turns()[:AHEAD] for one in islice(self.queues[tenant], AHEAD))
+            for sequence in islice(coming, AHEAD):
+                ready(sequence)
         return admitted
 
-    def _coming(self) -> list[Item]:
-        """Those whose turn it is next."""
-        tenants = sorted(self.queues, key=lambda one: self.had[one])[:AHEAD]
-        return [item for tenant in tenants for item in islice(self.queues[tenant], AHEAD)][:AHEAD]
+    def _turns(self) -> list[str]:
+        """The tenants whose sequences wait, that with the fewest tokens first."""
+        return sorted(self.queues, key=lambda tenant: self.had[tenant])
 
-    def _next(self, ready: Callable[[Item], bool]) -> Item | None:
-        for tenant in sorted(self.queues, key=lambda one: self.had[one]):
-            for item in islice(self.queues[tenant], AHEAD):
-                if ready(item):
+    def _next(self, ready: Callable[[Sequence], bool]) -> Sequence | None:
+        for tenant in self._turns():
+            for sequence in islice(self.queues[tenant], AHEAD):
+                if ready(sequence):
                     first = self.queues[tenant][0]
-                    first.passed += first is not item
-                    return item if self._fits(item) else None
-                if item.passed > self.limits.rows:
+                    first.passed += first is not sequence
+                    return sequence if self._fits(sequence) else None
+                if sequence.passed > self.limits.rows:
                     return None
         return None
 
-    def _fits(self, item: Item) -> bool:
-        longest = max(item.most, *(one.most for one in self.running), 0)
+    def _fits(self, sequence: Sequence) -> bool:
+        longest = max(sequence.most, *(one.most for one in self.running), 0)
         return (len(self.running) + 1) * longest <= self.limits.cache or not self.running
 
     def plan(self) -> list[tuple[int, int]]:
         """(row, tokens) of the next step: all that go on, then prompts as far as the budget reaches."""
         counts: dict[int, int] = {}
-        ready = [row for row, item in enumerate(self.running) if item.length - item.read == 1 and not item.rests]
-        for row in ready:
-            counts[row] = 1
-            self.had[self.running[row].tenant] = self.had.get(self.running[row].tenant, 0) + 1
-        room = max(self.limits.tokens - len(ready), 1)
-        for row, item in enumerate(self.running):
-            if row not in counts and room > 0 and not item.rests:
-                counts[row] = min(item.length - item.read, room)
+        active = [(row, one) for row, one in enumerate(self.running) if one.state is SequenceState.RUNNING]
+        for row, sequence in active:
+            if sequence.length - sequence.read == 1:
+                counts[row] = 1
+                self.had[sequence.tenant] = self.had.get(sequence.tenant, 0) + 1
+        room = max(self.limits.tokens - len(counts), 1)
+        for row, sequence in active:
+            if row not in counts and room > 0:
+                counts[row] = min(sequence.length - sequence.read, room)
                 room -= counts[row]
         return sorted(counts.items())
 
@@ -161,7 +140,3 @@ class Scheduler(Generic[Item]):
             return None
         self.running[row] = last
         return len(self.running)
-
-    def _forget(self, tenant: str) -> None:
-        if not self.queues[tenant]:
-            del self.queues[tenant]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gossamer.serving.text import BROKEN, special_of
+from gossamer.serving.detokenizer import BROKEN, special_of
 from gossamer.serving.vocabulary import BYTE, raw_bytes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ import pytest
 import gossamer as gs
 from gossamer.adapter import Adapter
 from gossamer.models import tiny, tiny_tokenizer
-from gossamer.serving import Engine, Limits, Request, Sampling
+from gossamer.serving import Engine, Limits, Sampling, Sequence
 from gossamer.serving.api.app import create_app
-from gossamer.serving.request import Reply
+from gossamer.serving.sequence import Reply
 from gossamer.serving.spelling import Spelling
 from tests.adapters import trained
 from tests.serving.api.conftest import until
@@ -86,20 +86,18 @@ class Alone:
         self.engine = Engine((tiny("qwen2"), tiny_tokenizer()), known, limits=Limits(rows=1), prefixes=0)
         self.known: dict[Any, Reply] = {}
 
-    def __call__(
-        self, prompt: Sequence[int], sampling: Mapping[str, Any], number: int, made_by: Sequence[Any]
-    ) -> Reply:
+    def __call__(self, prompt: list[int], sampling: Mapping[str, Any], number: int, made_by: list[Any]) -> Reply:
         mix: dict[str, float] = {}
         for one in made_by:  # two names may mean one adapter
             mix[one["digest"]] = mix.get(one["digest"], 0.0) + one["scale"]
         given = dict(sampling) | ({"seed": sampling["seed"] + number} if "seed" in sampling else {})
         key = tuple(prompt), *given.items(), *mix.items()
         if key not in self.known:
-            ticket = self.engine.submit(Request(tuple(prompt), mix, Sampling(ignore_eos=True, **given)))
-            while not ticket.done:
+            sequence = self.engine.submit(Sequence(tuple(prompt), mix, Sampling(ignore_eos=True, **given)))
+            while not sequence.done:
                 self.engine.step()
-            assert ticket.reply
-            self.known[key] = ticket.reply
+            assert sequence.reply
+            self.known[key] = sequence.reply
         return self.known[key]
 
 
@@ -141,7 +139,7 @@ class Clients:
 
     # Names -----------------------------------------------------------------------------------------------------
 
-    async def change(self, client: httpx.AsyncClient, asking: Sequence[asyncio.Task[None]]) -> None:
+    async def change(self, client: httpx.AsyncClient, asking: list[asyncio.Task[None]]) -> None:
         """Load, replace and unload, one after the other, as long as anybody asks."""
         while not all(task.done() for task in asking):
             name = self.chance.choice(NAMES + MIXED)
@@ -250,7 +248,7 @@ class Clients:
         """All that a name meant from a time on."""
         return self.world.meanings.get(name, [None])[start:]
 
-    def spelled(self, tokens: Sequence[int]) -> list[str]:
+    def spelled(self, tokens: list[int]) -> list[str]:
         """The texts of an answer's tokens, of which the first bytes of a character have none."""
         spelling = Spelling(self.tokenizer)
         told = [spelling.add(token)[0] for token in tokens]
@@ -260,7 +258,7 @@ class Clients:
     def check(
         self,
         body: Mapping[str, Any],
-        heard: Sequence[Heard],
+        heard: list[Heard],
         since: Mapping[str, int],
         header: str,
         all_of_it: bool = True,

@@ -17,7 +17,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from gossamer.serving.api.app import create_app
-from gossamer.serving.ticket import Ticket
+from gossamer.serving.sequence import Sequence
 from tests.serving.api.conftest import KEYS, engine
 
 PAGE = files("gossamer.serving.api").joinpath("page.html").read_text(encoding="utf-8")
@@ -163,7 +163,7 @@ def test_stop_ends_all_streams(page: Any) -> None:
 @pytest.mark.browser
 def test_what_a_model_says_is_text(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
-    monkeypatch.setattr(Ticket, "text", property(lambda self: bad if self.done else ""))
+    monkeypatch.setattr(Sequence, "text", property(lambda self: bad if self.done else ""))
     page.wait_for_selector("#adapters tr")
     said = answered(page, bad)
     assert said == [bad, bad]

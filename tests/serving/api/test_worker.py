@@ -19,7 +19,8 @@ from gossamer.errors import UsageError
 from gossamer.serving.api.app import create_app
 from gossamer.serving.api.worker import Worker
 from gossamer.serving.engine import Engine
-from gossamer.serving.request import Request, Sampling
+from gossamer.serving.sampling import Sampling
+from gossamer.serving.sequence import Sequence
 from tests.serving.api.conftest import adapter, engine
 
 
@@ -49,8 +50,8 @@ def test_it_sleeps_when_nobody_asks() -> None:
         worker = Worker(engine)
         worker.start()
         await worker.loaded.wait()
-        job = await worker.submit([Request((1, 2, 3), {}, Sampling(max_tokens=2, ignore_eos=True))])
-        assert sum([len(one.tokens) async for one in job]) == 2
+        job = await worker.submit([Sequence((1, 2, 3), {}, Sampling(max_tokens=2, ignore_eos=True))])
+        assert sum([len(one.reply.tokens) async for one in job]) == 2
         await asyncio.sleep(0.05)
         before = time.process_time()
         await asyncio.sleep(0.5)
@@ -67,7 +68,7 @@ def test_all_of_a_job_or_none_of_it() -> None:
         worker.start()
         await worker.loaded.wait()
         with pytest.raises(UsageError):
-            await worker.submit([Request((1, 2, 3)), Request(())])
+            await worker.submit([Sequence((1, 2, 3)), Sequence(())])
         assert worker.engine
         assert not await worker.call(lambda made: made.busy)
         assert not worker.watched
@@ -81,7 +82,7 @@ def test_a_stop_tells_those_who_wait(folder: Path) -> None:
         worker = Worker(lambda: engine(folder))
         worker.start()
         await worker.loaded.wait()
-        job = await worker.submit([Request((1, 2, 3), {"sql": 1.0}, Sampling(max_tokens=500, ignore_eos=True))])
+        job = await worker.submit([Sequence((1, 2, 3), {"sql": 1.0}, Sampling(max_tokens=500, ignore_eos=True))])
         waiting = asyncio.ensure_future(_all(job))
         await asyncio.sleep(0.05)
         await worker.close()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from gossamer.serving.api.worker import Progress
-from gossamer.serving.request import Top
+from gossamer.serving.sampling import TopLogprobs
+from gossamer.serving.sequence import Reply
 from gossamer.serving.spelling import Spelled, Spelling
 
 LEAST_LOGPROB = -9999.0
@@ -35,25 +36,6 @@ class Usage:
         }
 
 
-@dataclass
-class Answer:
-    """One sequence as far as it came."""
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    finish: str | None = None
-
-    def add(self, progress: Progress) -> None:
-        """Take what is new."""
-        self.text += progress.text
-        self.tokens += progress.tokens
-        self.logprobs += progress.logprobs
-        self.tops += progress.tops
-        self.finish = progress.finish
-
-
 class Form:
     """How one request is answered.
 
@@ -70,7 +52,7 @@ class Form:
         self.created = int(time.time())
         self.spellings: dict[int, Spelling] = {}
 
-    def whole(self, answers: Sequence[Answer], usage: Usage, digests: Mapping[str, str]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Reply], usage: Usage, digests: Mapping[str, str]) -> dict[str, Any]:
         """The answer in one piece."""
         choices = [
             {
@@ -89,13 +71,13 @@ class Form:
 
         That it is finished stands in a piece of its own, as clients read no text there.
         """
-        new = Answer(progress.text, [*progress.tokens], [*progress.logprobs], [*progress.tops], progress.finish)
-        made = self.made_by(progress.digests)
+        new = progress.reply
+        made = self.made_by(new.digests)
         listed = self._logprobs(progress.index, new)
         if new.tokens or new.text or first:
             yield self._chunk(progress.index, new.text, first, listed, None, made if first else {})
         if new.finish:
-            none = self._logprobs(progress.index, Answer())
+            none = self._logprobs(progress.index, Reply())
             yield self._chunk(progress.index, "", False, none, new.finish, made)
 
     def _chunk(
@@ -122,7 +104,7 @@ class Form:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.number, "object": kind, "created": self.created, "model": self.model}
 
-    def _logprobs(self, index: int, new: Answer) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, new: Reply) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
         spelling = self.spellings.setdefault(index, Spelling(self.tokenizer))
@@ -148,7 +130,7 @@ def _entry(token: Spelled, value: float) -> dict[str, Any]:
     return {"token": token.text, "logprob": _finite(value), "bytes": None if token.raw is None else [*token.raw]}
 
 
-def _by_text(tokens: Sequence[Spelled], top: Top) -> dict[str, float]:
+def _by_text(tokens: Sequence[Spelled], top: TopLogprobs) -> dict[str, float]:
     """By their texts; a token whose text stands there already by its number, as no other may take its place."""
     found: dict[str, float] = {}
     for token, (number, value) in zip(tokens, top, strict=True):

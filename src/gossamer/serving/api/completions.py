@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import APIRouter
@@ -14,14 +14,14 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import Receive, Scope, Send
 
 from gossamer.serving.api import told
-from gossamer.serving.api.answers import Answer, Form, Usage, named
+from gossamer.serving.api.answers import Form, Usage, named
 from gossamer.serving.api.faults import Refusal, refusal
 from gossamer.serving.api.keys import Tenant, Visit
 from gossamer.serving.api.schema import Chat, Completion, Generation, StreamOptions
 from gossamer.serving.api.service import Service
 from gossamer.serving.api.worker import Job, Progress
-from gossamer.serving.guidance import check_schema
-from gossamer.serving.request import Request
+from gossamer.serving.grammar import check_schema
+from gossamer.serving.sequence import Reply, Sequence
 
 PLAIN = 16
 """Tokens of a plain completion that does not say how many, as with OpenAI."""
@@ -54,7 +54,7 @@ async def _answer(
     request: HttpRequest,
     asked: Generation,
     adapters: Mapping[str, float],
-    prompts: Sequence[tuple[int, ...]],
+    prompts: list[tuple[int, ...]],
     max_tokens: int | None,
 ) -> Response:
     service, tenant = request.app.state.service, request.state.tenant
@@ -67,7 +67,7 @@ async def _answer(
     most = max_tokens or (room if isinstance(asked, Chat) else min(PLAIN, room))
     count = asked.n or 1
     wanted = [
-        Request(prompt, adapters, asked.sampling(most, number), tenant.name)
+        Sequence(prompt, adapters, asked.sampling(most, number), tenant.name)
         for prompt in prompts
         for number in range(count)
     ]
@@ -76,7 +76,7 @@ async def _answer(
     try:
         first = await service.until_gone(request, run.begin())
         if not asked.stream:
-            answers = await service.until_gone(request, run.collect(first))
+            answers = await service.until_gone(request, run.collect())
             return JSONResponse(form.whole(answers, run.usage, run.digests), headers=named(run.digests))
     except BaseException:
         run.leave()
@@ -90,7 +90,7 @@ async def _answer(
 class Run:
     """A request from the moment it counts against its tenant's limits until it is over."""
 
-    def __init__(self, service: Service, tenant: Tenant, form: Form, wanted: Sequence[Request], usage: Usage) -> None:
+    def __init__(self, service: Service, tenant: Tenant, form: Form, wanted: list[Sequence], usage: Usage) -> None:
         self.service, self.form, self.wanted, self.usage = service, form, wanted, usage
         self.began = time.monotonic()
         self.told: dict[int, float] = {}  # sequence -> when it was last heard of
@@ -116,25 +116,23 @@ class Run:
         while self.job and self.job.open:
             yield await self._next()
 
-    async def collect(self, first: Progress) -> list[Answer]:
+    async def collect(self) -> list[Reply]:
         """All of it."""
-        answers = [Answer() for _ in self.wanted]
-        answers[first.index].add(first)
-        async for progress in self:
-            answers[progress.index].add(progress)
-        return answers
+        async for _ in self:
+            pass
+        return [one.reply or Reply() for one in self.wanted]
 
     def _count(self, progress: Progress) -> None:
-        metrics, now = self.service.metrics, time.monotonic()
+        metrics, now, new = self.service.metrics, time.monotonic(), progress.reply
         if progress.index not in self.told:
-            self.digests = dict(self.digests) | dict(progress.digests)
-            self.usage.reused += progress.reused
+            self.digests = dict(self.digests) | dict(new.digests)
+            self.usage.reused += new.reused
             metrics.first.observe(now - self.began)
-            metrics.reused.inc(progress.reused)
-        elif progress.tokens:
-            metrics.between.observe((now - self.told[progress.index]) / len(progress.tokens))
+            metrics.reused.inc(new.reused)
+        elif new.tokens:
+            metrics.between.observe((now - self.told[progress.index]) / len(new.tokens))
         self.told[progress.index] = now
-        self.usage.drawn += len(progress.tokens)
+        self.usage.drawn += len(new.tokens)
 
     def leave(self) -> None:
         """It is over, however it ended; what still runs is cancelled."""

@@ -26,7 +26,7 @@ from gossamer.serving.api.fields import (
     all_whole,
 )
 from gossamer.serving.api.openais import IdleChat, IdleCompletion, IdleMessage
-from gossamer.serving.request import Sampling
+from gossamer.serving.sampling import Sampling
 
 MOST_PROMPTS = 64
 MOST_SEQUENCES = 128

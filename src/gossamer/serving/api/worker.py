@@ -10,15 +10,14 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from gossamer.errors import GossamerError, NonFiniteError, UsageError
 from gossamer.serving.api.faults import Refusal, missing, unexpected, unusable
 from gossamer.serving.engine import Engine
-from gossamer.serving.request import Request
-from gossamer.serving.ticket import Ticket
+from gossamer.serving.sequence import Reply, Sequence
 
 Result = TypeVar("Result")
 
@@ -29,19 +28,11 @@ class Progress:
 
     Attributes:
         index: which sequence of the job.
-        tokens, logprobs, tops: those that are new. text: as much as became certain.
-        digests: of the adapters that make its tokens. reused: tokens of its prompt that were not read again.
-        finish: how it ended. fault: or why it could not.
+        reply: what is new. fault: or why there is none.
     """
 
     index: int
-    text: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    tops: tuple[tuple[tuple[int, float], ...], ...]
-    digests: Mapping[str, str]
-    reused: int
-    finish: str | None
+    reply: Reply
     fault: BaseException | None
 
 
@@ -51,14 +42,14 @@ class Job:
     def __init__(self, worker: Worker, count: int) -> None:
         self.worker, self.open = worker, count
         self.news: asyncio.Queue[Progress] = asyncio.Queue()
-        self.tickets: list[Ticket] = []
+        self.sequences: list[Sequence] = []
 
     async def __aiter__(self) -> AsyncIterator[Progress]:
         while self.open:
             progress = await self.news.get()
             if progress.fault:
                 raise progress.fault
-            self.open -= progress.finish is not None
+            self.open -= progress.reply.finish is not None
             yield progress
 
     def leave(self) -> None:
@@ -69,12 +60,10 @@ class Job:
 
 @dataclass
 class _Watch:
-    """How far a ticket's news were told, and to whom."""
+    """Which sequence of which job it is."""
 
     job: Job
     index: int
-    tokens: int = 0
-    letters: int = 0
 
 
 class Worker:
@@ -92,7 +81,7 @@ class Worker:
     def __init__(self, make: Callable[[], Engine]) -> None:
         self.make = make
         self.mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.watched: dict[Ticket, _Watch] = {}
+        self.watched: dict[Sequence, _Watch] = {}
         self.names: frozenset[str] = frozenset()
         self.waiting = self.running = 0
         self.fault: BaseException | None = None
@@ -136,10 +125,10 @@ class Worker:
         self.mail.put(run)
         return await answer
 
-    async def submit(self, requests: Sequence[Request]) -> Job:
+    async def submit(self, sequences: list[Sequence]) -> Job:
         """Let the engine take all of these, or none. Raises what `Engine.submit` raises, and `Refusal`."""
-        job = Job(self, len(requests))
-        asking = asyncio.ensure_future(self.call(lambda engine: self._submit(engine, job, requests)))
+        job = Job(self, len(sequences))
+        asking = asyncio.ensure_future(self.call(lambda engine: self._submit(engine, job, sequences)))
         try:
             await asyncio.shield(asking)
         except asyncio.CancelledError:
@@ -151,10 +140,10 @@ class Worker:
         """End what of a job still runs."""
 
         def run() -> None:
-            for ticket in job.tickets:
-                self.watched.pop(ticket, None)
+            for sequence in job.sequences:
+                self.watched.pop(sequence, None)
                 if self.engine and not self.fault:
-                    self.engine.cancel(ticket)
+                    self.engine.cancel(sequence)
 
         self.mail.put(run)
 
@@ -166,22 +155,22 @@ class Worker:
 
     # In the thread ---------------------------------------------------------------------------------------------
 
-    def _submit(self, engine: Engine, job: Job, requests: Sequence[Request]) -> None:
+    def _submit(self, engine: Engine, job: Job, sequences: list[Sequence]) -> None:
         try:
-            for request in requests:
-                job.tickets.append(engine.submit(request))
+            for sequence in sequences:
+                job.sequences.append(engine.submit(sequence))
         except GossamerError as error:
-            for ticket in job.tickets:
-                engine.cancel(ticket)
+            for sequence in job.sequences:
+                engine.cancel(sequence)
             known = engine.store.names()
-            gone = [name for request in requests for name in request.adapters if name not in known]
+            gone = [name for sequence in sequences for name in sequence.adapters if name not in known]
             if gone and (fault := engine.store.fault_of(gone[0])):
                 raise unusable(gone[0], fault) from None
             if gone and isinstance(error, UsageError):  # unloaded since the client was let in
                 raise missing(gone[0]) from None
             raise
-        for index, ticket in enumerate(job.tickets):
-            self.watched[ticket] = _Watch(job, index)
+        for index, sequence in enumerate(job.sequences):
+            self.watched[sequence] = _Watch(job, index)
 
     def _run(self) -> None:
         try:
@@ -213,37 +202,23 @@ class Worker:
     def _step(self, engine: Engine) -> None:
         through = engine.step()
         self.waiting, self.running = engine.scheduler.waiting, len(engine.scheduler.running)
-        news = [(watch.job, self._news(ticket, watch)) for ticket, watch in [*self.watched.items()]]
+        news = [(watch.job, self._news(sequence, watch)) for sequence, watch in [*self.watched.items()]]
         self._tell(_deliver, [(job, progress) for job, progress in news if progress])
         if not through and engine.busy:  # adapters are being read
             with contextlib.suppress(queue.Empty):
                 self.mail.get(timeout=0.002)()
 
-    def _news(self, ticket: Ticket, watch: _Watch) -> Progress | None:
-        drawn, text = ticket.drawn, ticket.text
-        if not ticket.done and len(drawn) == watch.tokens:
+    def _news(self, sequence: Sequence, watch: _Watch) -> Progress | None:
+        news = sequence.news()
+        if news is None:
             return None
-        before, watch.tokens = watch.tokens, len(drawn)
-        letters, watch.letters = watch.letters, len(text)
-        if ticket.done:
-            del self.watched[ticket]
-        return Progress(
-            watch.index,
-            text[letters:],
-            tuple(drawn[before:]),
-            tuple(ticket.logprobs[before:]),
-            tuple(ticket.tops[before:]),
-            dict(ticket.digests),
-            ticket.reused,
-            ticket.reply.finish if ticket.reply else None,
-            _fault(ticket),
-        )
+        if sequence.done:
+            del self.watched[sequence]
+        return Progress(watch.index, news, _fault(sequence))
 
     def _fail(self, error: BaseException) -> None:
         """Tell everybody who waits."""
-        told = [
-            (watch.job, Progress(watch.index, "", (), (), (), {}, 0, None, error)) for watch in self.watched.values()
-        ]
+        told = [(watch.job, Progress(watch.index, Reply(), error)) for watch in self.watched.values()]
         self.watched.clear()
         self._tell(_deliver, told)
 
@@ -252,12 +227,12 @@ class Worker:
             self.loop.call_soon_threadsafe(function, *arguments)
 
 
-def _fault(ticket: Ticket) -> BaseException | None:
+def _fault(sequence: Sequence) -> BaseException | None:
     """Why a request has no answer; what is an adapter's fault is told as that."""
-    fault = ticket.fault
-    of = [one.name for one in ticket.held if fault is not None and one.fault is fault]
+    fault = sequence.fault
+    of = [one.name for one in sequence.held if fault is not None and one.fault is fault]
     if isinstance(fault, NonFiniteError):
-        of = of or [loaded.name for loaded, _ in ticket.mix]
+        of = of or [loaded.name for loaded, _ in sequence.mix]
     return unusable(", ".join(of), fault) if of and fault else fault
 
 
@@ -270,6 +245,6 @@ def _set(answer: asyncio.Future, result: object, error: BaseException | None) ->
         answer.set_result(result)
 
 
-def _deliver(news: Sequence[tuple[Job, Progress]]) -> None:
+def _deliver(news: Iterable[tuple[Job, Progress]]) -> None:
     for job, progress in news:
         job.news.put_nowait(progress)

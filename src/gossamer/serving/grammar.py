@@ -48,7 +48,7 @@ sys.stdout.write(json.dumps(said))
 """
 
 
-class Guide:
+class Grammar:
     """Follows one answer through a schema.
 
     Args:
@@ -97,9 +97,9 @@ class Guide:
 def check_schema(schema: str) -> str:
     """The schema, "json" spelt out. One that was not seen before is tried in a process that is ended if it takes long.
 
-    May be called from any thread, before a `Guide` is made where nothing may wait.
+    May be called from any thread, before a `Grammar` is made where nothing may wait.
 
-    Raises: what `Guide` raises for a schema.
+    Raises: what `Grammar` raises for a schema.
     """
     try:
         import llguidance  # noqa: F401

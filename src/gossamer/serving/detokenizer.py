@@ -16,7 +16,7 @@ _SURE = 4
 _SPECIAL: WeakKeyDictionary[Any, tuple[int, dict[int, str]]] = WeakKeyDictionary()
 
 
-class Writer:
+class Detokenizer:
     """Turns the tokens of one answer into text.
 
         text = decode(tokens without special ones), up to the first stop text
