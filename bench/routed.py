@@ -13,7 +13,8 @@ import torch
 
 from bench.common import Row, interleaved, report
 from gossamer.kernels.routed import Routed
-from gossamer.kernels.routing import Routing, Share, Stack
+from gossamer.kernels.routing import LinearChange, Routing, Stack
+from gossamer.linalg import LowRankPair
 
 LAYERS, RANK, ROUNDS = 30, 8, 9
 GROUPS = {
@@ -40,6 +41,10 @@ def measure() -> list[Row]:
     return rows
 
 
+def _drawn(draw: torch.Generator, inner: int, out: int) -> LowRankPair:
+    return LowRankPair(torch.randn(RANK, inner, generator=draw), torch.randn(out, RANK, generator=draw))
+
+
 def _case(targets: str, groups: Any, routing: Routing, many: int) -> list[Row]:
     draw = torch.Generator().manual_seed(0)
     ways: dict[str, list[tuple[Routed, torch.Tensor, list[torch.Tensor]]]] = {way: [] for way in WAYS}
@@ -47,10 +52,12 @@ def _case(targets: str, groups: Any, routing: Routing, many: int) -> list[Row]:
         x = torch.randn(routing.rows, inner, generator=draw)
         stacks = {
             number: Stack.of(
-                [Share(torch.randn(RANK, inner, generator=draw), torch.randn(out, RANK, generator=draw)) if on else None
-                 for out, on in zip(outs, adapted, strict=True)], outs, x)
+                [LinearChange(_drawn(draw, inner, out)) if on else None for out, on in zip(outs, adapted, strict=True)],
+                outs,
+                x,
+            )
             for number in range(many)
-        }  # fmt: skip
+        }
         for way in WAYS:
             ways[way].append((Routed(stacks, routing, way), x, [torch.zeros(routing.rows, out) for out in outs]))
     for every in zip(*ways.values(), strict=True):

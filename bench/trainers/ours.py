@@ -115,5 +115,5 @@ def ours_loss(model: Any, work: Work, variant: Variant) -> Callable[[], Tensor]:
 @contextmanager
 def plain_layers(wanted: bool) -> Iterator[None]:
     """If wanted, let adapted modules do what the equation says, operation by operation."""
-    with patch.object(LoRALayer, "plain_term", lambda layer: None) if wanted else ExitStack():
+    with patch.object(LoRALayer, "plain_pair", lambda layer: None) if wanted else ExitStack():
         yield

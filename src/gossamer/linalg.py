@@ -1,26 +1,154 @@
-"""Arithmetic on the product B A that never forms it."""
+"""Low-rank pairs, `scaling * B A`, and the decompositions they come from; the product is formed where it is smaller.
+
+B = Q R    A^T = P S    R S^T = X diag(s) Y^T    B A = (Q X) diag(s) (P Y)^T
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
-    """Singular values of `scaling * B A`, largest first.
+@dataclass(frozen=True, eq=False)
+class LowRankPair:
+    """The change `scaling * B A` of a matrix, or of each matrix of a stack.
 
-    With B = Q R and A^T = P S they are those of the (r, r) matrix `scaling * R S^T`.
-
-    Args:
-        lora_A: (r, in). lora_B: (out, r).
-
-    Returns:
-        (r,) in float32 or the factors' wider dtype. Cost: O(r^2 (in + out)).
+    Attributes:
+        lora_A: (..., r, in). lora_B: (..., out, r), with the same leading dimensions. scaling: alpha / r, or the like.
     """
-    wide = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
-    outer = torch.linalg.qr(lora_B.to(wide), mode="r").R
-    inner = torch.linalg.qr(lora_A.T.to(wide), mode="r").R
-    return torch.linalg.svdvals(outer @ inner.T) * abs(scaling)
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension r of each matrix."""
+        return self.lora_A.shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of what it changes, (..., out, in)."""
+        return (*self.lora_B.shape[:-1], self.lora_A.shape[-1])
+
+    def __getitem__(self, index: int) -> LowRankPair:
+        """One matrix's pair of a stack."""
+        return replace(self, lora_A=self.lora_A[index], lora_B=self.lora_B[index])
+
+    def to(self, *like: Any) -> LowRankPair:
+        """Both factors as `Tensor.to` makes them."""
+        return replace(self, lora_A=self.lora_A.to(*like), lora_B=self.lora_B.to(*like))
+
+    def wide(self) -> LowRankPair:
+        """Both factors without gradient in one dtype, their wider one, at least float32."""
+        dtype = torch.promote_types(torch.promote_types(self.lora_A.dtype, self.lora_B.dtype), torch.float32)
+        return LowRankPair(self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype), self.scaling)
+
+    def scaled(self, weight: float) -> LowRankPair:
+        """`weight` times the change: the scaling alone differs."""
+        return replace(self, scaling=weight * self.scaling)
+
+    def folded(self) -> LowRankPair:
+        """The same change with the scaling multiplied into B."""
+        return self if self.scaling == 1.0 else LowRankPair(self.lora_A, self.scaling * self.lora_B)
+
+    @classmethod
+    def concatenated(cls, pairs: Sequence[LowRankPair]) -> LowRankPair:
+        """The exact sum of changes of one shape: A below each other, scaled B side by side; ranks add."""
+        if len(pairs) == 1:
+            return pairs[0]
+        folded = [pair.folded() for pair in pairs]
+        return cls(torch.cat([one.lora_A for one in folded], -2), torch.cat([one.lora_B for one in folded], -1))
+
+    @classmethod
+    def stacked(cls, pairs: Sequence[LowRankPair]) -> LowRankPair:
+        """Pairs of single matrices as one of a stack, (count, ...), with zeros up to the largest rank."""
+        most = max([1, *(pair.rank for pair in pairs)])
+        folded = [pair.folded() for pair in pairs]
+        inner = [torch.nn.functional.pad(one.lora_A, (0, 0, 0, most - one.rank)) for one in folded]
+        outer = [torch.nn.functional.pad(one.lora_B, (0, most - one.rank)) for one in folded]
+        return cls(torch.stack(inner), torch.stack(outer))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The low-rank term `scaling * B A x` of a single matrix: the plain twin of every faster kernel.
+
+        Args:
+            x: (..., in), any floating dtype; the product runs in it, so float32 factors beside a bfloat16 base cost
+                bfloat16 matrix products while their gradients arrive in float32.
+
+        Returns:
+            (..., out) in x's dtype. Cost: 2 r (in + out) FLOPs a row.
+
+        Source: Hu et al. 2021, arXiv:2106.09685, equation 3.
+        """
+        down = torch.nn.functional.linear(x, self.lora_A.to(x.dtype))
+        return torch.nn.functional.linear(down, self.lora_B.to(x.dtype)) * self.scaling
+
+    def delta(self) -> Tensor:
+        """`scaling * B A`, (..., out, in), in the factors' wider dtype and at least float32."""
+        dtype = torch.promote_types(torch.promote_types(self.lora_A.dtype, self.lora_B.dtype), torch.float32)
+        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
+    def is_finite(self) -> bool:
+        """Whether no factor holds NaN or infinity."""
+        return bool(self.lora_A.isfinite().all() and self.lora_B.isfinite().all())
+
+    def norm(self) -> float:
+        """The Frobenius norm of the change, of all matrices together."""
+        pair = self.folded()
+        if pair.rank >= min(pair.shape[-2:]):
+            return (pair.lora_B @ pair.lora_A).norm().item()
+        cores = torch.linalg.qr(pair.lora_B, mode="r").R @ torch.linalg.qr(pair.lora_A.mT, mode="r").R.mT
+        return cores.norm().item()
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The singular value decomposition, through the small core of two QR decompositions; float32 or wider.
+
+        Returns:
+            U (..., out, k), s (..., k), V^T (..., k, in), largest first. Without leading dimensions k is at most
+            min(r, in, out). Cost: O(r^2 (in + out)); the (out, in) matrix is never formed.
+        """
+        pair = self.folded()
+        left, core_left = torch.linalg.qr(pair.lora_B)
+        right, core_right = torch.linalg.qr(pair.lora_A.mT)
+        turn, values, turned = torch.linalg.svd(core_left @ core_right.mT, full_matrices=False)
+        return left @ turn, values, turned @ right.mT
+
+    def resized(self, rank: int, seed: int = 0) -> LowRankPair:
+        """The pair of rank at most `rank` that is nearest in the Frobenius norm, evenly balanced; of a single matrix.
+
+        Args:
+            seed: see `nearest`, which serves where the factors are so wide that the matrix itself is smaller.
+
+        Source: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
+        """
+        if 2 * self.rank > min(self.shape):
+            pair = self.folded()
+            return self.nearest(pair.lora_B @ pair.lora_A, rank, seed)
+        return self.balanced(*self.svd(), rank)
+
+    @classmethod
+    def nearest(cls, matrix: Tensor, rank: int, seed: int = 0) -> LowRankPair:
+        """The nearest pair to a matrix (out, in), in float32 or the matrix's wider dtype.
+
+        By a random subspace of that seed where the rank is small, else exactly; a smaller rank where it has no more.
+        """
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        if 4 * rank <= min(matrix.shape):
+            left, values, right = randomised_svd(matrix, rank, torch.Generator().manual_seed(seed))
+        else:
+            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return cls.balanced(left, values, right, rank)
+
+    @classmethod
+    def balanced(cls, left: Tensor, values: Tensor, right: Tensor, rank: int) -> LowRankPair:
+        """The first `rank` singular triplets, with the root of the singular values in each factor."""
+        root = values[..., :rank].sqrt()
+        return cls(root[..., None] * right[..., :rank, :], left[..., :rank] * root[..., None, :])
 
 
 def randomised_svd(
@@ -48,67 +176,6 @@ def randomised_svd(
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
     return (basis @ left)[:, :rank], values[:rank], right[:rank]
-
-
-def factor_svd(inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of `B A`, through the small core of two QR decompositions.
-
-        B = Q R    A^T = P S    R S^T = X diag(s) Y^T    B A = (Q X) diag(s) (P Y)^T
-
-    Args:
-        inner: A, (..., r, in), float32 or wider. outer: B, (..., out, r), of the same dtype.
-
-    Returns:
-        U (..., out, k), s (..., k), V^T (..., k, in), largest first. Without leading dimensions k is at most
-        min(r, in, out). Cost: O(r^2 (in + out)); the (out, in) matrix is never formed.
-    """
-    left, core_left = torch.linalg.qr(outer)
-    right, core_right = torch.linalg.qr(inner.mT)
-    turn, values, turned = torch.linalg.svd(core_left @ core_right.mT, full_matrices=False)
-    return left @ turn, values, turned @ right.mT
-
-
-def product_norm(inner: Tensor, outer: Tensor) -> float:
-    """The Frobenius norm of `B A`, (..., r, in) and (..., out, r); formed only where the factors are no smaller."""
-    if inner.shape[-2] >= min(inner.shape[-1], outer.shape[-2]):
-        return (outer @ inner).norm().item()
-    cores = torch.linalg.qr(outer, mode="r").R @ torch.linalg.qr(inner.mT, mode="r").R.mT
-    return cores.norm().item()
-
-
-def truncated(inner: Tensor, outer: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The factors of rank at most `rank` that are nearest to `B A` in the Frobenius norm, evenly balanced.
-
-    Args:
-        inner: A, (r, in), float32 or wider. outer: B, (out, r).
-        seed: see `nearest_factors`, which serves where the factors are so wide that the matrix itself is smaller.
-
-    Returns: `diag(s)^(1/2) V^T` (rank, in) and `U diag(s)^(1/2)` (out, rank).
-
-    Source: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
-    """
-    if 2 * inner.shape[0] > min(inner.shape[1], outer.shape[0]):
-        return nearest_factors(outer @ inner, rank, seed)
-    left, values, right = factor_svd(inner, outer)
-    return balanced(left[:, :rank], values[:rank], right[:rank])
-
-
-def nearest_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The same of a matrix (out, in): by a random subspace of that seed where the rank is small, else exactly.
-
-    Returns: A (rank, in) and B (out, rank), in float32 or the matrix's wider dtype; fewer where it has fewer.
-    """
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    if 4 * rank <= min(matrix.shape):
-        return balanced(*randomised_svd(matrix, rank, torch.Generator().manual_seed(seed)))
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return balanced(left[:, :rank], values[:rank], right[:rank])
-
-
-def balanced(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B with the root of the singular values in each."""
-    root = values.sqrt()
-    return root[:, None] * right, left * root
 
 
 def all_zero(tensor: Tensor) -> bool:

@@ -22,6 +22,7 @@ FLOORS = (
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 BESIDE = {
+    "kernels": {"linalg"},
     "spec": {"errors", "peers"},
     "adapter": {"errors", "spec"},
     "attachment": {"methods"},

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gossamer.kernels import reference
 from gossamer.kernels.linears import ACTIVATIONS, Norm, Term, gated_mlp, linears, normed_linears
+from gossamer.linalg import LowRankPair
 
 DOUBLE = torch.float64
 
@@ -35,13 +35,12 @@ def factors(outer: int, inner: int, rank: int = 2, dtype: torch.dtype = DOUBLE) 
 
 
 def by_hand(x: Tensor, maps: Sequence[Map], terms: Sequence[Sequence[Term]]) -> list[Tensor]:
-    """`reference.lora` beside each map, rows by rows."""
+    """`LowRankPair.apply` beside each map, rows by rows."""
     outs = []
     for one, beside in zip(maps, terms, strict=True):
         out = nn.functional.linear(x, *one.affine())
-        for term in beside:
-            start, stop = term.rows
-            part = reference.lora(x[start:stop], term.lora_A, term.lora_B, term.scaling)
+        for pair, (start, stop) in beside:
+            part = pair.apply(x[start:stop])
             out = out + nn.functional.pad(part, (0, 0, start, len(x) - start - len(part)))
         outs.append(out)
     return outs
@@ -55,12 +54,16 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
 MAPS = [(6, 8, True), (4, 8, False), (4, 8, False)]
 
 
+def term(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Term:
+    return Term(LowRankPair(lora_A, lora_B, scaling))
+
+
 def three_terms(flat: Sequence[Tensor]) -> list[list[Term]]:
     """One term, none, and two for different rows and of different ranks."""
     return [
-        [Term(flat[0], flat[1], 0.5)],
+        [term(flat[0], flat[1], 0.5)],
         [],
-        [Term(flat[2], flat[3], 2.0, (0, 2)), Term(flat[4], flat[5], 1.5, (2, None))],
+        [Term(LowRankPair(flat[2], flat[3], 2.0), (0, 2)), Term(LowRankPair(flat[4], flat[5], 1.5), (2, None))],
     ]
 
 
@@ -91,14 +94,14 @@ def test_a_gated_mlp(activation: str, offset: bool) -> None:
     norm = Norm(torch.rand(6, dtype=DOUBLE), 1e-5, offset)
 
     def terms(flat: Sequence[Tensor]) -> list[list[Term]]:
-        return [[Term(flat[0], flat[1], 0.5)], [Term(flat[2], flat[3], 2.0)], [Term(flat[4], flat[5], 0.7)]]
+        return [[term(flat[0], flat[1], 0.5)], [term(flat[2], flat[3], 2.0)], [term(flat[4], flat[5], 0.7)]]
 
     gate, up = by_hand(normed(x[0], norm), maps[:2], terms(flat)[:2])
     act, _ = ACTIVATIONS[activation]
     (down,) = by_hand(act(gate) * up, maps[2:], terms(flat)[2:])
     torch.testing.assert_close(gated_mlp(x, norm, activation, maps, terms(flat))[0], x[0] + down)
     assert torch.autograd.gradcheck(lambda x, *flat: gated_mlp(x, norm, activation, maps, terms(flat)), (x, *flat))
-    some = [[], [Term(*flat[2:4], 2.0)], []]
+    some = [[], [term(*flat[2:4], 2.0)], []]
     assert torch.autograd.gradcheck(lambda x, *_: gated_mlp(x, norm, activation, maps, some), (x, *flat[2:4]))
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.kernels.routed import Routed, reference
-from gossamer.kernels.routing import Routing, Share, Stack
+from gossamer.kernels.routing import LinearChange, Routing, Stack
+from gossamer.linalg import LowRankPair
 
 OUTS, INNER = (6, 4, 5), 7
 WAYS = ("segmented", "concatenated", "gathered")
@@ -17,17 +18,15 @@ mixes = st.lists(st.tuples(st.integers(0, 4), weights), max_size=3, unique_by=la
 runs = st.lists(st.tuples(mixes, st.integers(1, 4)), min_size=1, max_size=9)
 
 
-def drawn_share(draw: torch.Generator, out: int, plain: bool) -> Share | None:
-    """Factors of rank 0 to 3, and, unless plain, any of what else a share may have."""
+def drawn_change(draw: torch.Generator, out: int, plain: bool) -> LinearChange | None:
+    """Factors of rank 0 to 3, and, unless plain, any of what else a change may have."""
     rank = int(torch.randint(0, 4, (), generator=draw))
 
     def some(*shape: int) -> torch.Tensor | None:
         return torch.randn(shape, generator=draw) if not plain and torch.rand((), generator=draw) < 0.3 else None
 
-    factors = (
-        (torch.randn(rank, INNER, generator=draw), torch.randn(out, rank, generator=draw)) if rank else (None,) * 2
-    )
-    return Share(*factors, some(out), some(out), None, some(out, INNER), some(out))
+    factors = (torch.randn(rank, INNER, generator=draw), torch.randn(out, rank, generator=draw)) if rank else None
+    return LinearChange(factors and LowRankPair(*factors), some(out), some(out), None, some(out, INNER), some(out))
 
 
 def stacks(seed: int, plain: bool = True) -> dict[int, Stack]:
@@ -35,7 +34,7 @@ def stacks(seed: int, plain: bool = True) -> dict[int, Stack]:
     draw = torch.Generator().manual_seed(seed)
     like = torch.zeros(1, INNER, dtype=torch.float64)
     return {
-        number: Stack.of([drawn_share(draw, out, plain or number < 3) for out in OUTS], OUTS, like)
+        number: Stack.of([drawn_change(draw, out, plain or number < 3) for out in OUTS], OUTS, like)
         for number in range(5)
     }
 
@@ -104,9 +103,9 @@ def test_one_mix_for_all_rows_is_one_product_for_all_maps(length: int) -> None:
 def test_inputs_are_scaled_for_the_rows_that_ask_for_it(way: str) -> None:
     draw = torch.Generator().manual_seed(3)
     like = torch.zeros(1, INNER, dtype=torch.float64)
-    scaled = Share(given=torch.randn(INNER, generator=draw))
-    factors = Share(torch.randn(2, INNER, generator=draw), torch.randn(OUTS[0], 2, generator=draw))
-    stacked = {0: Stack.of([scaled], OUTS[:1], like), 1: Stack.of([factors], OUTS[:1], like)}
+    scaled = LinearChange(given=torch.randn(INNER, generator=draw))
+    pair = LowRankPair(torch.randn(2, INNER, generator=draw), torch.randn(OUTS[0], 2, generator=draw))
+    stacked = {0: Stack.of([scaled], OUTS[:1], like), 1: Stack.of([LinearChange(pair)], OUTS[:1], like)}
     routing = Routing((((0, 1.0),), (), ((1, 1.0),)), (2, 1, 2))
     x, there = torch.randn(5, INNER, generator=draw, dtype=torch.float64), maps(draw, OUTS[:1])
     right = reference(x, there, stacked, routing)
@@ -116,7 +115,7 @@ def test_inputs_are_scaled_for_the_rows_that_ask_for_it(way: str) -> None:
 @pytest.mark.parametrize("way", ["segmented", "gathered"])
 def test_a_row_of_the_base_is_untouched_to_the_bit_even_by_nan(way: str) -> None:
     stacked = stacks(1)
-    stacked[0] = stacked[0]._replace(lora_A=torch.full_like(stacked[0].lora_A, torch.nan))
+    stacked[0].lora_A.fill_(torch.nan)
     routing = Routing((((0, 1.0),), (), ((1, 1.0),)), (1, 1, 1))
     x, there = torch.randn(3, INNER, dtype=torch.float64), maps(torch.Generator().manual_seed(0))
     outs, alone = routed(x, there, stacked, routing, way), routed(x, there, {}, Routing(((),), (3,)), None)
@@ -158,17 +157,20 @@ def test_beside_sixteen_bits_a_cpu_adds_in_float32(way: str, length: int, dtype:
     """Terms of few rows are rounded once, with the sum; those of long runs as the maps' own outputs are."""
     draw = torch.Generator().manual_seed(0)
     like = torch.zeros(1, INNER, dtype=dtype)
-    shares = {number: [drawn_share(draw, out, number < 2) for out in OUTS] for number in range(3)}
-    narrow = {number: Stack.of(each, OUTS, like) for number, each in shares.items()}
-    assert all(one.dtype == torch.float32 for stack in narrow.values() for one in (stack.lora_A, *stack.lora_B))
+    changes = {number: [drawn_change(draw, out, number < 2) for out in OUTS] for number in range(3)}
+    narrow = {number: Stack.of(each, OUTS, like) for number, each in changes.items()}
     assert all(
-        one.dtype == dtype for stack in narrow.values() for share in stack.rest for one in share if one is not None
+        one.dtype == torch.float32
+        for stack in narrow.values()
+        for pair in stack.pairs
+        for one in (pair.lora_A, pair.lora_B)
     )
+    assert all(one.dtype == dtype for stack in narrow.values() for rest in stack.rest for one in rest.tensors())
     x = torch.randn(3 * length, INNER, generator=draw).to(dtype)
     there = [(weight.to(dtype), None) for weight, _ in maps(draw)]
     routing = Routing((((0, 1.0),), ((1, 0.5), (0, 1.0)), ((2, 1.0),)), (length,) * 3)
     outs = routed(x, there, narrow, routing, way)
-    wide = {number: Stack.of(each, OUTS, like.double()) for number, each in shares.items()}
+    wide = {number: Stack.of(each, OUTS, like.double()) for number, each in changes.items()}
     exact = reference(x.double(), [(weight.double(), None) for weight, _ in there], wide, routing)
     slack = 16 * torch.finfo(dtype).eps
     for got, right in zip(outs, exact, strict=True):

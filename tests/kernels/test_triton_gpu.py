@@ -7,6 +7,7 @@ import torch
 
 from gossamer.kernels import elementwise
 from gossamer.kernels.linears import Norm, Term, gated_mlp
+from gossamer.linalg import LowRankPair
 from tests.kernels import elementwise_cases as cases
 from tests.kernels import routed_cases
 from tests.kernels.test_linears import Map
@@ -40,7 +41,7 @@ def test_a_gated_mlp_in_bfloat16_equals_the_eager_one(monkeypatch: pytest.Monkey
         flat = [torch.randn(size, device="cuda", requires_grad=True) for size in ((4, 64), (128, 4))]
         x = torch.randn(33, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         norm = Norm(torch.ones(64, device="cuda", dtype=torch.bfloat16), 1e-5)
-        out = gated_mlp(x, norm, "silu", maps, [[Term(flat[0], flat[1], 0.1)], [], []])
+        out = gated_mlp(x, norm, "silu", maps, [[Term(LowRankPair(flat[0], flat[1], 0.1))], [], []])
         out.float().square().mean().backward()
         results.append([out.detach(), x.grad, *(one.grad for one in flat)])
     for plain, fused in zip(*results, strict=True):

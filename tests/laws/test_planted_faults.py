@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import gossamer as gs
 from gossamer.adapter import Adapter
 from gossamer.attachment import host, layers, site, verbs
-from gossamer.kernels.linears import Term
+from gossamer.linalg import LowRankPair
 from gossamer.methods import LoRA
 from gossamer.methods.lora_layers import LoRALayer
 from tests.laws import test_laws as laws
@@ -153,7 +153,8 @@ def copy_in_single(patch: pytest.MonkeyPatch) -> None:
 
 
 def cut_a_gradient(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LoRALayer, "plain_term", lambda self: Term(self.factors[0].detach(), self.factors[1], self.scaling))
+    cut = lambda self: LowRankPair(self.pair.lora_A.detach(), self.pair.lora_B, self.scaling)  # noqa: E731
+    patch.setattr(LoRALayer, "plain_pair", cut)
 
 
 def always_drop(patch: pytest.MonkeyPatch) -> None:

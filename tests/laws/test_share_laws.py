@@ -1,4 +1,4 @@
-"""What a layer says of its share in rows of a batch is what it does when it runs alone."""
+"""What a layer says that it changes of a linear map, for rows of a batch, is what it does when it runs alone."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ SHARED = {"lora", "dora", "vera", "ia3", "bitfit", "full"}
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_share_is_what_the_layer_does(method: str, data: st.DataObject) -> None:
+def test_a_change_of_rows_is_what_the_layer_does(method: str, data: st.DataObject) -> None:
     case = data.draw(cases(method))
     net, fresh = case.net(), case.net()
     _, layers = stored_layers(fresh, trained(net, data.draw(SPECS[method])))
     modules = dict(fresh.named_modules())
     linear = [(shape, layer) for shape, layer in layers.values() if shape.kind in LINEAR_KINDS]
-    assert not any(layer.share(Frozen(shape, modules[shape.path])) for shape, layer in layers.values()
+    assert not any(layer.linear_change(Frozen(shape, modules[shape.path])) for shape, layer in layers.values()
                    if shape.kind not in LINEAR_KINDS)  # fmt: skip
     for shape, layer in linear:
         base = Frozen(shape, modules[shape.path])
-        share = layer.share(base)
-        assert (share is not None) == (method in SHARED or shape.path.endswith("norm") or _whole(layer))
-        if share is None:
+        change = layer.linear_change(base)
+        assert (change is not None) == (method in SHARED or shape.path.endswith("norm") or _whole(layer))
+        if change is None:
             continue
         x = torch.randn(3, shape.in_features, generator=torch.Generator().manual_seed(case.seed)).to(case.dtype)
         with torch.no_grad():
             right = layer(base, x)
-            stacks = {0: Stack.of([share], [shape.out_features], x)}
+            stacks = {0: Stack.of([change], [shape.out_features], x)}
             routing = Routing((((0, 1.0),),), (3,))
             plain = reference(
-                x.double(), [_wide(base)], {0: Stack.of([share], [shape.out_features], x.double())}, routing
+                x.double(), [_wide(base)], {0: Stack.of([change], [shape.out_features], x.double())}, routing
             )
             routed = Routed(stacks, routing)
             out = base(routed.before(x))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def dora(out: Tensor, down: Tensor, lora_B: Tensor, ratio: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-    """`reference.dora` of `term = scaling * B down`: the low-rank product is accumulated onto `out`, in one pass.
+    """`plain_dora` of `term = scaling * B down`: the low-rank product is accumulated onto `out`, in one pass.
 
     Args:
         out: (..., out), W x + b. down: (..., r), A x. lora_B: (out, r). ratio: (out,).
@@ -46,3 +46,19 @@ class _DoRA(torch.autograd.Function):
         for_down = ctx.scaling * (scaled @ factor)
         for_factor = ctx.scaling * (scaled.T @ down)
         return scaled, for_down, for_factor, for_ratio, None, None
+
+
+def plain_dora(out: Tensor, term: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
+    """The plain twin: `ratio * (W x + scaling * B A x) + b`, from the frozen output and the low-rank term.
+
+    Args:
+        out: W x + b, channels last.
+        term: scaling * B A x, likewise.
+        ratio: (channels,), the magnitude over the norm of W + scaling * B A, row by row; 1 leaves `out` bit for bit.
+        bias: b, (channels,), which is not scaled.
+
+    Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
+    """
+    ratio = ratio.to(out.dtype)
+    frozen = out if bias is None else out - bias
+    return out + (ratio - 1) * frozen + ratio * term

@@ -4,7 +4,7 @@
 
 Kept for the backward is what cannot be made again cheaply: x, x A^T, and gate and up of a gated MLP. Norms and
 activations are computed again; no cast, sum or scaled product is kept, and of a frozen weight there is no gradient.
-The plain twins are `reference.lora` beside a linear module, and the layers of transformers' own models.
+The plain twins are `LowRankPair.apply` beside a linear module, and the layers of transformers' own models.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from gossamer.kernels import elementwise
 from gossamer.kernels.elementwise import ACTIVATIONS as ACTIVATIONS
+from gossamer.linalg import LowRankPair
 
 
-class Frozen(Protocol):
-    """A linear map that is not trained. One that is stored in few bits rebuilds its weight whenever it is asked."""
+class AffineMap(Protocol):
+    """A frozen linear map. One that is stored in few bits rebuilds its weight whenever it is asked."""
 
     def affine(self) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in), and bias (out,) or None."""
@@ -29,26 +30,21 @@ class Frozen(Protocol):
 
 
 class Term(NamedTuple):
-    """The low-rank term `scaling * B A` beside one map: A (r, in), B (out, r), for the rows `start..stop` of x."""
+    """A low-rank pair beside one map, for the rows `start..stop` of x."""
 
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
+    pair: LowRankPair
     rows: tuple[int, int | None] = (0, None)
 
 
-Terms = Sequence[Sequence[Term]]
-"""The terms beside each of the maps; none where nothing is adapted, several where rows have different adapters."""
-
-
-def linears(x: Tensor, maps: Sequence[Frozen], terms: Terms) -> tuple[Tensor, ...]:
+def linears(x: Tensor, maps: Sequence[AffineMap], terms: Sequence[Sequence[Term]]) -> tuple[Tensor, ...]:
     """`y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T` of each map.
 
     Args:
         x: (..., in), in the weights' dtype; products run in it, gradients of A and B arrive in theirs.
+        terms: beside each of the maps; none where nothing is adapted, several where rows have different adapters.
 
     Returns:
-        (..., out_i) each. Keeps x and (..., sum of ranks). Equals `reference.lora` beside each map.
+        (..., out_i) each. Keeps x and (..., sum of ranks). Equals `LowRankPair.apply` beside each map.
 
     Source: Hu et al. 2021, arXiv:2106.09685, equation 3.
     """
@@ -57,7 +53,9 @@ def linears(x: Tensor, maps: Sequence[Frozen], terms: Terms) -> tuple[Tensor, ..
     return tuple(out.view(*x.shape[:-1], -1) for out in outs)  # pyright: ignore[reportOptionalIterable]
 
 
-def normed_linears(x: Tensor, norm: Norm, maps: Sequence[Frozen], terms: Terms) -> tuple[Tensor, ...]:
+def normed_linears(
+    x: Tensor, norm: Norm, maps: Sequence[AffineMap], terms: Sequence[Sequence[Term]]
+) -> tuple[Tensor, ...]:
     """`linears(rms_norm(x))`: keeps x, which the residual stream keeps anyway, and one number a row for the norm.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
@@ -67,7 +65,9 @@ def normed_linears(x: Tensor, norm: Norm, maps: Sequence[Frozen], terms: Terms) 
     return tuple(out.view(*x.shape[:-1], -1) for out in outs)  # pyright: ignore[reportOptionalIterable]
 
 
-def gated_mlp(x: Tensor, norm: Norm, activation: str, maps: Sequence[Frozen], terms: Terms) -> Tensor:
+def gated_mlp(
+    x: Tensor, norm: Norm, activation: str, maps: Sequence[AffineMap], terms: Sequence[Sequence[Term]]
+) -> Tensor:
     """`x + down(act(gate(n)) * up(n))`, n = rms_norm(x): keeps x, gate and up.
 
     Args:
@@ -121,7 +121,7 @@ class _Member(NamedTuple):
 class _Group:
     """Frozen maps that read the same input, and the terms beside them, those of the same rows together."""
 
-    maps: Sequence[Frozen]
+    maps: Sequence[AffineMap]
     parts: Sequence[tuple[slice, Sequence[_Member]]]
 
     def forward(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -169,18 +169,18 @@ class _Group:
             yield rows, members, factors[start:end:2], factors[start + 1 : end : 2]
 
 
-def _split(maps: Sequence[Frozen], terms: Terms) -> tuple[_Group, list[Tensor]]:
+def _split(maps: Sequence[AffineMap], terms: Sequence[Sequence[Term]]) -> tuple[_Group, list[Tensor]]:
     """Terms of the same rows side by side, and their factors in that order: tensors reach autograd one by one."""
-    by_rows: dict[tuple[int, int | None], list[tuple[int, Term]]] = {}
+    by_rows: dict[tuple[int, int | None], list[tuple[int, LowRankPair]]] = {}
     for index, beside in enumerate(terms):
-        for term in beside:
-            by_rows.setdefault(term.rows, []).append((index, term))
+        for pair, rows in beside:
+            by_rows.setdefault(rows, []).append((index, pair))
     parts, factors = [], []
     for (start, stop), found in by_rows.items():
         members, end = [], 0
-        for index, term in found:
-            members.append(_Member(index, term.scaling, slice(end, end := end + len(term.lora_A))))
-            factors += [term.lora_A, term.lora_B]
+        for index, pair in found:
+            members.append(_Member(index, pair.scaling, slice(end, end := end + pair.rank)))
+            factors += [pair.lora_A, pair.lora_B]
         parts.append((slice(start, stop), members))
     return _Group(maps, parts), factors
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.elementwise import triton_takes
-from gossamer.kernels.routing import Mix, Routing, Share, Stack, mixed
+from gossamer.kernels.routing import LinearChange, Mix, Routing, Stack, mixed
 from gossamer.kernels.slots import Gathered, Slotted
+from gossamer.linalg import LowRankPair
 
 LONG_ON_CUDA = 512
 """Rows that runs must have on average for products of their own, where each is so many launches."""
@@ -51,7 +52,7 @@ class Routed:
         self.way, self.slots = way or routing.way, None
         made = {mix: mixed(stacks, mix) for mix in routing.distinct}
         self.rest = _Rest(routing, made) if any(stack.rest for stack in made.values()) else None
-        if not any(outer.shape[1] for stack in made.values() for outer in stack.lora_B):
+        if not any(len(stack.lora_A) for stack in made.values()):
             self.way = "none"
         self.parts = [(rows, made[mix]) for rows, mix in routing.runs]
         self.of_all = self._of_all(routing)
@@ -72,7 +73,7 @@ class Routed:
         ((rows, stack),) = self.parts
         if rows != slice(0, routing.rows) or stack.lora_A.device.type != "cpu":
             return None
-        return stack, torch.block_diag(*stack.lora_B)
+        return stack, torch.block_diag(*(pair.lora_B for pair in stack.pairs))
 
     def _better_slotted(self, routing: Routing, there: Gathered | Slotted | None) -> bool:
         """Whether kernels are to look slots up: on CUDA where runs are short, and where it was so before."""
@@ -102,9 +103,9 @@ class Routed:
             for rows, stack in self.parts:
                 given = x[rows] if rows.stop - rows.start > FEW else x[rows].to(stack.lora_A.dtype)
                 down = given @ stack.lora_A.to(given.dtype).T
-                for out, outer, columns in zip(outs, stack.lora_B, stack.columns, strict=True):
-                    if outer.shape[1]:
-                        add_product(out[rows], down[:, columns], outer.to(down.dtype))
+                for out, pair, columns in zip(outs, stack.pairs, stack.columns, strict=True):
+                    if pair.rank:
+                        add_product(out[rows], down[:, columns], pair.lora_B.to(down.dtype))
         elif self.way == "concatenated":
             down = x.to(self.inner.dtype) @ self.inner.T
             down.masked_fill_(self.others, 0.0)  # not times 0: another's overflow stays his own
@@ -120,10 +121,11 @@ class Routed:
         stacks = [*made.values()]
         inner, outer, owners, self.columns = [], [], [], []
         end = 0
-        for index in range(len(stacks[0].lora_B)):
-            inner += [stack.lora_A[stack.columns[index]] for stack in stacks]
-            outer.append(torch.cat([stack.lora_B[index] for stack in stacks], 1))
-            owners += [one for one, stack in enumerate(stacks) for _ in range(stack.lora_B[index].shape[1])]
+        for pairs in zip(*(stack.pairs for stack in stacks), strict=True):
+            both = LowRankPair.concatenated(pairs)
+            inner.append(both.lora_A)
+            outer.append(both.lora_B)
+            owners += [one for one, pair in enumerate(pairs) for _ in range(pair.rank)]
             self.columns.append(slice(end, end := end + outer[-1].shape[1]))
         self.inner, self.outer = torch.cat(inner), outer
         of_row = torch.full((routing.rows,), -1)
@@ -150,8 +152,8 @@ class _Rest:
         for rows, mix in routing.runs:
             of_row[rows] = number[mix]
         self.index = of_row.to(first.lora_A.device)
-        shares = [stack.rest or (Share(),) * len(first.lora_B) for stack in made.values()]
-        each = [[one[place] for one in shares] for place in range(len(first.lora_B))]  # for each map, of all mixes
+        shares = [stack.rest or (LinearChange(),) * len(first.pairs) for stack in made.values()]
+        each = [[one[place] for one in shares] for place in range(len(first.pairs))]  # for each map, of all mixes
         self.given = _table([one.given for one in each[0]], 1.0)
         self.gains = [_table([one.gain for one in shares], 1.0) for shares in each]
         self.shifts = [_table([one.shift for one in shares], 0.0) for shares in each]
@@ -193,7 +195,7 @@ def reference(
         for here in range(row, row + length):
             for place, (weight, bias) in enumerate(maps):
                 rest = [stacks[number].rest[place] for number, _ in mix if stacks[number].rest]
-                share = rest[0] if rest else Share()
+                share = rest[0] if rest else LinearChange()
                 if share.weight is not None:
                     weight, bias = share.weight, share.bias
                 given = x[here] if share.given is None else share.given * x[here]
@@ -201,9 +203,8 @@ def reference(
                 out = out if share.gain is None else share.gain * out
                 out = out if share.shift is None else share.shift + out
                 for number, much in mix:
-                    stack = stacks[number]
-                    down = stack.lora_A[stack.columns[place]] @ x[here].to(stack.lora_A.dtype)
-                    out = out + much * (stack.lora_B[place] @ down)
+                    pair = stacks[number].pairs[place]
+                    out = out + much * (pair.lora_B @ (pair.lora_A @ x[here].to(pair.lora_A.dtype)))
                 outs[place][here] = out
         row += length
     return outs

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gossamer.linalg import LowRankPair
+
 LONG = 32
 """Rows that runs must have on average for a product of their own; measured by `bench.routed`, as are the others."""
 SHARED = 8
@@ -21,17 +23,16 @@ Mix = tuple[tuple[int, float], ...]
 """What a row has: numbers of adapters, each with its weight. Empty for the base alone."""
 
 
-class Share(NamedTuple):
+class LinearChange(NamedTuple):
     """What one adapter makes of one frozen map `x -> W x + b`; None where it leaves that as it is.
 
     Attributes:
-        lora_A, lora_B: (r, in) and (out, r), the scaling multiplied in.
+        pair: factors (r, in) and (out, r), beside the map.
         gain, shift: (out,), of the map's output, bias included; `given`: (in,), of its input.
         weight, bias: (out, in) and (out,) in place of the map's own.
     """
 
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
+    pair: LowRankPair | None = None
     gain: Tensor | None = None
     shift: Tensor | None = None
     given: Tensor | None = None
@@ -40,53 +41,66 @@ class Share(NamedTuple):
 
     @property
     def is_sum(self) -> bool:
-        """Whether it only adds low-rank terms, so that it can be scaled, and added to others."""
-        return all(part is None for part in self[2:])
+        """Whether it only adds a low-rank term, so that it can be scaled, and added to others."""
+        return all(part is None for part in self[1:])
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        factors = (self.pair.lora_A, self.pair.lora_B) if self.pair else ()
+        return [*factors, *(part for part in self[1:] if isinstance(part, Tensor))]
 
 
 class Stack(NamedTuple):
-    """One adapter's shares of maps that read the same input.
+    """One adapter's changes of maps that read the same input.
 
     Attributes:
         lora_A: (sum of r_i, in), the A of all maps one below the other.
-        lora_B: for each map (out_i, r_i); r_i is 0 where the adapter has none.
+        pairs: for each map, the scaling in B; its A is rows of `lora_A`, none where the adapter has nothing there.
         rest: for each map what else there is, without the factors; empty where all of them are sums.
     """
 
     lora_A: Tensor
-    lora_B: tuple[Tensor, ...]
-    rest: tuple[Share, ...] = ()
+    pairs: tuple[LowRankPair, ...]
+    rest: tuple[LinearChange, ...] = ()
 
     @classmethod
-    def of(cls, shares: Sequence[Share | None], outs: Sequence[int], like: Tensor) -> Stack:
-        """Of a share for each map of `outs` outputs, in the dtype and on the device of `like` (any, in).
+    def of(cls, changes: Sequence[LinearChange | None], outs: Sequence[int], like: Tensor) -> Stack:
+        """Of a change for each map of `outs` outputs, in the dtype and on the device of `like` (any, in).
 
         On a CPU the factors are held in float32 at least: a product as small as theirs takes two to four times as long
         in 16 bits, of which most is spent on finding the kernel.
         """
         factors = like.to(torch.promote_types(like.dtype, torch.float32)) if like.device.type == "cpu" else like
-        there = [share or Share() for share in shares]
-        inner = [share.lora_A.to(factors) for share in there if share.lora_A is not None]
-        outer = [
-            factors.new_zeros(out, 0) if share.lora_B is None else share.lora_B.to(factors)
-            for share, out in zip(there, outs, strict=True)
+        there = [change or LinearChange() for change in changes]
+        pairs = [
+            change.pair.folded().to(factors)
+            if change.pair
+            else LowRankPair(factors.new_zeros(0, like.shape[-1]), factors.new_zeros(out, 0))
+            for change, out in zip(there, outs, strict=True)
         ]
-        others = [[None if one is None else one.to(like) for one in share[2:]] for share in there]
-        rest = () if all(share.is_sum for share in there) else tuple(Share(None, None, *one) for one in others)
-        return cls(torch.cat(inner) if inner else factors.new_zeros(0, like.shape[-1]), tuple(outer), rest)
+        others = [[None if one is None else one.to(like) for one in change[1:]] for change in there]
+        rest = () if all(change.is_sum for change in there) else tuple(LinearChange(None, *one) for one in others)
+        return cls.joined(pairs, rest)
+
+    @classmethod
+    def joined(cls, pairs: Sequence[LowRankPair], rest: tuple[LinearChange, ...] = ()) -> Stack:
+        """Of a pair for each map, the scaling in B; their A are copied side by side."""
+        inner = torch.cat([pair.lora_A for pair in pairs])
+        split = inner.split([pair.rank for pair in pairs])
+        return cls(inner, tuple(LowRankPair(own, pair.lora_B) for own, pair in zip(split, pairs, strict=True)), rest)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        more = [one for share in self.rest for one in share if one is not None]
-        return sum(one.nbytes for one in (self.lora_A, *self.lora_B, *more))
+        outer = [pair.lora_B for pair in self.pairs]
+        return sum(one.nbytes for one in (self.lora_A, *outer, *(part for one in self.rest for part in one.tensors())))
 
     @property
     def columns(self) -> list[slice]:
         """Which columns of `x lora_A^T` belong to each map."""
         found, end = [], 0
-        for outer in self.lora_B:
-            found.append(slice(end, end := end + outer.shape[1]))
+        for pair in self.pairs:
+            found.append(slice(end, end := end + pair.rank))
         return found
 
 
@@ -138,14 +152,7 @@ class Routing:
 
 def mixed(stacks: Mapping[int, Stack], mix: Mix) -> Stack:
     """A mix of adapters as one: ranks add, B times its weight; what is no sum cannot be one of a mix."""
-    if len(mix) == 1:
-        ((number, weight),) = mix
-        only = stacks[number]
-        return only if weight == 1.0 else Stack(only.lora_A, tuple(weight * outer for outer in only.lora_B))
-    parts = [(stacks[number], weight) for number, weight in mix]
-    inner: list[Tensor] = []
-    outer: list[Tensor] = []
-    for index in range(len(parts[0][0].lora_B)):
-        inner += [stack.lora_A[stack.columns[index]] for stack, _ in parts]
-        outer.append(torch.cat([weight * stack.lora_B[index] for stack, weight in parts], 1))
-    return Stack(torch.cat(inner), tuple(outer))
+    if len(mix) == 1 and mix[0][1] == 1.0:
+        return stacks[mix[0][0]]
+    each = zip(*([pair.scaled(weight) for pair in stacks[number].pairs] for number, weight in mix), strict=True)
+    return Stack.joined([LowRankPair.concatenated(pairs).folded() for pairs in each])

@@ -24,20 +24,24 @@ class Slots:
 
     def __init__(self, count: int, made: Mapping[Mix, Stack]) -> None:
         first = next(iter(made.values()))
-        ranks = [max(stack.lora_B[place].shape[1] for stack in made.values()) for place in range(len(first.lora_B))]
+        ranks = [
+            max(pair.rank for pair in pairs) for pairs in zip(*(stack.pairs for stack in made.values()), strict=True)
+        ]
         ends = [*itertools.accumulate(ranks)]
         self.columns = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
         room = -(-count // 8) * 8
         self.inner = first.lora_A.new_zeros(room, ends[-1], first.lora_A.shape[1])
-        self.outer = [one.new_zeros(room, rank, len(one)) for one, rank in zip(first.lora_B, ranks, strict=True)]
+        self.outer = [
+            pair.lora_B.new_zeros(room, rank, len(pair.lora_B)) for pair, rank in zip(first.pairs, ranks, strict=True)
+        ]
         self.mixes: list[Mix] = [()] * room
 
     def has_room(self, count: int, made: Mapping[Mix, Stack]) -> bool:
         """Whether there is room for so many, and for their ranks."""
         wide = all(
-            outer.shape[1] <= there.shape[1]
+            pair.rank <= there.shape[1]
             for stack in made.values()
-            for outer, there in zip(stack.lora_B, self.outer, strict=True)
+            for pair, there in zip(stack.pairs, self.outer, strict=True)
         )
         return wide and count <= len(self.mixes)
 
@@ -46,12 +50,11 @@ class Slots:
         if self.mixes[slot] == mix:
             return
         self.mixes[slot] = mix
-        for there, columns, outer, own in zip(self.outer, self.columns, stack.lora_B, stack.columns, strict=True):
-            rank = outer.shape[1]
-            there[slot, :rank] = outer.T
-            there[slot, rank:] = 0.0
-            self.inner[slot, columns.start : columns.start + rank] = stack.lora_A[own]
-            self.inner[slot, columns.start + rank : columns.stop] = 0.0
+        for there, columns, pair in zip(self.outer, self.columns, stack.pairs, strict=True):
+            there[slot, : pair.rank] = pair.lora_B.T
+            there[slot, pair.rank :] = 0.0
+            self.inner[slot, columns.start : columns.start + pair.rank] = pair.lora_A
+            self.inner[slot, columns.start + pair.rank : columns.stop] = 0.0
 
 
 class Gathered(Slots):

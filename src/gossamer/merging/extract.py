@@ -17,10 +17,10 @@ from gossamer.attachment import attach, attached, base_fingerprint, detach, merg
 from gossamer.attachment.kinds import shape_of
 from gossamer.attachment.walk import modules
 from gossamer.errors import BaseMismatchError, NonFiniteError, StateError, UnsupportedError, UsageError
-from gossamer.linalg import balanced, nearest_factors
+from gossamer.linalg import LowRankPair
 from gossamer.methods import Shape
 from gossamer.methods.lora import unit_scaled
-from gossamer.methods.pairs import Pair, slots_of
+from gossamer.methods.pairs import StoredPair, slots_of
 from gossamer.models import load_base
 from gossamer.models.locate import locate
 from gossamer.models.mapped import mapped_model
@@ -196,7 +196,7 @@ def _adapter(
     seed: int,
 ) -> Adapter:
     """Factors of every matrix that changed; of `kept`, whole modules where something else did."""
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, StoredPair] = {}
     saved: dict[str, dict[str, Tensor]] = {}
     errors: dict[str, float] = {}
     left: list[str] = []
@@ -219,15 +219,15 @@ def _adapter(
     return Adapter(spec, slots_of(pairs) | saved, base, origin)
 
 
-def _pair(change: Tensor, r: int | None, energy: float | None, seed: int) -> tuple[Pair, float]:
+def _pair(change: Tensor, r: int | None, energy: float | None, seed: int) -> tuple[StoredPair, float]:
     """The nearest factors, and the square of what they miss."""
     matrix = change.flatten(1)
     if r is not None:
-        inner, outer = nearest_factors(matrix, r, seed)
+        pair = LowRankPair.nearest(matrix, r, seed)
     else:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         grown = values.double().square().cumsum(0)
         rank = min(int((grown < energy * grown[-1]).sum()) + 1, len(values))  # pyright: ignore[reportOptionalOperand]
-        inner, outer = balanced(left[:, :rank], values[:rank], right[:rank])
-    missed = (matrix - outer @ inner).double().square().sum().item()
-    return Pair(inner[None], outer[None], kernel=tuple(change.shape[2:])), missed
+        pair = LowRankPair.balanced(left, values, right, rank)
+    missed = (matrix - pair.delta()).double().square().sum().item()
+    return StoredPair(LowRankPair.stacked([pair]), kernel=tuple(change.shape[2:])), missed

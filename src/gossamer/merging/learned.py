@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from gossamer.adapter import Adapter
 from gossamer.errors import DataError, NonFiniteError, StateError, UnsupportedError, UsageError, nearest
-from gossamer.kernels import reference
+from gossamer.linalg import LowRankPair
 from gossamer.merging.combining.changes import Changes
-from gossamer.methods.pairs import Pair
 from gossamer.progress import Progress, Silent
 
 
@@ -81,33 +80,32 @@ def learned_weights(
     return [{f"^{re.escape(place)}": found[rows[place]][index] for place in pairs} for index, pairs in enumerate(known)]
 
 
-def _known(model: nn.Module, adapter: Adapter) -> dict[str, Pair]:
+def _known(model: nn.Module, adapter: Adapter) -> dict[str, LowRankPair]:
     """The factors of an adapter by module."""
     source = Changes(adapter, None)
     return {place: _usable(model, source, place) for place in source.places}
 
 
-def _usable(model: nn.Module, source: Changes, place: str) -> Pair:
+def _usable(model: nn.Module, source: Changes, place: str) -> LowRankPair:
     """The factors at a module, if they are those of a linear one."""
     names = dict(model.named_modules())
     if place not in names:
         raise StateError("the model has no such module", where=place, hint=nearest(place, names))
-    pair = source.at(place)
-    if pair.stem != "lora_" or pair.kernel:
+    stored = source.at(place)
+    if stored.stem != "lora_" or stored.kernel:
         raise UnsupportedError(
             "weights are learned at linear modules only", where=place, got=type(names[place]).__name__
         )
-    return pair
+    return stored.pair[0].folded()
 
 
-def _added(weights: Tensor, row: int, parts: list[tuple[int, Pair]]) -> Callable[..., Tensor]:
+def _added(weights: Tensor, row: int, parts: list[tuple[int, LowRankPair]]) -> Callable[..., Tensor]:
     """A hook that adds the weighted changes to what a module gives."""
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> Tensor:
         x = arguments[0]
         for index, pair in parts:
-            term = reference.lora(x, pair.inner[0].to(x.device), pair.outer[0].to(x.device), 1.0)
-            out = out + (weights[row, index] * term).to(out.dtype)
+            out = out + (weights[row, index] * pair.to(x.device).apply(x)).to(out.dtype)
         return out
 
     return hook

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from gossamer.kernels.linears import Term
-from gossamer.kernels.routing import Share
+from gossamer.kernels.routing import LinearChange
+from gossamer.linalg import LowRankPair
 
 LINEAR_KINDS = ("linear", "conv1d")
 """Kinds whose map is one matrix product."""
@@ -159,11 +159,11 @@ class Layer(nn.Module):
         kept = {name: buffer for name, buffer in self._buffers.items() if name not in self._non_persistent_buffers_set}
         return {name: slot for name, slot in sorted({**self._parameters, **kept}.items()) if slot is not None}
 
-    def plain_term(self) -> Term | None:
-        """The layer as a low-rank term beside a plain linear map, where that is all it is: what can be fused."""
+    def plain_pair(self) -> LowRankPair | None:
+        """The layer as a low-rank pair beside a plain linear map, where that is all it is: what can be fused."""
         return None
 
-    def share(self, base: Base) -> Share | None:
+    def linear_change(self, base: Base) -> LinearChange | None:
         """What the layer makes of a linear map, as vectors and factors that rows of a batch may differ in.
 
         None where it is more than that, or stands at something else; then rows of different adapters run one by one.

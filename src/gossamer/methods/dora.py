@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedError
-from gossamer.kernels import fused, reference
-from gossamer.kernels.routing import Share
+from gossamer.kernels import fused
+from gossamer.kernels.routing import LinearChange
+from gossamer.linalg import LowRankPair
 from gossamer.methods.base import AFFINE_KINDS, LINEAR_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.factored import Factored
 from gossamer.methods.lora_layers import FactorLayer
@@ -89,24 +90,25 @@ class DoRALayer(FactorLayer):
         kernel = len(base.shape.kernel)
         if base.shape.kind in LINEAR_KINDS and "start_A" not in self._buffers and out.ndim > 1:
             dropped = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
-            inner, outer = self.factors
-            out = fused.dora(out, base.mapped(dropped, inner.to(x.dtype)), outer, ratio, bias, self.scaling)
+            pair = self.pair
+            out = fused.dora(out, base.mapped(dropped, pair.lora_A.to(x.dtype)), pair.lora_B, ratio, bias, pair.scaling)
         else:  # a convolution's channels stand before its places
             out, term = (part.movedim(-1 - kernel, -1) for part in (out, self.term(base, x)))
-            out = reference.dora(out, term, ratio, bias).movedim(-1, -1 - kernel)
+            out = fused.plain_dora(out, term, ratio, bias).movedim(-1, -1 - kernel)
         if "bias" in self._parameters:
             shift = bias_shift(self.bias, base).to(out.dtype)
             out = out + shift.reshape(-1, *(1 for _ in range(kernel)))
         return out
 
     @torch.no_grad()
-    def share(self, base: Base) -> Share | None:
-        found = super().share(base)
-        if found is None or found.lora_B is None:
+    def linear_change(self, base: Base) -> LinearChange | None:
+        found = super().linear_change(base)
+        if found is None or found.pair is None:
             return None
         ratio, bias = wide(self.get_parameter(MAGNITUDE).detach()) / self._norms(base), base.bias()
         shift = found.shift if bias is None else (1 - ratio) * bias + (0.0 if found.shift is None else found.shift)
-        return Share(found.lora_A, ratio[:, None] * found.lora_B, gain=ratio, shift=shift)
+        pair = found.pair.folded()
+        return LinearChange(LowRankPair(pair.lora_A, ratio[:, None] * pair.lora_B), gain=ratio, shift=shift)
 
     def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
         """The magnitude is pulled to the norms of the rows of W."""
@@ -121,15 +123,13 @@ class DoRALayer(FactorLayer):
         if self.known is None or self.known[0] != key:
             self.known = (key, squared_norms(base))
         matrix = wide(weight).flatten(1)
-        pairs = [(1.0, *self.factors)]
-        if "start_A" in self._buffers:
-            pairs.append((-1.0, self.start_A, self.start_B))
-        return _never_zero((self.known[1] + self._growth(matrix, pairs)).clamp(min=0).sqrt())
+        return _never_zero((self.known[1] + self._growth(matrix)).clamp(min=0).sqrt())
 
-    def _growth(self, matrix: Tensor, pairs: list[tuple[float, Tensor, Tensor]]) -> Tensor:
+    def _growth(self, matrix: Tensor) -> Tensor:
         """`||W + D||^2 - ||W||^2`; exactly zero while the factors are those that their start subtracts."""
         flat = [
-            (sign, inner.flatten(1).to(matrix.dtype), outer.flatten(1).to(matrix.dtype)) for sign, inner, outer in pairs
+            (sign, pair.lora_A.flatten(1).to(matrix.dtype), pair.lora_B.flatten(1).to(matrix.dtype))
+            for sign, pair in zip((1.0, -1.0), self.pairs, strict=False)
         ]
         cross: Any = sum(sign * (outer * (matrix @ inner.T)).sum(1) for sign, inner, outer in flat)
         square: Any = sum(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import TargetError
-from gossamer.kernels.routing import Share
+from gossamer.kernels.routing import LinearChange
 from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.peft import EXCLUDED, TARGETS, Key, PeftLayout, Stored, listed, plain
 from gossamer.methods.roles import role_of
@@ -127,11 +127,11 @@ class IA3Layer(Layer):
         out = base(x, *args, **kwargs)
         return (out * scale).to(out.dtype)
 
-    def share(self, base: Base) -> Share | None:
+    def linear_change(self, base: Base) -> LinearChange | None:
         if base.shape.kind not in LINEAR_KINDS:
             return None
         vector = wide(self.ia3_l.detach()).flatten()
-        return Share(given=vector) if self.scales_input else Share(gain=vector)
+        return LinearChange(given=vector) if self.scales_input else LinearChange(gain=vector)
 
     def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
         """Ones: a factor of 0 would silence the module."""

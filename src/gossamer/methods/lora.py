@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from gossamer.adapter import Method, Tensors
 from gossamer.errors import StateError, UnsupportedError
-from gossamer.linalg import all_zero
+from gossamer.linalg import LowRankPair, all_zero
 from gossamer.methods.base import Layer, Shape, wide
 from gossamer.methods.doubled import FACTORS, plain_fields, plain_slots
 from gossamer.methods.factored import RANDOM_STARTS, Factored, factors_in
-from gossamer.methods.lora_layers import LoRALayer, MatrixLoRA, product
+from gossamer.methods.lora_layers import LoRALayer, MatrixLoRA
 from gossamer.methods.lora_peft import lora_layout
-from gossamer.methods.pairs import Pair, added, only_factors, pairs_of, shrunk, slots_of
+from gossamer.methods.pairs import StoredPair, added, only_factors, pairs_of, shrunk, slots_of
 from gossamer.methods.peft import PeftLayout
 from gossamer.methods.targeted import exactly
 
@@ -73,10 +73,10 @@ class LoRA(Factored):
                 where=path,
                 got=str([*slots]),
             )
-        change = product(*factors)
-        if "start_A" in slots:
-            change = change - product(slots["start_A"], slots["start_B"])
-        return self.scaling_at(path) * change
+        starts = [(slots["start_A"], slots["start_B"])] if "start_A" in slots else []
+        first, *start = (LowRankPair(inner.flatten(1), outer.flatten(1)).delta() for inner, outer in (factors, *starts))
+        change = self.scaling_at(path) * (first - start[0] if start else first)
+        return change.reshape(len(change), *factors[0].shape[1:])
 
     def idle(self, path: str, slots: Mapping[str, Tensor]) -> bool:
         if any(slot.rpartition(".")[2] not in FACTORS and not slot.startswith("start_") for slot in slots):
@@ -98,7 +98,7 @@ class LoRA(Factored):
         if not isinstance(other, LoRA):
             raise UnsupportedError("only LoRA adapters can be added to a LoRA adapter", got=other.name)
         mine, theirs = pairs_of(self, tensors), pairs_of(other, other_tensors)
-        total: dict[str, Pair] = {}
+        total: dict[str, StoredPair] = {}
         for place in sorted({*mine, *theirs}):
             parts = [pairs[place] for pairs in (mine, theirs) if place in pairs]
             if len({part.form for part in parts}) > 1:
@@ -124,9 +124,9 @@ class LoRA(Factored):
         return LoRA(**plain_fields(self)), {path: plain_slots(slots) for path, slots in tensors.items()}
 
 
-def unit_scaled(pairs: Mapping[str, Pair]) -> LoRA:
+def unit_scaled(pairs: Mapping[str, StoredPair]) -> LoRA:
     """The spec of pairs with their scaling in the factors: each at its own rank, every scaling exactly 1."""
-    ranks = {place: pair.rank for place, pair in pairs.items()}
+    ranks = {place: stored.pair.rank for place, stored in pairs.items()}
     common = max(ranks.values(), key=list(ranks.values()).count, default=1)
     others = {f"^{re.escape(place)}": rank for place, rank in ranks.items() if rank != common}
     return LoRA(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedError
-from gossamer.kernels import reference
 from gossamer.kernels.linears import Term, linears
-from gossamer.kernels.routing import Share
+from gossamer.kernels.routing import LinearChange
+from gossamer.linalg import LowRankPair
 from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.factored import factor_names
 from gossamer.methods.replacement import ParameterLayer, bias_shift
@@ -42,39 +42,40 @@ class FactorLayer(Layer):
         hold(self, {name: slot for name, slot in slots.items() if not name.startswith("start_")})
 
     @property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B."""
-        return self._parameters[self.first], self._parameters[self.second]  # pyright: ignore[reportReturnType]
+    def pair(self) -> LowRankPair:
+        """A and B as they are held, with a convolution's kernel behind them."""
+        own: Any = self._parameters
+        return LowRankPair(own[self.first], own[self.second], self.scaling)
+
+    @property
+    def pairs(self) -> list[LowRankPair]:
+        """The pair, and the one that subtracts a start made of the weight."""
+        start = [LowRankPair(self.start_A, self.start_B, -self.scaling)] if "start_A" in self._buffers else []
+        return [self.pair, *start]
 
     def term(self, base: Base, x: Tensor) -> Tensor:
         """`scaling * (B A - B0 A0) x` in the output's layout and the input's dtype."""
         x = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
-        out = self._product(base, x, *self.factors)
-        if "start_A" in self._buffers:
-            out = out - self._product(base, x, self.start_A, self.start_B)
-        return out
+        first, *start = (self._product(base, x, pair) for pair in self.pairs)
+        return first + start[0] if start else first
 
-    def _product(self, base: Base, x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-        if base.shape.kind in ("linear", "conv1d"):
-            return reference.lora(x, inner, outer, self.scaling)
+    def _product(self, base: Base, x: Tensor, pair: LowRankPair) -> Tensor:
+        if base.shape.kind in LINEAR_KINDS:
+            return pair.apply(x)
         dtype = x.dtype if x.is_floating_point() else base.affine()[0].dtype
-        down = base.mapped(x, inner.to(dtype))
+        down, outer = base.mapped(x, pair.lora_A.to(dtype)), pair.lora_B.to(dtype)
         if outer.ndim == 2:
-            return nn.functional.linear(down, outer.to(dtype)) * self.scaling
+            return nn.functional.linear(down, outer) * pair.scaling
         convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[outer.ndim - 3]
-        return convolve(down, outer.to(dtype), groups=self.groups) * self.scaling
+        return convolve(down, outer, groups=self.groups) * pair.scaling
 
     @torch.no_grad()
-    def share(self, base: Base) -> Share | None:
+    def linear_change(self, base: Base) -> LinearChange | None:
         if base.shape.kind not in LINEAR_KINDS:
             return None
-        inner, outer = (wide(factor.detach()) for factor in self.factors)
-        outer = self.scaling * outer
-        if "start_A" in self._buffers:
-            inner = torch.cat([inner, wide(self.start_A)])
-            outer = torch.cat([outer, -self.scaling * wide(self.start_B)], 1)
+        pairs = [pair.wide() for pair in self.pairs]
         shift = bias_shift(self.bias.detach(), base) if "bias" in self._parameters else None
-        return Share(inner, outer, shift=shift)
+        return LinearChange(LowRankPair.concatenated(pairs).folded(), shift=shift)
 
     def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
         """The factors of a start that is subtracted again; a bias is pulled to the module's own."""
@@ -90,36 +91,37 @@ class FactorLayer(Layer):
                 "A sees the inputs of all groups and the weight only those of its own, so this cannot be merged",
                 got=f"a convolution of {self.groups} groups",
             )
-        change = product(*(factor.detach() for factor in self.factors))
-        if "start_A" in self._buffers:
-            change = change - product(self.start_A, self.start_B)
-        return self.scaling * change
+        first, *start = (
+            LowRankPair(pair.lora_A.detach().flatten(1), pair.lora_B.detach().flatten(1)).delta() for pair in self.pairs
+        )
+        change = self.scaling * (first - start[0] if start else first)
+        return change.reshape(len(change), *self.pair.lora_A.shape[1:])
 
     def added_to(self, weight: Tensor) -> Tensor:
         """`W + scaling * (B A - B0 A0)`; for a plain matrix in one pass over it, because memory is what that costs."""
         if weight.ndim != 2 or "start_A" in self._buffers:
             return weight + self.change()
-        inner, outer = (factor.detach().to(weight.dtype) for factor in self.factors)
-        return torch.addmm(weight, outer, inner, alpha=self.scaling)
+        pair = self.pair.to(weight.dtype)
+        return torch.addmm(weight, pair.lora_B.detach(), pair.lora_A.detach(), alpha=pair.scaling)
 
 
 class LoRALayer(FactorLayer):
     """`h = W x + scaling * B A x`."""
 
     def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        term = self.plain_term()
-        if term is not None and x.ndim > 1 and base.is_plain():  # the fused way is for rows
-            return linears(x, [base], [[term]])[0]
+        pair = self.plain_pair()
+        if pair is not None and x.ndim > 1 and base.is_plain():  # the fused way is for rows
+            return linears(x, [base], [[Term(pair)]])[0]
         out = base(x, *args, **kwargs)
         out = out + self.term(base, x)
         if "bias" in self._parameters:
             out = out + _along_channels(bias_shift(self.bias, base), base.shape).to(out.dtype)
         return out
 
-    def plain_term(self) -> Term | None:
+    def plain_pair(self) -> LowRankPair | None:
         if self._buffers or "bias" in self._parameters or (self.dropout and self.training):
             return None
-        return Term(*self.factors, self.scaling)
+        return self.pair
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         folded = {"weight": self.added_to(wide(current["weight"]))}
@@ -130,8 +132,8 @@ class LoRALayer(FactorLayer):
     def merged_rows(self, weight: Tensor, rows: slice) -> Tensor | None:
         if weight.ndim != 2 or self._buffers or "bias" in self._parameters:
             return None
-        inner, outer = (factor.detach().to(weight.dtype) for factor in self.factors)
-        return weight.addmm_(outer[rows], inner, alpha=self.scaling)
+        pair = self.pair.to(weight.dtype)
+        return weight.addmm_(pair.lora_B.detach()[rows], pair.lora_A.detach(), alpha=pair.scaling)
 
 
 class MatrixLoRA(ParameterLayer):
@@ -160,11 +162,6 @@ class MatrixLoRA(ParameterLayer):
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         presented = self.presented({name: wide(value) for name, value in current.items()})
         return {name: presented[name].detach() for name in self.scalings}
-
-
-def product(inner: Tensor, outer: Tensor) -> Tensor:
-    """`B A` with trailing kernel dimensions, (out, in, *kernel), at least float32."""
-    return reference.lora_delta(inner.flatten(1), outer.flatten(1), 1.0).reshape(outer.shape[0], *inner.shape[1:])
 
 
 def stacked_product(inner: Tensor, outer: Tensor, count: int) -> Tensor:

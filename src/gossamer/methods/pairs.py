@@ -1,7 +1,7 @@
-"""Adapters made of factors, as plain pairs of matrices: what sums and truncations are computed on.
+"""Adapters made of factors, matrix by matrix: what sums and truncations are computed on.
 
 Linear maps, embeddings, convolutions and stacks of experts differ in how a file lays their factors out and in nothing
-else. Here each is one pair, A (count, r, in) and B (count, out, r) with the scaling in it, and each way goes both ways.
+else. Here each is one low-rank pair of a stack, and each way goes both ways.
 """
 
 from __future__ import annotations
@@ -15,35 +15,25 @@ from torch import Tensor
 
 from gossamer.adapter import Tensors
 from gossamer.errors import NonFiniteError, UnsupportedError
-from gossamer.linalg import factor_svd
-from gossamer.methods.base import wide
+from gossamer.linalg import LowRankPair
 from gossamer.methods.factored import Factored
 
 _FACTOR = re.compile(r"(?P<prefix>(.+\.)?)(lora|lora_embedding|start)_[AB]")
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The change `B A` of one matrix, or of a stack of them.
+class StoredPair:
+    """A low-rank pair, and how an adapter's file lays it out.
 
     Attributes:
-        inner: A, (count, r, in * kernel), at least float32.
-        outer: B, (count, out, r), the scaling in it.
+        pair: A (count, r, in * kernel) and B (count, out, r), at least float32.
         stem: its slots without "A" and "B", "lora_" or "experts.gate_up_proj.lora_".
         kernel: of a convolution.
-        scaling: the one that is in B, where B came from an adapter's file.
     """
 
-    inner: Tensor
-    outer: Tensor
+    pair: LowRankPair
     stem: str = "lora_"
     kernel: tuple[int, ...] = ()
-    scaling: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        """r, of each matrix of the stack."""
-        return self.inner.shape[1]
 
     @property
     def parameter(self) -> bool:
@@ -53,18 +43,19 @@ class Pair:
     @property
     def form(self) -> tuple[object, ...]:
         """What two pairs must share to be added."""
-        return self.stem, self.kernel, self.inner.shape[0], self.outer.shape[1], self.inner.shape[2]
+        return self.stem, self.kernel, *self.pair.shape
 
     def slots(self) -> dict[str, Tensor]:
-        """A and B as a layer holds them, under their names."""
-        inner, outer = self.inner.flatten(0, 1), self.outer.permute(1, 2, 0).flatten(1)
+        """A and B as a layer holds them, the scaling in B, under their names."""
+        pair = self.pair.folded()
+        inner, outer = pair.lora_A.flatten(0, 1), pair.lora_B.permute(1, 2, 0).flatten(1)
         inner = inner.unflatten(1, (-1, *self.kernel)) if self.kernel else inner
         outer = outer.reshape(*outer.shape, *(1 for _ in self.kernel))
         return {f"{self.stem}A": inner.contiguous(), f"{self.stem}B": outer.contiguous()}
 
-    def checked(self, place: str) -> Pair:
+    def checked(self, place: str) -> StoredPair:
         """Itself. Raises `NonFiniteError` where it holds NaN or infinity."""
-        if not (self.inner.isfinite().all() and self.outer.isfinite().all()):
+        if not self.pair.is_finite():
             raise NonFiniteError("an adapter's change is NaN or infinite", where=place)
         return self
 
@@ -80,15 +71,15 @@ def only_factors(tensors: Tensors) -> None:
         )
 
 
-def pairs_of(spec: Factored, tensors: Tensors) -> dict[str, Pair]:
+def pairs_of(spec: Factored, tensors: Tensors) -> dict[str, StoredPair]:
     """Every pair of an adapter by the path of its matrix. Raises `UnsupportedError` for what is no pair of factors."""
     only_factors(tensors)
     return {place: pair for path, slots in tensors.items() for place, pair in pairs_at(spec, path, slots).items()}
 
 
-def pairs_at(spec: Factored, path: str, slots: Mapping[str, Tensor]) -> dict[str, Pair]:
+def pairs_at(spec: Factored, path: str, slots: Mapping[str, Tensor]) -> dict[str, StoredPair]:
     """The pairs at one module by the path of their matrix; none where parameters are trained whole."""
-    found: dict[str, Pair] = {}
+    found: dict[str, StoredPair] = {}
     for first in (name for name in slots if name.endswith("_A") and not name.endswith("start_A")):
         stem = first[:-1]
         place = f"{path}.{stem.rpartition('lora_')[0]}".strip(".")
@@ -96,33 +87,26 @@ def pairs_at(spec: Factored, path: str, slots: Mapping[str, Tensor]) -> dict[str
     return found
 
 
-def _pair(spec: Factored, place: str, slots: Mapping[str, Tensor], stem: str) -> Pair:
-    dtype = torch.promote_types(slots[f"{stem}A"].dtype, wide(slots[f"{stem}B"]).dtype)
-    first, second = slots[f"{stem}A"].to(dtype), slots[f"{stem}B"].to(dtype)
-    kernel = tuple(first.shape[2:])
+def _pair(spec: Factored, place: str, slots: Mapping[str, Tensor], stem: str) -> StoredPair:
+    whole = LowRankPair(slots[f"{stem}A"], slots[f"{stem}B"], spec.scaling_at(place)).wide()
+    first, second = whole.lora_A, whole.lora_B
     count = first.shape[0] // spec.rank_at(place) if "." in stem else 1
     if second.shape[1] != first.shape[0]:
         raise UnsupportedError("the factors of a convolution with groups are no one matrix", where=place)
     inner = first.flatten(1).unflatten(0, (count, -1))
     outer = second.flatten(1).unflatten(1, (-1, count)).permute(2, 0, 1)
     if "start_A" in slots:
-        inner = torch.cat([inner, slots["start_A"].to(dtype).flatten(1)[None]], 1)
-        outer = torch.cat([outer, -slots["start_B"].to(dtype).flatten(1)[None]], 2)
-    scaling = spec.scaling_at(place)
-    return Pair(inner, outer * scaling, stem, kernel, scaling)
+        inner = torch.cat([inner, slots["start_A"].to(inner).flatten(1)[None]], 1)
+        outer = torch.cat([outer, -slots["start_B"].to(inner).flatten(1)[None]], 2)
+    return StoredPair(LowRankPair(inner, outer, whole.scaling), stem, tuple(first.shape[2:]))
 
 
-def added(pairs: list[Pair]) -> Pair:
+def added(pairs: list[StoredPair]) -> StoredPair:
     """The sum of pairs of one form: factors side by side."""
-    return replace(
-        pairs[0],
-        inner=torch.cat([pair.inner for pair in pairs], 1),
-        outer=torch.cat([pair.outer for pair in pairs], 2),
-        scaling=1.0,
-    )
+    return replace(pairs[0], pair=LowRankPair.concatenated([one.pair for one in pairs]))
 
 
-def slots_of(pairs: Mapping[str, Pair]) -> dict[str, dict[str, Tensor]]:
+def slots_of(pairs: Mapping[str, StoredPair]) -> dict[str, dict[str, Tensor]]:
     """The tensors of an adapter that holds these pairs."""
     tensors: dict[str, dict[str, Tensor]] = {}
     for place, pair in pairs.items():
@@ -130,28 +114,27 @@ def slots_of(pairs: Mapping[str, Pair]) -> dict[str, dict[str, Tensor]]:
     return tensors
 
 
-def module_of(place: str, pair: Pair) -> str:
+def module_of(place: str, pair: StoredPair) -> str:
     """The path of the module in which a pair's matrix lies."""
     prefix = pair.stem.rpartition("lora_")[0].rstrip(".")
     return place.removesuffix(prefix).rstrip(".")
 
 
 def shrunk(
-    pairs: Mapping[str, Pair], r: int | None, energy: float | None, pooled: bool
-) -> tuple[dict[str, Pair], dict[str, float], float]:
+    pairs: Mapping[str, StoredPair], r: int | None, energy: float | None, pooled: bool
+) -> tuple[dict[str, StoredPair], dict[str, float], float]:
     """Every pair at its best approximation of lower rank; see `Adapter.resize`.
 
     Returns: the pairs; the relative error of each; that of all together. Both are 0 where nothing was dropped.
     """
-    parts = {place: factor_svd(pair.checked(place).inner, pair.outer) for place, pair in pairs.items()}
+    parts = {place: stored.checked(place).pair.svd() for place, stored in pairs.items()}
     spectra = {place: values.double().square().sum(0) for place, (_, values, _) in parts.items()}
     ranks = _pooled(spectra, r, energy) if pooled else {key: _own(one, r, energy) for key, one in spectra.items()}
     found, errors, lost, total = {}, {}, 0.0, 0.0
-    for place, (left, values, right) in parts.items():
-        rank, pair, spectrum = ranks[place], pairs[place], spectra[place]
-        root = values[:, :rank].sqrt()
-        fresh = replace(pair, inner=root[..., None] * right[:, :rank], outer=left[..., :rank] * root[:, None])
-        found[place] = fresh if rank < pair.rank else pair
+    for place, triplets in parts.items():
+        rank, stored, spectrum = ranks[place], pairs[place], spectra[place]
+        shorter = rank < stored.pair.rank
+        found[place] = replace(stored, pair=LowRankPair.balanced(*triplets, rank)) if shorter else stored
         gone, whole = spectrum[rank:].sum().item(), spectrum.sum().item()
         errors[place] = (gone / whole) ** 0.5 if whole else 0.0
         lost, total = lost + gone, total + whole

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gossamer.kernels.routing import Share
+from gossamer.kernels.routing import LinearChange
 from gossamer.methods.base import LINEAR_KINDS, Base, Layer
 from gossamer.methods.slots import hold
 
@@ -49,14 +49,14 @@ class Replacement(ParameterLayer):
     def replaces(self) -> list[str]:
         return [*dict(self.named_parameters()), *self.borrowed]
 
-    def share(self, base: Base) -> Share | None:
+    def linear_change(self, base: Base) -> LinearChange | None:
         if base.shape.kind not in LINEAR_KINDS:
             return None
         values = self.presented(base.parameters())
         weight, bias = values["weight"].detach(), values.get("bias")
         if "weight" not in self.replaces():
-            return Share() if bias is None else Share(shift=bias_shift(bias.detach(), base))
-        return Share(
+            return LinearChange() if bias is None else LinearChange(shift=bias_shift(bias.detach(), base))
+        return LinearChange(
             weight=weight if base.shape.kind == "linear" else weight.T, bias=bias if bias is None else bias.detach()
         )
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gossamer.adapter import Adapter
 from gossamer.errors import UnsupportedError
-from gossamer.linalg import factor_svd
 from gossamer.methods.lora import LoRA
 from gossamer.methods.pairs import pairs_at
 
@@ -34,9 +33,10 @@ def spectra(adapter: Adapter) -> dict[str, Tensor]:
             pairs = pairs_at(spec, path, slots)
         except UnsupportedError:  # a convolution with groups is no one matrix
             continue
-        for place, pair in pairs.items():
-            values = factor_svd(pair.inner, pair.outer)[1]
-            size = torch.linalg.matrix_norm(pair.inner) * torch.linalg.matrix_norm(pair.outer)
+        for place, stored in pairs.items():
+            pair = stored.pair.folded()
+            values = pair.svd()[1]
+            size = torch.linalg.matrix_norm(pair.lora_A) * torch.linalg.matrix_norm(pair.lora_B)
             values = torch.where(values > 8 * torch.finfo(values.dtype).eps * size[:, None], values, 0.0)
             stacked = len(values) > 1
             found |= {f"{place}.{index}" if stacked else place: each for index, each in enumerate(values)}

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.errors import AdapterFileError
-from gossamer.kernels.routing import Share
-from gossamer.linalg import all_zero
+from gossamer.kernels.routing import LinearChange
+from gossamer.linalg import LowRankPair, all_zero
 from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.factored import Rank
 from gossamer.methods.peft import LAYERS, TARGETS, Key, PeftLayout, check_names, plain
@@ -168,10 +168,10 @@ class VeRALayer(Layer):
         down = nn.functional.linear(x, inner) * self.vera_lambda_d.to(x.dtype)
         return out + nn.functional.linear(down, outer) * self.vera_lambda_b.to(x.dtype)
 
-    def share(self, base: Base) -> Share | None:
+    def linear_change(self, base: Base) -> LinearChange | None:
         inner, outer = (wide(factor) for factor in self.sliced())
         by_rank, by_row = (wide(vector.detach()) for vector in (self.vera_lambda_d, self.vera_lambda_b))
-        return Share(by_rank[:, None] * inner, by_row[:, None] * outer)
+        return LinearChange(LowRankPair(by_rank[:, None] * inner, by_row[:, None] * outer))
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight = wide(current["weight"])

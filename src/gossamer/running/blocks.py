@@ -118,10 +118,10 @@ class Block:
             here: list[Term] = []
             for names, rows in spans if site else ():
                 for layer in site.standing(names):  # pyright: ignore[reportOptionalMemberAccess]
-                    term = layer.plain_term()
-                    if term is None:
+                    pair = layer.plain_pair()
+                    if pair is None:
                         return None
-                    here.append(term._replace(rows=rows))
+                    here.append(Term(pair, rows))
             if not base.is_plain():
                 return None
             found.append(here)

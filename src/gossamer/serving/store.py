@@ -32,7 +32,7 @@ from gossamer.errors import (
     nearest,
 )
 from gossamer.files.places import glance
-from gossamer.kernels.routing import Share, Stack
+from gossamer.kernels.routing import LinearChange, Stack
 from gossamer.methods import TargetedMethod
 from gossamer.running.steps import Decoder
 from gossamer.serving.chat_format import PLAIN, ChatFormat, ChatFormats
@@ -204,7 +204,7 @@ class Store:
             raise _of_another(name, other)
         shares = self._shares(name, adapter)
         stacks = {site: self._stack(site, found) for site, found in shares.items()}
-        ranks = [outer.shape[1] for stack in stacks.values() for outer in stack.lora_B]
+        ranks = [pair.rank for stack in stacks.values() for pair in stack.pairs]
         is_sum = not any(stack.rest for stack in stacks.values())
         size = sum(stack.nbytes for stack in stacks.values())
         about = (adapter.digest, adapter.spec.name, stacks, is_sum, max(ranks, default=0), size)
@@ -315,16 +315,16 @@ class Store:
 
     # Reading ---------------------------------------------------------------------------------------------------
 
-    def _shares(self, name: str, adapter: Adapter) -> dict[int, dict[int, Share]]:
+    def _shares(self, name: str, adapter: Adapter) -> dict[int, dict[int, LinearChange]]:
         """Site -> place among its maps -> the adapter's share."""
         if not isinstance(adapter.spec, TargetedMethod):
             raise UnsupportedError("no row of a batch can have its own", where=name, got=adapter.spec.name)
         _, layers = stored_layers(self.model, adapter)
-        found: dict[int, dict[int, Share]] = {}
+        found: dict[int, dict[int, LinearChange]] = {}
         for path, (shape, layer) in layers.items():
             site, place = self.places.get(path, (-1, 0))
             module = self.decoder.sites[site].modules[place]
-            share = layer.share(Frozen(shape, module)) if site >= 0 else None
+            share = layer.linear_change(Frozen(shape, module)) if site >= 0 else None
             if share is None or (share.given is not None and len(self.decoder.sites[site].paths) > 1):
                 raise UnsupportedError(
                     "an adapter has something that rows of a batch cannot each have their own of",
@@ -332,12 +332,12 @@ class Store:
                     got=f"{adapter.spec.name} at {shape.class_name}",
                     hint="merge it, or serve it as the base",
                 )
-            if not all(bool(part.isfinite().all()) for part in share if part is not None):
+            if not all(bool(part.isfinite().all()) for part in share.tensors()):
                 raise NonFiniteError("an adapter holds NaN or infinity", where=f"{name}: {path}")
             found.setdefault(site, {})[place] = share
         return found
 
-    def _stack(self, site: int, shares: Mapping[int, Share]) -> Stack:
+    def _stack(self, site: int, shares: Mapping[int, LinearChange]) -> Stack:
         maps = [
             Frozen(shape_of(path, module), module).shape for path, module in zip(*self.decoder.sites[site], strict=True)
         ]

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from gossamer.adapter import Adapter
 from gossamer.errors import StateError, UnsupportedError, nearest
+from gossamer.linalg import LowRankPair
 from gossamer.methods import LoRA, TargetedMethod
 from gossamer.methods.base import Shape, wide
-from gossamer.methods.pairs import Pair, pairs_of
+from gossamer.methods.pairs import StoredPair, pairs_of
 
-Base = Mapping[str, Tensor] | nn.Module
+BaseWeights = Mapping[str, Tensor] | nn.Module
 
 
 class Changes:
@@ -26,7 +27,7 @@ class Changes:
     base, for those whose change depends on it.
     """
 
-    def __init__(self, adapter: Adapter, base: Base | None) -> None:
+    def __init__(self, adapter: Adapter, base: BaseWeights | None) -> None:
         self.adapter, self.base = adapter, base
         self.known = pairs_of(adapter.spec, adapter.tensors) if isinstance(adapter.spec, LoRA) else None
         if self.known is None and base is None:
@@ -45,14 +46,14 @@ class Changes:
         """Whether its changes have as many directions as the matrices do."""
         return self.known is None
 
-    def at(self, place: str) -> Pair:
+    def at(self, place: str) -> StoredPair:
         """The change of one matrix, its scaling in it."""
         if self.known is not None:
             return self.known[place]
         change = self._made(place)
         identity = torch.eye(min(change.shape), dtype=change.dtype, device=change.device)
         inner, outer = (identity, change) if change.shape[1] < change.shape[0] else (change, identity)
-        return Pair(inner[None], outer[None])
+        return StoredPair(LowRankPair(inner[None], outer[None]))
 
     def _made(self, path: str) -> Tensor:
         """What a layer makes of the base's weight, less that weight: (out, in)."""
@@ -75,7 +76,7 @@ class Changes:
         return Shape(path, "linear", "Linear", outer, inner, parameters)
 
 
-def _parameters(base: Base | None, path: str) -> dict[str, Tensor]:
+def _parameters(base: BaseWeights | None, path: str) -> dict[str, Tensor]:
     """Weight (out, in) of the linear module at `path`, and its bias where the base tells it."""
     if isinstance(base, nn.Module):
         names = [name for name, _ in base.named_modules()]

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from gossamer.adapter import Adapter, about_the_base
 from gossamer.errors import StateError, TargetError, UsageError
-from gossamer.linalg import nearest_factors, product_norm, truncated
-from gossamer.merging.combining.changes import Base, Changes
+from gossamer.linalg import LowRankPair
+from gossamer.merging.combining.changes import BaseWeights, Changes
 from gossamer.merging.combining.module import Change, Matrix, Way, chosen_way
 from gossamer.methods.lora import unit_scaled
-from gossamer.methods.pairs import Pair, slots_of
+from gossamer.methods.pairs import StoredPair, slots_of
 from gossamer.methods.targeted import matches_end
 
 Weight = float | Mapping[str, float]
@@ -32,7 +32,7 @@ def combine(
     *,
     method: str = "exact",
     r: int | Literal["full"] | None = None,
-    base: Base | None = None,
+    base: BaseWeights | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Adapter:
@@ -74,7 +74,7 @@ def combine(
         raise UsageError("a method that needs the base changes it in all directions", expected='a rank, or r="full"')
     places = sorted({place for source in sources for place in source.places})
     by_place = [_resolved(weight, source.places) for weight, source in zip(weights, sources, strict=True)]
-    found: dict[str, Pair] = {}
+    found: dict[str, StoredPair] = {}
     lengths: dict[str, tuple[float, float]] = {}
     for place in places:
         given = [(known[place], source) for known, source in zip(by_place, sources, strict=True) if place in known]
@@ -89,57 +89,47 @@ def combine(
 
 def _combined(
     place: str,
-    parts: list[tuple[float, Pair]],
+    parts: list[tuple[float, StoredPair]],
     way: Way,
     options: dict[str, Any],
     r: int | Literal["full"] | None,
     seed: int,
-) -> tuple[Pair, tuple[float, float]]:
+) -> tuple[StoredPair, tuple[float, float]]:
     """The combined pair of one matrix, or of each of a stack; the norms of its difference from the sum and of that."""
     first = parts[0][1]
-    device = first.inner.device
+    device = first.pair.lora_A.device
     if len({pair.form for _, pair in parts}) > 1:
         raise StateError(
             "matrices of different shapes cannot be combined",
             where=place,
             got=" and ".join(str(pair.form) for _, pair in parts),
         )
-    wide = functools.reduce(torch.promote_types, (pair.inner.dtype for _, pair in parts))
+    wide = functools.reduce(torch.promote_types, (one.pair.lora_A.dtype for _, one in parts))
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}|{place}".encode()).digest()[:7]))
-    results: list[tuple[Tensor, Tensor]] = []
+    results: list[LowRankPair] = []
     apart = whole = 0.0
-    for index in range(first.inner.shape[0]):
-        changes = (
-            Change(weight, pair.inner[index].to(device, wide), pair.outer[index].to(device, wide), pair.scaling)
-            for weight, pair in parts
-        )
+    for index in range(first.pair.shape[0]):
+        changes = []
+        for weight, stored in parts:
+            pair = stored.pair[index].folded().to(device, wide)
+            changes.append(Change(weight, pair.lora_A, pair.lora_B, stored.pair.scaling))
         matrix = Matrix(place, tuple(changes), generator)
-        inner, outer = _factors(way(matrix, **options), matrix, r, seed)
-        sum_inner, sum_outer = matrix.stacked()
-        difference = product_norm(torch.cat([inner, sum_inner]), torch.cat([outer, -sum_outer], 1))
-        apart, whole = math.hypot(apart, difference), math.hypot(whole, product_norm(sum_inner, sum_outer))
-        results.append((inner, outer))
-    rank = max([1, *(inner.shape[0] for inner, _ in results)])
-    inner = torch.stack([_padded(inner, rank, 0) for inner, _ in results])
-    outer = torch.stack([_padded(outer, rank, 1) for _, outer in results])
-    return replace(first, inner=inner, outer=outer, scaling=1.0), (apart, whole)
+        combined = _factors(way(matrix, **options), matrix, r, seed)
+        exact = LowRankPair(*matrix.stacked())
+        difference = LowRankPair.concatenated([combined, exact.scaled(-1.0)]).norm()
+        apart, whole = math.hypot(apart, difference), math.hypot(whole, exact.norm())
+        results.append(combined)
+    return replace(first, pair=LowRankPair.stacked(results)), (apart, whole)
 
 
 def _factors(
     result: Tensor | tuple[Tensor, Tensor], matrix: Matrix, r: int | Literal["full"] | None, seed: int
-) -> tuple[Tensor, Tensor]:
-    """A and B of what a way gave, at the rank that was asked for."""
+) -> LowRankPair:
+    """What a way gave, at the rank that was asked for."""
     if isinstance(result, tuple):
-        inner, outer = result
-        return truncated(inner, outer, r, seed) if isinstance(r, int) and r < inner.shape[0] else (inner, outer)
-    return nearest_factors(result, min(result.shape) if r == "full" else r or matrix.rank, seed)
-
-
-def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """Rows (or columns) of zeros added up to `rank`: a stack has one rank."""
-    shape = [*factor.shape]
-    shape[dim] = rank - shape[dim]
-    return torch.cat([factor, factor.new_zeros(shape)], dim) if shape[dim] else factor
+        pair = LowRankPair(*result)
+        return pair.resized(r, seed) if isinstance(r, int) and r < pair.rank else pair
+    return LowRankPair.nearest(result, min(result.shape) if r == "full" else r or matrix.rank, seed)
 
 
 def _checked(adapters: Sequence[Adapter], weights: Sequence[Weight] | None) -> list[Weight]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gossamer.linalg import factor_svd
+from gossamer.linalg import LowRankPair
 from gossamer.merging.combining.module import Matrix, Result, share, way
 from gossamer.merging.combining.sparse import merged_as
 
@@ -25,7 +25,7 @@ def knots(matrix: Matrix, *, density: float = 0.2, inside: str = "ties", scaled:
     share(density, "density")
     inners = [torch.linalg.qr(change.inner.T) for change in matrix.changes]  # A_k^T = Q_k R_k
     outer = torch.cat([change.outer for change in matrix.changes], 1)
-    left, values, turned = factor_svd(torch.block_diag(*(core.T for _, core in inners)), outer)
+    left, values, turned = LowRankPair(torch.block_diag(*(core.T for _, core in inners)), outer).svd()
     keep = _rank(values, matrix.shape)
     sizes = [basis.shape[1] for basis, _ in inners]
     left, values = left[:, :keep], values[:keep]
@@ -69,7 +69,7 @@ def iso_cts(matrix: Matrix, *, common: float = 0.8) -> Result:
     for change in matrix.changes if own else ():
         outer = change.weight * change.outer
         rest = outer - left[:, :keep] @ (left[:, :keep].T @ outer)
-        first, size, second = factor_svd(change.inner, rest)
+        first, size, second = LowRankPair(change.inner, rest).svd()
         parts.append((first[:, :own], size[:own], second[:own]))
     spectrum = torch.cat([values for _, values, _ in parts])
     outer = _orthonormal(torch.cat([one for one, _, _ in parts], 1))
@@ -85,7 +85,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 def _decomposed(inner: Tensor, outer: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of `B A` without the directions that rounding alone gave it."""
-    left, values, right = factor_svd(inner, outer)
+    left, values, right = LowRankPair(inner, outer).svd()
     keep = _rank(values, shape)
     return left[:, :keep], values[:keep], right[:keep]
 
