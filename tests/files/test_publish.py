@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -20,6 +21,7 @@ from gossamer.cli import push as push_verb
 from gossamer.errors import AdapterFileError, DownloadError, UsageError
 from gossamer.files.card import model_card, spectrum_picture
 from gossamer.files.hub import pull, push
+from gossamer.models import tiny_tokenizer
 
 
 class FakeHub:
@@ -36,10 +38,19 @@ class FakeHub:
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
         return f"fake://{repo_id}"
 
-    def snapshot_download(self, repository: str, *, local_dir: str, **_: Any) -> str:
-        if not (self.root / repository).is_dir():
+    def model_info(self, repository: str, *, revision: str | None, **_: Any) -> Any:
+        folder = self.root / repository
+        if not folder.is_dir():
             raise OSError("404 not found")
-        return str(shutil.copytree(self.root / repository, local_dir, dirs_exist_ok=True))
+        paths = [one for one in folder.rglob("*") if one.is_file()]
+        files = [SimpleNamespace(rfilename=str(one.relative_to(folder)), size=one.stat().st_size) for one in paths]
+        return SimpleNamespace(sha=revision or "newest", siblings=files)
+
+    def snapshot_download(self, repository: str, *, local_dir: str, allow_patterns: list[str], **_: Any) -> str:
+        for name in allow_patterns:
+            Path(local_dir, name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.root / repository / name, Path(local_dir, name))
+        return local_dir
 
 
 @pytest.fixture
@@ -87,6 +98,27 @@ def test_there_and_back(hub: type[FakeHub], adapter: gs.Adapter, tmp_path: Path)
     assert not (hub.root / "me/thing/secret.txt").exists()
     assert pull("me/thing", tmp_path / "again") == adapter
     assert (tmp_path / "again" / "README.md").read_text() == "card"
+
+
+def test_its_own_tokenizer_and_template_go_too(hub: type[FakeHub], adapter: gs.Adapter, tmp_path: Path):
+    folder = tmp_path / "adapter"
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"name_or_path": "/home/me/base"}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("tools.jinja", "code.py"):
+        (folder / "additional_chat_templates" / name).write_text("x")
+    beside = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    beside |= {"additional_chat_templates/tools.jinja"}
+    own = {"adapter_config.json", "adapter_model.safetensors", "gossamer.json", "README.md"}
+    assert push(folder, "me/thing", "card")["files"].keys() == own | beside
+    assert pull("me/thing", tmp_path / "again") == adapter
+    for name in beside - {"tokenizer_config.json"}:
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text()) == settings | {"name_or_path": "base"}
 
 
 PATHS = ("/home/me/base", "~/base", "./base", "..\\base", "C:\\\\me\\base", "\\\\\\\\server\\base", "file:///me/base")

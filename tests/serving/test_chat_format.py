@@ -13,10 +13,10 @@ import gossamer as gs
 from gossamer.cli import main
 from gossamer.cli.shared import load_with_adapter
 from gossamer.errors import AdapterFileError, UnsupportedError
-from gossamer.files.companions import GENERATION, TEMPLATES, TOKENIZER
+from gossamer.files.companions import CHAT, GENERATION, TEMPLATES, TOKENIZER, is_companion
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.serving import Engine, vllm
-from gossamer.serving.chat_format import PLAIN, ChatFormats, common_format, is_chat_file
+from gossamer.serving.chat_format import PLAIN, ChatFormats, common_format
 from tests.adapters import trained
 
 TURN = "<|im_start|>"
@@ -191,9 +191,9 @@ def test_a_template_holds_however_it_is_written(
 def test_every_file_that_says_it_is_known() -> None:
     """What merge carries with an adapter, serving reads, and adapters of the hub are fetched with."""
     for name in (*TOKENIZER, *TEMPLATES[:2], GENERATION, f"{TEMPLATES[2]}/tool_use.jinja"):
-        assert is_chat_file(name)
+        assert is_companion(name, CHAT)
     for name in ("README.md", "model.py", "training_args.bin", f"{TEMPLATES[2]}/x.py", "x/tokenizer.json", "../a"):
-        assert not is_chat_file(name)
+        assert not is_companion(name, CHAT)
 
 
 @pytest.mark.parametrize("ends", [[TURN], TURN])

@@ -1,4 +1,4 @@
-"""What lies beside weights (tokenizer, chat template, processor, generation settings), and whose of it a result holds.
+"""Whose tokenizer, chat template, processor and generation settings a result holds.
 
 An adapter that was trained with another tokenizer or template than the base's says something else without it, so its
 own files go where its change goes: into a merged model's folder, and into the folder of an adapter made of it.
@@ -6,7 +6,6 @@ own files go where its change goes: into a merged model's folder, and into the f
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.errors import AdapterFileError, UsageError
-from gossamer.files.companions import NAMES, SETTINGS, TEMPLATES, TOKENIZER, VOCABULARIES, held
+from gossamer.files import companions
+from gossamer.files.companions import SETTINGS, TEMPLATES, VOCABULARIES, contents_of, has_template, held
 from gossamer.files.folder import read_json
 from gossamer.models.load import read_tokenizer
 from gossamer.models.scrutiny import read_config
@@ -56,7 +56,7 @@ class Companions:
             differing = [name for name in each[0] if each[0][name] != plain.get(name)]
             if not differing:
                 return cls()
-            files = {str(path.relative_to(places[0])): path.read_bytes() for path in _files(places[0])}
+            files = contents_of(places[0])
         more = len(each[0]["vocabulary"].keys() - plain["vocabulary"].keys())
         words = [f"{name} ({more} tokens more)" if name == "vocabulary" and more else name for name in differing]
         note = f"of the adapter, not of the base: {', '.join(words)}"
@@ -75,13 +75,9 @@ class Companions:
 
     def write(self, folder: Path) -> None:
         """Put them in place of what a folder has of them."""
-        if self.files is None:
-            return
-        for name in NAMES:
-            _remove(folder / name)
-        for name, content in self.files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content)
+        if self.files is not None:
+            companions.remove(folder)
+            companions.write(self.files, folder)
 
 
 def hand_on(sources: Sequence[Path], output: Path) -> list[str]:
@@ -89,31 +85,17 @@ def hand_on(sources: Sequence[Path], output: Path) -> list[str]:
 
     Raises `UsageError` where two of them disagree.
     """
-    holders = [folder for folder in sources if held(folder)]
-    if not holders:
-        return []
-    require_one(holders)
-    for name in held(holders[0]):
-        copy = shutil.copytree if (holders[0] / name).is_dir() else shutil.copyfile
-        copy(holders[0] / name, output / name)
-    return held(holders[0])
+    holders = require_one(sources)
+    companions.write(contents_of(holders[0]) if holders else {}, output)
+    return held(holders[0]) if holders else []
 
 
-def require_one(sources: Sequence[Path]) -> None:
-    """Raise `UsageError` where adapter folders hold different tokenizers, templates or settings."""
+def require_one(sources: Sequence[Path]) -> list[Path]:
+    """The folders that hold companions. Raises `UsageError` where they are different ones."""
     holders = [folder for folder in sources if held(folder)]
-    if len(holders) > 1 and any(_contents(one) != _contents(holders[0]) for one in holders):
+    if len(holders) > 1 and any(contents_of(one) != contents_of(holders[0]) for one in holders):
         _require_agreement(holders, [_facts(one, one) for one in holders])
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in _files(folder)}
-
-
-def _files(folder: Path) -> list[Path]:
-    """Every file of the companions of a folder."""
-    found = [folder / name for name in held(folder)]
-    return sorted(path for one in found for path in (one.iterdir() if one.is_dir() else (one,)) if path.is_file())
+    return holders
 
 
 def _laid(base: Path, adapter: Path | None, place: Path) -> Path:
@@ -123,45 +105,14 @@ def _laid(base: Path, adapter: Path | None, place: Path) -> Path:
         read_tokenizer(base.parent, gguf_file=base.name).save_pretrained(place)
     else:
         shutil.copyfile(base / "config.json", place / "config.json")
-        for path in _files(base):
-            (place / path.relative_to(base)).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place / path.relative_to(base))
-    if adapter is None:
-        return place
-    if any((adapter / name).exists() for name in VOCABULARIES):  # a whole tokenizer: nothing of the base's is mixed in
-        template = None if _has_template(adapter) else read_tokenizer(place).chat_template
-        for name in (*TOKENIZER, *TEMPLATES):
-            _remove(place / name)
+        companions.write(contents_of(base), place)
+    if adapter is not None:
+        whole = held(adapter, VOCABULARIES) and not has_template(adapter)  # its chats are written as the base's
+        template = read_tokenizer(place).chat_template if whole else None
+        companions.overlay(adapter, place)
         if isinstance(template, str):
             (place / TEMPLATES[0]).write_text(template, encoding="utf-8")
-    elif _has_template(adapter):
-        _drop_template(place)
-    for path in _files(adapter):
-        (place / path.relative_to(adapter)).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, place / path.relative_to(adapter))
     return place
-
-
-def _has_template(folder: Path) -> bool:
-    settings = folder / "tokenizer_config.json"
-    written = settings.is_file() and bool(read_json(settings).get("chat_template"))
-    return written or any((folder / name).exists() for name in TEMPLATES)
-
-
-def _drop_template(folder: Path) -> None:
-    for name in TEMPLATES:
-        _remove(folder / name)
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        kept = {key: value for key, value in read_json(settings).items() if key != "chat_template"}
-        settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _facts(folder: Path, source: Path) -> dict[str, Any]:
@@ -170,15 +121,14 @@ def _facts(folder: Path, source: Path) -> dict[str, Any]:
     try:
         if (folder / "config.json").is_file():
             read_config(folder)  # no code of its own
-        if any((folder / name).exists() for name in (*VOCABULARIES, "tokenizer_config.json")):
+        if held(folder, (*VOCABULARIES, "tokenizer_config.json")):
             tokenizer = read_tokenizer(folder)
             facts["vocabulary"] = tokenizer.get_vocab()
             facts["chat template"] = tokenizer.chat_template
             facts["special tokens"] = {name: str(one) for name, one in sorted(tokenizer.special_tokens_map.items())}
-            rules = getattr(tokenizer, "backend_tokenizer", None)
-            parts = json.loads(rules.to_str()) if rules is not None else {}
-            parts["model"] = {key: value for key, value in parts.get("model", {}).items() if key != "vocab"}
-            facts["tokenizer"] = {key: parts[key] for key in parts if key not in ("truncation", "padding")}
+            rules = companions.rules_of(tokenizer)
+            model = {key: value for key, value in rules.get("model", {}).items() if key != "vocab"}
+            facts["tokenizer"] = rules | {"model": model}
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise AdapterFileError(

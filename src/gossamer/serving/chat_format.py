@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.errors import AdapterFileError, UnsupportedError
-from gossamer.files.companions import GENERATION, TEMPLATES, TOKENIZER, VOCABULARIES
+from gossamer.files.companions import CHAT, GENERATION, TEMPLATES, VOCABULARIES, files_in, overlay, rules_of
 from gossamer.files.folder import read_json
 from gossamer.serving.vocabulary import ends_of
 
-NAMES = (*TOKENIZER, *TEMPLATES[:2], GENERATION)
-"""Files of an adapter folder that say it, beside those of the folder `TEMPLATES[2]`."""
-_SET_BY_BATCHES = ("padding", "truncation")
 _MOST = 2**28
 
 
@@ -97,13 +92,10 @@ class ChatFormats:
 def _own(folder: Path, found: set[str], base: Any) -> tuple[Any, Any]:
     """The tokenizer and the template of a folder; what it does not say is the base's."""
     with tempfile.TemporaryDirectory() as scratch:
-        place = folder
+        place = Path(scratch)
         if not found & {*VOCABULARIES}:
-            place = Path(scratch)
             base.save_pretrained(place)
-            (place / TEMPLATES[0]).unlink(missing_ok=True)  # it would go before one in the settings
-            for name in found:
-                (shutil.copytree if (folder / name).is_dir() else shutil.copyfile)(folder / name, place / name)
+        overlay(folder, place)
         own = type(base).from_pretrained(place, local_files_only=True, trust_remote_code=False)
     if TEMPLATES[1] in found and TEMPLATES[0] not in found:  # a processor's, which tokenizers do not read
         return own, read_json(folder / TEMPLATES[1])["chat_template"]
@@ -112,17 +104,10 @@ def _own(folder: Path, found: set[str], base: Any) -> tuple[Any, Any]:
 
 def chat_files(folder: Path) -> list[Path]:
     """What of it lies in a folder. Raises `AdapterFileError` for what is too large for it."""
-    named = [folder / name for name in NAMES] + sorted(folder.glob(f"{TEMPLATES[2]}/*.jinja"))
-    found = [one for one in named if one.is_file()]
+    found = files_in(folder, CHAT)
     if sum(one.stat().st_size for one in found) > _MOST:
         raise AdapterFileError("too large to be a tokenizer", where=str(folder))
     return found
-
-
-def is_chat_file(path: str) -> bool:
-    """Whether a file of an adapter folder, by its path in it, is one of those that say it."""
-    folder, _, name = path.rpartition("/")
-    return path in NAMES if not folder else folder == TEMPLATES[2] and name.endswith(".jinja")
 
 
 def _settled_ends(folder: Path) -> frozenset[int]:
@@ -169,14 +154,11 @@ def common_format(chat_formats: Sequence[ChatFormat]) -> ChatFormat:
 
 def _differing(own: Any, base: Any) -> str:
     """What makes two tokenizers give other tokens; "" where nothing does."""
-    one, other = getattr(own, "backend_tokenizer", None), getattr(base, "backend_tokenizer", None)
-    if one is None or other is None:
-        same = own.get_vocab() == base.get_vocab() and own.init_kwargs.get("add_bos_token") == base.init_kwargs.get(
-            "add_bos_token"
-        )
-        return "" if same else "vocabulary"
-    ours, theirs = (json.loads(backend.to_str()) for backend in (one, other))
-    parts = [part for part in {*ours, *theirs} - {*_SET_BY_BATCHES} if ours.get(part) != theirs.get(part)]
+    ours, theirs = rules_of(own), rules_of(base)
+    if not ours or not theirs:
+        bos = own.init_kwargs.get("add_bos_token") == base.init_kwargs.get("add_bos_token")
+        return "" if own.get_vocab() == base.get_vocab() and bos else "vocabulary"
+    parts = [part for part in {*ours, *theirs} if ours.get(part) != theirs.get(part)]
     if "model" in parts:
         return "vocabulary"
     return "set of added tokens" if "added_tokens" in parts else ", ".join(sorted(parts)).replace("_", " ")

@@ -51,7 +51,8 @@ class Fake:
         self.commits[name] = commit
         return folder
 
-    def model_info(self, name: str, *, files_metadata: bool, timeout: float) -> Any:
+    def model_info(self, name: str, *, revision: str | None, files_metadata: bool, timeout: float) -> Any:
+        assert revision is None
         assert files_metadata
         assert timeout <= 10
         self.asked.append(name)
