@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from gossamer.attachment import walk
 from gossamer.attachment.match import Selection
 from gossamer.attachment.read_site import ReadSite
-from gossamer.attachment.site import Active, Site, Spans
+from gossamer.attachment.site import Active, Site
 from gossamer.errors import StateError, nearest
+from gossamer.kernels.routing import Routing
 from gossamer.methods import Layer, Shape, TargetedMethod
 
 _ATTRIBUTE = "_gossamer_host"
+BASE_ALONE: Routing[Active] = Routing.everywhere(())
+"""No adapter, whatever comes."""
 SAVING = ("save_pretrained", "push_to_hub")
 """Methods of a transformers model that ours stand in for, while adapters are attached."""
 
@@ -39,7 +42,7 @@ class Host:
         self.model, self.fingerprint = model, fingerprint
         self.adapters: dict[str, Attached] = {}
         self.sites: dict[str, Site] = {}
-        self.active: Active | list[Active] | Spans = ()
+        self.active = BASE_ALONE
         self.stash: list[tuple[str, str, Tensor | None]] | None = None
         """While merged: path, parameter, and what it was before, in the order they were written."""
         self.merged: Active = ()
@@ -70,9 +73,9 @@ class Host:
                 raise StateError("two adapters replace the same parameters", where=path, got=", ".join(names))
 
     @contextmanager
-    def running(self, active: Active | Spans) -> Iterator[None]:
-        """While open, these adapters run, for every row, or each in its span."""
-        before, self.active = self.active, active
+    def running(self, routing: Routing[Active]) -> Iterator[None]:
+        """While open, these adapters run, each for its rows."""
+        before, self.active = self.active, routing
         try:
             yield
         finally:
@@ -117,13 +120,8 @@ class Host:
         for name in names:
             del self.adapters[name]
 
-        def without(entry: Active) -> Active:
-            return tuple(name for name in entry if name not in names)
-
-        assert not isinstance(self.active, Spans), "adapters come and go between batches, not in one"
-        self.active = (
-            [without(entry) for entry in self.active] if isinstance(self.active, list) else without(self.active)
-        )
+        left = (tuple(name for name in mix if name not in names) for mix in self.active.mixes)
+        self.active = replace(self.active, mixes=tuple(left))
         if not self.adapters:
             for name, parameter in walk.base_parameters(self.model):
                 parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))

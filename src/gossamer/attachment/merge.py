@@ -25,7 +25,7 @@ from gossamer.attachment.host import Host, require_host
 from gossamer.attachment.site import Active, Site
 from gossamer.errors import NonFiniteError, SharedWeightError, StateError, UnsupportedError
 
-Change = tuple[str, str, Tensor]
+NewValue = tuple[str, str, Tensor]
 """Path of a module, name of its parameter, the parameter's new value."""
 
 
@@ -78,14 +78,13 @@ def merge_groups(model: nn.Module, *names: str, dtype: torch.dtype | None = None
 
 
 def _chosen(host: Host, names: tuple[str, ...]) -> Active:
-    running = host.active
-    if not names and not isinstance(running, tuple):
+    if not names and host.active.unit != "batch":
         raise StateError("rows use different adapters, so there is no one merge", hint="name the adapters to merge")
-    chosen = names or running
-    host.check_together(chosen)  # pyright: ignore[reportArgumentType]
+    chosen = names or host.active.mixes[0]
+    host.check_together(chosen)
     if not chosen:
         raise StateError("no adapter is active, so there is nothing to merge", hint="name the adapters to merge")
-    return chosen  # pyright: ignore[reportReturnType]
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,9 @@ class Group:
         return block
 
     @torch.no_grad()
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[NewValue]:
         """Every new parameter value, checked. Raises what `merge` raises."""
-        found: list[Change] = []
+        found: list[NewValue] = []
         for site in self.sites:
             merged = site.merged(self.names, self.dtype)
             for name, value in merged.items():
@@ -169,7 +168,7 @@ def _groups(host: Host, names: Active, dtype: torch.dtype | None = None) -> list
     return [Group(host, tuple(sites), names, dtype, owners) for sites in [*alone, *(sites for _, sites in tied)]]
 
 
-def _refuse_shared(host: Host, changes: Sequence[Change], owners: Mapping[int, list[str]]) -> None:
+def _refuse_shared(host: Host, changes: Sequence[NewValue], owners: Mapping[int, list[str]]) -> None:
     """A weight that is stored once is merged only if every module that uses it gets the same new value."""
     values = {f"{path}.{name}": value for path, name, value in changes}
     for path, name, value in changes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from gossamer.attachment.site import Active, Site, Spans
+from gossamer.attachment.site import Active, Site
 from gossamer.errors import StateError
 from gossamer.methods import Shape
 
@@ -62,11 +62,8 @@ class ReadSite(Site):
 
     def _running(self) -> Active:
         """The innermost layers of all rows; raises `StateError` where rows differ in them."""
-        active = self.host.active
-        entries = [span.names for span in active.spans] if isinstance(active, Spans) else active
-        entries = [entries] if isinstance(entries, tuple) else entries
         inner = {name for name, layer in self.layers.items() if layer.innermost}
-        here = {tuple(name for name in entry if name in inner) for entry in entries}
+        here = {tuple(name for name in entry if name in inner) for entry in self.host.active.mixes}
         if len(here) > 1:
             raise StateError(
                 "rows with different adapters cannot share a parameter that is read without calling its module",

@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from gossamer.attachment.frozen import Frozen, Stacked, owner, parameters_of
 from gossamer.attachment.walk import CONTAINER
 from gossamer.errors import StateError
+from gossamer.kernels.routing import Routing
 from gossamer.methods import Layer, Shape
 from gossamer.methods.base import AFFINE_KINDS
 from gossamer.quant import QuantizedLinear
@@ -27,21 +27,6 @@ if TYPE_CHECKING:
 
 Active = tuple[str, ...]
 """Names whose layers run, in order."""
-
-
-class Span(NamedTuple):
-    """The tokens `start..stop` of a packed row, and the names whose layers run for them."""
-
-    names: Active
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Spans:
-    """Who runs where in a packed row; the spans cover its tokens, one after the other."""
-
-    spans: tuple[Span, ...]
 
 
 class Site:
@@ -98,14 +83,14 @@ class Site:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward while adapters are attached: the active layers around the frozen call."""
-        active = self.host.active
+        routing = self.host.active
         if not args and len(kwargs) == 1 and self.shape.kind in AFFINE_KINDS:  # `linear(input=x)`
             args, kwargs = (*kwargs.values(),), {}
-        if isinstance(active, list):
-            return self._run_rows(active, args, kwargs)
-        if isinstance(active, Spans):
-            return self._run_spans(active.spans, args, kwargs)
-        return self._stacked(active)(*args, **kwargs)
+        if routing.unit == "row":
+            return self._run_rows(routing.mixes, args, kwargs)
+        if routing.unit == "token":
+            return self._run_spans(routing, args, kwargs)
+        return self._stacked(routing.mixes[0])(*args, **kwargs)
 
     def _stacked(self, active: Active) -> Callable[..., Any]:
         call: Any = self.frozen
@@ -137,7 +122,7 @@ class Site:
                 [row * share + part for row in chosen for part in range(share)], device=self.shape.device
             )
             whole = len(rows) * share
-            with self.host.running(entry):
+            with self.host.running(Routing.everywhere(entry)):
                 outs.append(self._stacked(entry)(*_picked(args, index, whole), **_picked(kwargs, index, whole)))
             order.append(index)
         return _joined(outs, torch.cat(order).argsort(), self.path)
@@ -159,11 +144,11 @@ class Site:
             )
         return share
 
-    def _run_spans(self, spans: Sequence[Span], args: tuple, kwargs: dict) -> Any:
+    def _run_spans(self, routing: Routing[Active], args: tuple, kwargs: dict) -> Any:
         """The plain way for a packed row: one call for each span, put together again."""
-        if not any(name in self.layers for span in spans for name in span.names):
+        if not any(name in self.layers for names in routing.mixes for name in names):
             return self.frozen(*args, **kwargs)
-        first, whole = args[0], spans[-1].stop
+        first, whole = args[0], routing.rows
         along = 0 if first.shape[0] == whole else 1
         if self.shape.kind in ("model", "attention") or first.shape[along] != whole:
             raise StateError(
@@ -172,9 +157,9 @@ class Site:
                 got=f"{whole} tokens, input of shape {tuple(first.shape)}",
             )
         outs = []
-        for names, start, stop in spans:
-            cut = [one.narrow(along, start, stop - start) for one in args]
-            with self.host.running(names):
+        for (start, _, names), length in zip(routing.spans, routing.lengths, strict=True):
+            cut = [one.narrow(along, start, length) for one in args]
+            with self.host.running(Routing.everywhere(names)):
                 outs.append(self._stacked(names)(*cut, **kwargs))
         return torch.cat(outs, along)
 

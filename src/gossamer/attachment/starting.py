@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gossamer.adapter import Adapter
 from gossamer.attachment import walk
 from gossamer.attachment.frozen import Frozen
-from gossamer.attachment.host import find_host
+from gossamer.attachment.host import BASE_ALONE, find_host
 from gossamer.attachment.match import select
 from gossamer.errors import NonFiniteError, StateError, TargetError, UnsupportedError, UsageError
 from gossamer.methods import LoRA, starts
@@ -159,7 +159,7 @@ def _observe(
     try:
         for path, (module, running) in watched.items():
             hooks.append(module.register_forward_pre_hook(collector(path, running), with_kwargs=True))
-        with torch.no_grad(), _evaluating(model), host.running(()) if host else nullcontext():
+        with torch.no_grad(), _evaluating(model), host.running(BASE_ALONE) if host else nullcontext():
             for batch in batches:
                 if not isinstance(batch, Mapping):
                     raise UsageError(

@@ -12,18 +12,17 @@ from torch import Tensor, nn
 
 from gossamer.adapter import Adapter
 from gossamer.attachment import walk
-from gossamer.attachment.host import Attached, Host, find_host, make_host, require_host
+from gossamer.attachment.host import BASE_ALONE, Attached, Host, find_host, make_host, require_host
 from gossamer.attachment.layers import Layers, new_layers, stored_layers
 from gossamer.attachment.match import select
 from gossamer.attachment.merge import unmerge
 from gossamer.attachment.remarks import described, idle_note, warn_of_other_base
 from gossamer.attachment.report import InjectionReport, SiteRow
 from gossamer.attachment.saving import Saving
-from gossamer.attachment.site import Active, Span, Spans
+from gossamer.attachment.site import Active
 from gossamer.errors import BaseMismatchError, StateError, UnsupportedError, UsageError
+from gossamer.kernels.routing import Routing
 from gossamer.methods import Shape, TargetedMethod
-
-Rows = Sequence[str | None]
 
 
 def attach(
@@ -79,7 +78,7 @@ def attach(
     host = make_host(model, here)
     Saving(host, capture).stand_in()
     host.add(name, attached, layers)
-    host.active = (name,)
+    host.active = Routing.everywhere((name,))
     report = _report(host, name, attached, layers)
     return replace(report, notes=(*report.notes, *idle_note(what))) if isinstance(what, Adapter) else report
 
@@ -135,11 +134,11 @@ def attached(model: nn.Module) -> tuple[str, ...]:
 def active(model: nn.Module) -> tuple[str, ...] | list[tuple[str, ...]]:
     """The names whose layers run, in stacking order; a list with one tuple a row, or a span, when they differ."""
     host = find_host(model)
-    now = host.active if host else ()
-    return [span.names for span in now.spans] if isinstance(now, Spans) else now
+    now = host.active if host else BASE_ALONE
+    return now.mixes[0] if now.unit == "batch" else [*now.mixes]
 
 
-def use(model: nn.Module, *names: str | None | Rows) -> None:
+def use(model: nn.Module, *names: str | None | Sequence[str | None]) -> None:
     """Choose which adapters run from now on.
 
     `use(model, "a")` one; `use(model, "a", "b")` both, b around a; `use(model, None)` the base alone;
@@ -150,9 +149,10 @@ def use(model: nn.Module, *names: str | None | Rows) -> None:
     host = require_host(model)
     host.refuse_while_merged("change the active adapters")
     if len(names) == 1 and isinstance(names[0], list | tuple):
-        host.active = [_checked(host, (entry,)) for entry in names[0]]
+        mixes = tuple(_checked(host, (entry,)) for entry in names[0])
+        host.active = Routing(mixes, (1,) * len(mixes), "row")
     else:
-        host.active = _checked(host, names)
+        host.active = Routing.everywhere(_checked(host, names))
 
 
 def _checked(host: Host, names: Sequence[Any]) -> Active:
@@ -167,15 +167,12 @@ def _checked(host: Host, names: Sequence[Any]) -> Active:
 
 
 @contextmanager
-def using(model: nn.Module, *names: str | None | Rows) -> Iterator[None]:
+def using(model: nn.Module, *names: str | None | Sequence[str | None]) -> Iterator[None]:
     """`use` for the length of a `with` block; what was active before is active again after it."""
     host = require_host(model)
-    before = host.active
-    use(model, *names)
-    try:
+    with host.running(host.active):
+        use(model, *names)
         yield
-    finally:
-        host.active = before
 
 
 @contextmanager
@@ -189,11 +186,11 @@ def using_spans(model: nn.Module, spans: Sequence[tuple[Sequence[str], int, int]
     """
     host = require_host(model)
     host.refuse_while_merged("change the active adapters")
-    found = tuple(Span(_checked(host, names), start, stop) for names, start, stop in spans)
-    ends = (0, *(span.stop for span in found))
-    if not found or any(span.start != end or span.stop <= end for span, end in zip(found, ends, strict=False)):
+    mixes = tuple(_checked(host, names) for names, _, _ in spans)
+    ends = (0, *(stop for _, _, stop in spans))
+    if not spans or any(start != end or stop <= end for (_, start, stop), end in zip(spans, ends, strict=False)):
         raise StateError("spans follow one another without a gap", got=str([tuple(span) for span in spans]))
-    with host.running(Spans(found)):
+    with host.running(Routing(mixes, tuple(stop - start for _, start, stop in spans))):
         yield
 
 

@@ -47,7 +47,7 @@ class Routed:
     """
 
     def __init__(
-        self, stacks: Mapping[int, Stack], routing: Routing, way: str | None = None, before: Routed | None = None
+        self, stacks: Mapping[int, Stack], routing: Routing[Mix], way: str | None = None, before: Routed | None = None
     ) -> None:
         self.way, self.slots = way or routing.way, None
         made = {mix: mixed(stacks, mix) for mix in routing.distinct}
@@ -66,7 +66,7 @@ class Routed:
             self.slots = there if isinstance(there, kind) and there.takes(routing, made) else kind(routing, made)
             self.slots.look(routing, made)
 
-    def _of_all(self, routing: Routing) -> tuple[Stack, Tensor] | None:
+    def _of_all(self, routing: Routing[Mix]) -> tuple[Stack, Tensor] | None:
         """The one mix of few rows, with all its B in one matrix: one product for all maps, where it is small."""
         if self.way != "segmented" or len(self.parts) != 1 or not 0 < routing.rows <= FEW:
             return None
@@ -75,7 +75,7 @@ class Routed:
             return None
         return stack, torch.block_diag(*(pair.lora_B for pair in stack.pairs))
 
-    def _better_slotted(self, routing: Routing, there: Gathered | Slotted | None) -> bool:
+    def _better_slotted(self, routing: Routing[Mix], there: Gathered | Slotted | None) -> bool:
         """Whether kernels are to look slots up: on CUDA where runs are short, and where it was so before."""
         if self.way == "none":
             return isinstance(there, Slotted)
@@ -115,7 +115,7 @@ class Routed:
         elif self.slots is not None:
             self.slots.add(x, outs)
 
-    def _concatenate(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
+    def _concatenate(self, routing: Routing[Mix], made: Mapping[Mix, Stack]) -> None:
         """All A of the first map, then of the second; `others` are the columns that are not a row's own."""
         number = {mix: index for index, mix in enumerate(made)}
         stacks = [*made.values()]
@@ -145,7 +145,7 @@ def add_product(out: Tensor, down: Tensor, outer: Tensor) -> None:
 class _Rest:
     """What is not a sum of low-rank terms: vectors looked up for each row, whole weights run by run."""
 
-    def __init__(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
+    def __init__(self, routing: Routing[Mix], made: Mapping[Mix, Stack]) -> None:
         first = next(iter(made.values()))
         number = {mix: index + 1 for index, mix in enumerate(made)}  # 0: rows that nothing is changed for
         of_row = torch.zeros(routing.rows, dtype=torch.int64)
@@ -186,13 +186,12 @@ def _table(vectors: Sequence[Tensor | None], neutral: float) -> Tensor | None:
 
 
 def reference(
-    x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], stacks: Mapping[int, Stack], routing: Routing
+    x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], stacks: Mapping[int, Stack], routing: Routing[Mix]
 ) -> list[Tensor]:
     """Outputs (N, out_i) of the maps W (out_i, in), b: row by row, adapter by adapter, as the equation says."""
     outs = [x.new_zeros(len(x), len(weight)) for weight, _ in maps]
-    row = 0
-    for mix, length in zip(routing.mixes, routing.lengths, strict=True):
-        for here in range(row, row + length):
+    for start, stop, mix in routing.spans:
+        for here in range(start, len(x) if stop is None else stop):
             for place, (weight, bias) in enumerate(maps):
                 rest = [stacks[number].rest[place] for number, _ in mix if stacks[number].rest]
                 share = rest[0] if rest else LinearChange()
@@ -206,5 +205,4 @@ def reference(
                     pair = stacks[number].pairs[place]
                     out = out + much * (pair.lora_B @ (pair.lora_A @ x[here].to(pair.lora_A.dtype)))
                 outs[place][here] = out
-        row += length
     return outs

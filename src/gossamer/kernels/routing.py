@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ SHARED = 8
 MOST = 64
 """Rows beyond which factors are not laid beside each of them: they take too much memory."""
 
+Adapters = TypeVar("Adapters", bound=tuple[Any, ...])
+"""What a run of rows has: names, or adapters each with its weight. Empty for the base alone."""
 Mix = tuple[tuple[int, float], ...]
-"""What a row has: numbers of adapters, each with its weight. Empty for the base alone."""
+"""Numbers of adapters, each with its weight."""
 
 
 class LinearChange(NamedTuple):
@@ -105,16 +108,23 @@ class Stack(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Routing:
-    """Which rows have which adapters.
+class Routing(Generic[Adapters]):
+    """Who runs where: which adapters each run of rows has.
 
     Attributes:
-        mixes: what each run of rows has, in the order of the rows.
-        lengths: rows of each run.
+        mixes: the adapters of each run, in the order of the rows; empty for the base alone.
+        lengths: rows of each run; none where one mix is for whatever comes.
+        unit: what a row is: a "row" of a batch, a "token" of sequences put one after another, or the whole "batch".
     """
 
-    mixes: tuple[Mix, ...]
+    mixes: tuple[Adapters, ...]
     lengths: tuple[int, ...]
+    unit: Literal["batch", "row", "token"] = "token"
+
+    @classmethod
+    def everywhere(cls, mix: Adapters) -> Routing[Adapters]:
+        """One mix for whatever comes."""
+        return cls((mix,), (), "batch")
 
     @property
     def rows(self) -> int:
@@ -122,20 +132,26 @@ class Routing:
         return sum(self.lengths)
 
     @cached_property
-    def runs(self) -> tuple[tuple[slice, Mix], ...]:
+    def spans(self) -> tuple[tuple[int, int | None, Adapters], ...]:
+        """Start, stop and mix of each run; one from 0 to the end (None) where one mix is for whatever comes."""
+        if self.unit == "batch":
+            return ((0, None, self.mixes[0]),)
+        ends = [*itertools.accumulate(self.lengths, initial=0)]
+        return tuple(zip(ends, ends[1:], self.mixes, strict=False))
+
+    @cached_property
+    def runs(self) -> tuple[tuple[slice, Adapters], ...]:
         """The runs that have an adapter, neighbours of one mix joined."""
-        found: list[tuple[slice, Mix]] = []
-        end = 0
-        for mix, length in zip(self.mixes, self.lengths, strict=True):
-            start, end = end, end + length
+        found: list[tuple[slice, Adapters]] = []
+        for start, stop, mix in self.spans:
             if mix and found and found[-1][1] == mix and found[-1][0].stop == start:
-                found[-1] = (slice(found[-1][0].start, end), mix)
+                found[-1] = (slice(found[-1][0].start, stop), mix)
             elif mix:
-                found.append((slice(start, end), mix))
+                found.append((slice(start, stop), mix))
         return tuple(found)
 
     @cached_property
-    def distinct(self) -> tuple[Mix, ...]:
+    def distinct(self) -> tuple[Adapters, ...]:
         """The mixes that there are, the empty one not among them."""
         return tuple(dict.fromkeys(mix for _, mix in self.runs))
 

@@ -60,14 +60,14 @@ class Slots:
 class Gathered(Slots):
     """A slot for each row."""
 
-    def __init__(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
+    def __init__(self, routing: Routing[Mix], made: Mapping[Mix, Stack]) -> None:
         super().__init__(routing.rows, made)
 
-    def takes(self, routing: Routing, made: Mapping[Mix, Stack]) -> bool:
+    def takes(self, routing: Routing[Mix], made: Mapping[Mix, Stack]) -> bool:
         """Whether there is room for these rows, and for the ranks of their mixes."""
         return self.has_room(routing.rows, made)
 
-    def look(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
+    def look(self, routing: Routing[Mix], made: Mapping[Mix, Stack]) -> None:
         """Give every row its mix."""
         each = [mix for mix, length in zip(routing.mixes, routing.lengths, strict=True) for _ in range(length)]
         for row, mix in enumerate(each):
@@ -95,16 +95,16 @@ class Gathered(Slots):
 class Slotted(Slots):
     """A slot for each mix; rows know the number of theirs, in a tensor that stays where it is."""
 
-    def __init__(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
+    def __init__(self, routing: Routing[Mix], made: Mapping[Mix, Stack]) -> None:
         super().__init__(len(made), made)
         rows = -(-max(routing.rows, 1) // _ROWS) * _ROWS
         self.of_row = torch.full((rows,), -1, dtype=torch.int32, device=self.inner.device)
 
-    def takes(self, routing: Routing, made: Mapping[Mix, Stack]) -> bool:
+    def takes(self, routing: Routing[Mix], made: Mapping[Mix, Stack]) -> bool:
         """Whether there is room for these rows and mixes, and for their ranks."""
         return routing.rows <= len(self.of_row) and self.has_room(len(made), made)
 
-    def look(self, routing: Routing, made: Mapping[Mix, Stack]) -> None:
+    def look(self, routing: Routing[Mix], made: Mapping[Mix, Stack]) -> None:
         """Give every mix a slot, its old one if it has one, and every row its mix's; rows beyond them have none."""
         free = (slot for slot, mix in enumerate(self.mixes) if mix not in made)
         place = {mix: self.mixes.index(mix) if mix in self.mixes else next(free) for mix in made}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gossamer.attachment.frozen import Frozen
 from gossamer.attachment.host import Host, require_host
 from gossamer.attachment.kinds import shape_of
-from gossamer.attachment.site import Active, Site, Spans
+from gossamer.attachment.site import Site
 from gossamer.families import LAYERS, Family
 from gossamer.kernels.linears import ACTIVATIONS, Norm, Term, gated_mlp, linears, normed_linears
 from gossamer.kernels.packed import rotated
@@ -105,23 +105,18 @@ class Block:
 
     def terms(self) -> list[list[Term]] | None:
         """The active terms beside each of the seven maps; None where something else is active in this layer."""
-        active = self.host.active
-        if isinstance(active, list):
-            return None
-        spans: list[tuple[Active, tuple[int, int | None]]] = [(active, (0, None))] if isinstance(active, tuple) else []
-        if isinstance(active, Spans):
-            spans = [(span.names, (span.start, span.stop)) for span in active.spans]
-        if any(site.standing(names) for site in self.others for names, _ in spans):
+        routing = self.host.active
+        if routing.unit == "row" or any(site.standing(names) for site in self.others for names in routing.mixes):
             return None
         found: list[list[Term]] = []
         for site, base in zip(self.sites, self.maps, strict=True):
             here: list[Term] = []
-            for names, rows in spans if site else ():
+            for start, stop, names in routing.spans if site else ():
                 for layer in site.standing(names):  # pyright: ignore[reportOptionalMemberAccess]
                     pair = layer.plain_pair()
                     if pair is None:
                         return None
-                    here.append(Term(pair, rows))
+                    here.append(Term(pair, (start, stop)))
             if not base.is_plain():
                 return None
             found.append(here)

@@ -14,7 +14,7 @@ from gossamer.serving.sampling import FinishReason, SampledToken, Sampler, Sampl
 if TYPE_CHECKING:
     from gossamer.serving.detokenizer import Detokenizer
     from gossamer.serving.store import Loaded, Version
-    from gossamer.serving.terms import Mix
+    from gossamer.serving.terms import LoadedMix
 
 
 class SequenceState(Enum):
@@ -80,7 +80,7 @@ class Sequence:
     ids: list[int] = field(init=False, repr=False)
     most: int = field(init=False)
     held: tuple[Version, ...] = field(default=(), init=False, repr=False)
-    mix: Mix = field(default=(), init=False, repr=False)
+    mix: LoadedMix = field(default=(), init=False, repr=False)
     sampler: Sampler = field(init=False, repr=False)
     detokenizer: Detokenizer = field(init=False, repr=False)
     read: int = field(default=0, init=False)

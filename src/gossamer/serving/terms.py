@@ -7,12 +7,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from torch import Tensor
 
 from gossamer.kernels.routed import Routed
-from gossamer.kernels.routing import Routing
+from gossamer.kernels.routing import Mix, Routing
 from gossamer.kernels.slots import Slotted
 from gossamer.running.steps import ChunkRows
 from gossamer.serving.store import Loaded
 
-Mix = tuple[tuple[Loaded, float], ...]
+LoadedMix = tuple[tuple[Loaded, float], ...]
 """What one sequence has: adapters, each with its weight. Empty for the base alone."""
 
 Laid = dict[int, Routed]
@@ -23,9 +23,9 @@ class BatchTerms:
     """Who has which adapters in the step that is being taken."""
 
     def __init__(self) -> None:
-        self.known: list[tuple[Routing, Laid]] = []
+        self.known: list[tuple[Routing[Mix], Laid]] = []
 
-    def look(self, mixes: Sequence[Mix], parts: Sequence[ChunkRows]) -> bool:
+    def look(self, mixes: Sequence[LoadedMix], parts: Sequence[ChunkRows]) -> bool:
         """Lay out the mixes of a step's pieces for its parts; False if nobody has an adapter."""
         before, self.known = self.known, []
         for number, part in enumerate(parts):
@@ -63,7 +63,7 @@ class BatchTerms:
             routed.after(x, outs, whole)
 
 
-def _laid(adapters: Mapping[int, Loaded], routing: Routing, before: Laid) -> Laid:
+def _laid(adapters: Mapping[int, Loaded], routing: Routing[Mix], before: Laid) -> Laid:
     laid: Laid = {}
     lasting = {site for site, one in before.items() if isinstance(one.slots, Slotted)}
     for site in lasting.union(*(one.stacks for one in adapters.values())):

@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from gossamer.attachment.host import find_host
+from gossamer.attachment.host import BASE_ALONE, find_host
 from gossamer.errors import UnsupportedError
 from gossamer.training.memory import ran_out
 
@@ -83,7 +83,7 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     host = find_host(model)
     with ExitStack() as stack:
         if host is not None:
-            stack.enter_context(host.running(()))
+            stack.enter_context(host.running(BASE_ALONE))
         try:
             model.eval()
             return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
