@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -12,8 +13,7 @@ from tokenizers.models import BPE, WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from gossamer.models import tiny_tokenizer
-from gossamer.serving.api.answers import Form
-from gossamer.serving.api.worker import Progress
+from gossamer.serving.api.builders import ChatBuilder, ResponseBuilder, TextBuilder
 from gossamer.serving.detokenizer import Detokenizer
 from gossamer.serving.sequence import Reply
 from gossamer.serving.spelling import Spelling
@@ -123,8 +123,11 @@ def test_so_they_are_where_bytes_are_no_text(name: str, tokens: list[int]) -> No
     assert b"".join(one.raw or b"" for one in spelled).decode(errors="replace") == text
 
 
-def form(tokenizer: Any, chat: bool) -> Form:
-    return Form(chat, "toy", {}, tokenizer, True)
+def builder(tokenizer: Any, chat: bool) -> ResponseBuilder:
+    return (ChatBuilder if chat else TextBuilder)("toy", {}, tokenizer, True)
+
+
+USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0, "prompt_tokens_details": {"cached_tokens": 0}}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -135,20 +138,14 @@ def test_no_likely_token_takes_the_place_of_another(name: str, chat: bool) -> No
     for first in (0, 1):
         tops = (tuple((token, -0.01 * token) for token in range(count)),) * (1 + first)
         answer = Reply("", (count // 2,) * (1 + first), (-1.0,) * (1 + first), {}, "length", tuple(tops))
-        told: Any = form(tokenizer, chat).whole([answer], Usage0(), {})["choices"][0]["logprobs"]
+        whole = json.loads(builder(tokenizer, chat).whole([answer], USAGE, {}).json_bytes)
+        told: Any = whole["choices"][0]["logprobs"]
         if chat:
             names = [(one["token"], bytes(one["bytes"] or b"")) for one in told["content"][-1]["top_logprobs"]]
             assert len(names) == count
         else:
             assert len(told["top_logprobs"][-1]) == count
             assert sorted(told["top_logprobs"][-1].values(), reverse=True) == [value for _, value in tops[0]]
-
-
-class Usage0:
-    """No tokens."""
-
-    def fields(self) -> dict[str, Any]:
-        return {}
 
 
 def test_halves_of_characters_have_bytes() -> None:
@@ -163,13 +160,12 @@ def test_halves_of_characters_have_bytes() -> None:
 def test_a_stream_is_the_whole_in_pieces_and_ends_without_text(chat: bool) -> None:
     tokenizer = TOKENIZERS["sentencepiece"]
     tokens = [*tokenizer("true é😀 the")["input_ids"], tokenizer.eos_token_id]
-    writer, pieces, made = Detokenizer(tokenizer), list[dict[str, Any]](), form(tokenizer, chat)
+    writer, pieces, made = Detokenizer(tokenizer), list[dict[str, Any]](), builder(tokenizer, chat)
     for number, token in enumerate(tokens):
         last = number == len(tokens) - 1
         text = writer.add(token) + (writer.end() if last else "")
         reply = Reply(text, (token,), (-1.0,), {}, "stop" if last else None, (((token, -1.0),),))
-        progress = Progress(0, reply, None)
-        pieces += [one["choices"][0] for one in made.chunks(progress, not number)]
+        pieces += [json.loads(one.json_bytes)["choices"][0] for one in made.chunks(0, reply)]
     ends = [one for one in pieces if one["finish_reason"]]
     assert ends == pieces[-1:]
     assert not (ends[0]["delta"]["content"] if chat else ends[0]["text"])

@@ -64,7 +64,7 @@ def command(context: click.Context, **options: Any) -> None:
 def _serve(name: str, options: dict[str, Any]) -> None:
     from gossamer.serving.api.app import create_app
     from gossamer.serving.api.keys import Keyring
-    from gossamer.serving.api.limits import Bounds
+    from gossamer.serving.api.limits import HttpLimits
     from gossamer.serving.api.server import bound, check_host, serve
     from gossamer.serving.api.vectors import Vectors
     from gossamer.serving.embedding import Embedder
@@ -97,7 +97,7 @@ def _serve(name: str, options: dict[str, Any]) -> None:
     if options["embeddings"]:
         base, found = options["embeddings"], options["embedding_adapters"]
         vectors = Vectors(_called(base), lambda: Embedder(base, found, **loading))
-    bounds = Bounds(answering=options["timeout"])
+    bounds = HttpLimits(answering=options["timeout"])
     app = create_app(engine, name=name, keyring=keyring, folder=folder, bounds=bounds, vectors=vectors, hub=hub)
     with closing(bound(options["host"], options["port"])) as at:  # before anything is loaded
         serve(app, drain=options["drain"], at=at)

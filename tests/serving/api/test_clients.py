@@ -17,7 +17,7 @@ import pytest
 
 import gossamer as gs
 from gossamer.serving.api.app import create_app
-from gossamer.serving.api.limits import Bounds
+from gossamer.serving.api.limits import HttpLimits
 from tests.serving.api.conftest import engine, until
 
 TURNS: Any = [{"role": "user", "content": "Hello"}]
@@ -120,7 +120,7 @@ def test_a_client_who_leaves_frees_his_rows(folder: Path, listening: Callable[[A
 
 
 def test_an_answer_that_takes_too_long_is_ended(folder: Path, listening: Callable[[Any], str]) -> None:
-    app = create_app(engine(folder), name="toy", bounds=Bounds(answering=0.05))
+    app = create_app(engine(folder), name="toy", bounds=HttpLimits(answering=0.05))
     address = listening(app)
     body = {"model": "sql", "prompt": "abc", "n": 16, "ignore_eos": True, "max_tokens": 500}
     answer = httpx.post(f"{address}/v1/completions", json=body, timeout=30)
@@ -144,7 +144,7 @@ def test_a_full_queue_says_when_to_come_back(folder: Path, listening: Callable[[
 def test_slow_clients_are_not_waited_for(folder: Path, listening: Callable[[Any], str]) -> None:
     import socket
 
-    address = listening(create_app(engine(folder), name="toy", bounds=Bounds(reading=0.3)))
+    address = listening(create_app(engine(folder), name="toy", bounds=HttpLimits(reading=0.3)))
     port = int(address.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")

@@ -19,7 +19,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from gossamer.serving.api.app import create_app
-from gossamer.serving.api.limits import Bounds, deeper
+from gossamer.serving.api.limits import HttpLimits, deeper
 from tests.serving.api.conftest import engine
 
 PROMPT = "the-secret-prompt"
@@ -63,7 +63,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, learned: Any) -> Iterator[T
     folder = tmp_path_factory.mktemp("adapters")
     for name, value in learned.items():
         value.save(folder / name)
-    app = create_app(engine(folder), name="toy", folder=folder, bounds=Bounds(body=2**20))
+    app = create_app(engine(folder), name="toy", folder=folder, bounds=HttpLimits(body=2**20))
     with TestClient(app, "http://localhost") as client:
         yield client
 
@@ -128,7 +128,7 @@ def test_bodies_that_are_too_large(shared: TestClient) -> None:
 
 def test_bodies_of_all_together(folder: Path, listening: Callable[[Any], str]) -> None:
     """Sixty-four clients hold 2 MiB each and do not finish: the server keeps 16 MiB of them and turns the rest away."""
-    bounds = Bounds(body=4 * 2**20, bodies=16 * 2**20, reading=3)
+    bounds = HttpLimits(body=4 * 2**20, bodies=16 * 2**20, reading=3)
     address = listening(create_app(engine(folder), name="toy", folder=folder, bounds=bounds))
     port, body = int(address.rpartition(":")[2]), b" " * 2**21
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body) + 1}\r\n\r\n".encode()
@@ -255,7 +255,7 @@ def test_a_fault_in_a_route_tells_nothing(shared: TestClient, monkeypatch: pytes
     def broken(*_: Any) -> Any:
         raise ValueError(PROMPT)
 
-    monkeypatch.setattr(app.state.service, "chosen", broken)
+    monkeypatch.setattr(app.state.service.completions, "resolve", broken)
     answer = post(shared, GOOD)
     assert answer.status_code == 500
     assert PROMPT not in answer.text

@@ -11,18 +11,23 @@ from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from starlette.testclient import TestClient
 
-from gossamer.serving.api import schema
-from gossamer.serving.api.fields import Asked
-from gossamer.serving.api.openais import UNSUPPORTED, IdleChat, IdleCompletion, IdleMessage
+from gossamer.serving.api import requests
+from gossamer.serving.api.fields import (
+    UNSUPPORTED,
+    RequestBody,
+    UnsupportedOfChats,
+    UnsupportedOfCompletions,
+    UnsupportedOfMessages,
+)
 
 CHAT: dict[str, Any] = {"model": "toy", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 PLAIN: dict[str, Any] = {"model": "toy", "prompt": "hi", "max_tokens": 1}
-PARAMETERS: dict[type[Asked], list[Any]] = {
-    schema.Chat: [chat_create_params.CompletionCreateParamsNonStreaming],
-    schema.Completion: [completion_create_params.CompletionCreateParamsNonStreaming],
-    schema.Embedding: [embedding_create_params.EmbeddingCreateParams],
-    schema.StreamOptions: [chats.ChatCompletionStreamOptionsParam],
-    schema.Message: [
+PARAMETERS: dict[type[RequestBody], list[Any]] = {
+    requests.ChatRequest: [chat_create_params.CompletionCreateParamsNonStreaming],
+    requests.CompletionRequest: [completion_create_params.CompletionCreateParamsNonStreaming],
+    requests.EmbeddingRequest: [embedding_create_params.EmbeddingCreateParams],
+    requests.StreamOptions: [chats.ChatCompletionStreamOptionsParam],
+    requests.ChatMessage: [
         chats.ChatCompletionAssistantMessageParam,
         chats.ChatCompletionDeveloperMessageParam,
         chats.ChatCompletionSystemMessageParam,
@@ -80,13 +85,13 @@ ASKING: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("model", PARAMETERS)
-def test_every_field_of_openais_has_its_place(model: type[Asked]) -> None:
+def test_every_field_of_openais_has_its_place(model: type[RequestBody]) -> None:
     theirs = {name for one in PARAMETERS[model] for name in typing.get_type_hints(one)}
-    assert theirs - {*model.model_fields} == set(), "put it among what is honoured, or into openais.py"
+    assert theirs - {*model.model_fields} == set(), "put it among what is honoured, or into fields.py"
 
 
 def test_what_is_idle_is_all_there() -> None:
-    idle = {*IdleChat.model_fields} | {*IdleCompletion.model_fields}
+    idle = {*UnsupportedOfChats.model_fields} | {*UnsupportedOfCompletions.model_fields}
     assert idle == {*IDLE}
     assert {*ASKING} | {"parallel_tool_calls", "prompt_cache_key", "safety_identifier"} == idle
     assert {*ASKING} <= {*UNSUPPORTED}
@@ -94,7 +99,9 @@ def test_what_is_idle_is_all_there() -> None:
 
 @pytest.mark.parametrize("name", IDLE)
 def test_idle_fields(client: TestClient, name: str) -> None:
-    path, body = ("/v1/completions", PLAIN) if name in IdleCompletion.model_fields else ("/v1/chat/completions", CHAT)
+    path, body = (
+        ("/v1/completions", PLAIN) if name in UnsupportedOfCompletions.model_fields else ("/v1/chat/completions", CHAT)
+    )
     for value in IDLE[name]:
         assert client.post(path, json=body | {name: value}).status_code == 200, value
     for value in ASKING.get(name, ()):
@@ -107,18 +114,18 @@ def test_idle_fields(client: TestClient, name: str) -> None:
 
 MODELS = [
     one
-    for one in vars(schema).values()
-    if isinstance(one, type) and issubclass(one, Asked) and one.__module__ == schema.__name__
+    for one in vars(requests).values()
+    if isinstance(one, type) and issubclass(one, RequestBody) and one.__module__ == requests.__name__
 ]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_what_need_not_be_given_may_be_null(model: type[Asked]) -> None:
+def test_what_need_not_be_given_may_be_null(model: type[RequestBody]) -> None:
     document = model.model_json_schema()
     needed = document.get("required", [])
     for name, about in document.get("properties", {}).items():
         takes_null = any(one.get("type") == "null" for one in (about, *about.get("anyOf", ())))
-        assert takes_null or name in needed or (model, name) == (schema.Weighted, "scale"), name
+        assert takes_null or name in needed or (model, name) == (requests.WeightedAdapter, "scale"), name
 
 
 def test_an_answer_comes_back_as_a_turn(client: TestClient) -> None:
@@ -129,7 +136,7 @@ def test_an_answer_comes_back_as_a_turn(client: TestClient) -> None:
     turns = [*CHAT["messages"], said, {"role": "user", "content": "more"}]
     again = client.post("/v1/chat/completions", json=CHAT | {"messages": turns})
     assert again.status_code == 200, again.text
-    assert {*IdleMessage.model_fields} <= {*said} | {"tool_call_id"}
+    assert {*UnsupportedOfMessages.model_fields} <= {*said} | {"tool_call_id"}
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     for turn in ({**said, "tool_calls": [call]}, {**said, "content": None}, {"role": "tool", "content": "4"}):
         refused = client.post("/v1/chat/completions", json=CHAT | {"messages": [*CHAT["messages"], turn]})

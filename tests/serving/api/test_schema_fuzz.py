@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.serving.api.app import create_app
-from gossamer.serving.api.limits import Bounds
+from gossamer.serving.api.limits import HttpLimits
 from gossamer.serving.api.vectors import Vectors
 from gossamer.serving.embedding import Embedder
 from gossamer.serving.engine import Engine
@@ -43,7 +43,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, learned: Any) -> Iterator[T
     model.config.max_position_embeddings = 24  # so that no answer is long
     engine = Engine((model, tiny_tokenizer()), folder)
     vectors = Vectors("vectors", lambda: Embedder((tiny("bert"), tiny_tokenizer())))
-    app = create_app(engine, name="toy", folder=folder, bounds=Bounds(body=2**16), vectors=vectors)
+    app = create_app(engine, name="toy", folder=folder, bounds=HttpLimits(body=2**16), vectors=vectors)
     with TestClient(app, "http://localhost") as made:
         yield made
 
@@ -165,7 +165,7 @@ def test_the_document_names_what_is_sent() -> None:
                 assert content["schema"], (method, path, kind)
             for status in ("4XX", "5XX"):
                 [content] = about["responses"][status]["content"].values()
-                assert content["schema"]["$ref"].endswith("/Faults")
+                assert content["schema"]["$ref"].endswith("/ErrorResponse")
     text = json.dumps(DOCUMENT["components"])
     assert '"ge"' not in text, "a bound that JSON schema does not know"
     assert '"le"' not in text

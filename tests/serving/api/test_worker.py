@@ -51,7 +51,7 @@ def test_it_sleeps_when_nobody_asks() -> None:
         worker.start()
         await worker.loaded.wait()
         job = await worker.submit([Sequence((1, 2, 3), {}, Sampling(max_tokens=2, ignore_eos=True))])
-        assert sum([len(one.reply.tokens) async for one in job]) == 2
+        assert sum([len(new.tokens) async for _, new in job]) == 2
         await asyncio.sleep(0.05)
         before = time.process_time()
         await asyncio.sleep(0.5)

@@ -10,22 +10,21 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
 from gossamer import __version__
 from gossamer.errors import GossamerError
-from gossamer.serving.api import adapters, completions, routes
-from gossamer.serving.api import vectors as embeddings
-from gossamer.serving.api.faults import Refusal, refusal
-from gossamer.serving.api.fetching import Fetching
+from gossamer.serving.api.backends import CompletionBackend
+from gossamer.serving.api.faults import ClientGone, Refusal, refusal
+from gossamer.serving.api.fields import why_unsupported
 from gossamer.serving.api.keys import Keyring
-from gossamer.serving.api.limits import Bounds, Gate
+from gossamer.serving.api.limits import Gate, HttpLimits
 from gossamer.serving.api.metrics import Metrics
-from gossamer.serving.api.openais import reason
-from gossamer.serving.api.service import Gone, Service
-from gossamer.serving.api.told import ERRORS
+from gossamer.serving.api.responses import ERRORS
+from gossamer.serving.api.routes import router
+from gossamer.serving.api.service import Service
 from gossamer.serving.api.vectors import Vectors
 from gossamer.serving.api.worker import Worker
 from gossamer.serving.engine import Engine
@@ -40,7 +39,7 @@ def create_app(
     name: str = "base",
     keyring: Keyring | None = None,
     folder: str | Path | None = None,
-    bounds: Bounds | None = None,
+    bounds: HttpLimits | None = None,
     vectors: Vectors | None = None,
     hub: Hub | None = None,
 ) -> FastAPI:
@@ -59,19 +58,22 @@ def create_app(
 
     Raises: UsageError for one name of two models, or one that cannot be asked for; or starting does.
     """
-    ring, limits, metrics = keyring or Keyring(), bounds or Bounds(), Metrics()
+    ring, limits, metrics = keyring or Keyring(), bounds or HttpLimits(), Metrics()
+    other = vectors.name if vectors else None
+    check_names(name, engine.store.names() if isinstance(engine, Engine) else (), other)
 
-    check_names(name, engine.store.names() if isinstance(engine, Engine) else (), vectors and vectors.name)
+    def make() -> Engine:
+        made = engine if isinstance(engine, Engine) else engine()
+        check_names(name, made.store.names(), other)
+        return made
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        worker = Worker(lambda: _checked(engine, name, vectors))
-        fetching = Fetching(hub, worker) if hub else None
-        app.state.service = service = Service(
-            worker, ring, limits, metrics, name, Folder(folder) if folder else None, vectors, fetching
-        )
+        worker = Worker(make)
+        completions = CompletionBackend(name, worker, Folder(folder) if folder else None, hub, vectors)
+        app.state.service = service = Service(completions, vectors, limits, metrics)
         worker.start()
-        service.loading = asyncio.ensure_future(_loaded(worker, name, vectors))
+        service.loading = asyncio.ensure_future(_loaded(service))
         if isinstance(engine, Engine):
             await service.loading
         try:
@@ -80,40 +82,30 @@ def create_app(
             service.draining = True
             service.loading.cancel()
             await worker.close()
-            if fetching:
-                fetching.close()
-            if vectors:
-                vectors.close()
+            for one in service.backends:
+                one.close()
 
     app = FastAPI(title="Gossamer", version=__version__, docs_url=None, redoc_url=None, lifespan=life, responses=ERRORS)
-    for room in (completions, adapters, embeddings, routes):
-        app.include_router(room.router)
-    app.add_middleware(Gate, keyring=ring, bounds=limits, count=metrics.answered)
-    for kind, handler in ((GossamerError, _known), (Refusal, _known), (RequestValidationError, _invalid)):
+    app.include_router(router)
+    app.add_middleware(Gate, keyring=ring, limits=limits, count=metrics.answered)
+    handlers = {GossamerError: _known, Refusal: _known, RequestValidationError: _invalid, HTTPException: _plain}
+    for kind, handler in (handlers | {ClientGone: _gone}).items():
         app.add_exception_handler(kind, handler)
-    app.add_exception_handler(HTTPException, _plain)
-    app.add_exception_handler(Gone, _gone)
     return app
 
 
-def _checked(engine: Engine | Callable[[], Engine], name: str, vectors: Vectors | None) -> Engine:
-    """The engine, if its names and the base's are each of one model. Raises `UsageError`."""
-    made = engine if isinstance(engine, Engine) else engine()
-    check_names(name, made.store.names(), vectors and vectors.name)
-    return made
-
-
-async def _loaded(worker: Worker, name: str, vectors: Vectors | None) -> None:
+async def _loaded(service: Service) -> None:
     """Until everything is there; raises what loading it raised."""
+    worker, vectors = service.worker, service.vectors
     await worker.loaded.wait()
     if worker.engine is None and worker.fault:
         raise worker.fault
     if vectors:
         await vectors.start()
-        check_names(name, worker.names, vectors.name, vectors.digests)
+        check_names(service.completions.name, worker.names, vectors.name, vectors.names)
 
 
-async def _known(_: HttpRequest, error: Exception) -> JSONResponse:
+async def _known(_: HttpRequest, error: Exception) -> Response:
     return refusal(error).response()
 
 
@@ -123,7 +115,7 @@ async def _gone(request: HttpRequest, _: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def _invalid(request: HttpRequest, error: Exception) -> JSONResponse:
+async def _invalid(request: HttpRequest, error: Exception) -> Response:
     """The first fault of a body: which field, and what is wrong with it; not what was in it."""
     assert isinstance(error, RequestValidationError)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -137,12 +129,12 @@ async def _invalid(request: HttpRequest, error: Exception) -> JSONResponse:
     parts = [str(part) for part in first["loc"][1:] if isinstance(part, int) or re.fullmatch(r"\w{1,64}", part)]
     place = ".".join(parts)[:256]
     message = "This field is not known." if first["type"] == "extra_forbidden" else first["msg"]
-    if why := reason(place):
+    if why := why_unsupported(place):
         message = f"This is not supported: {why}."
     return Refusal(400, f"{place or 'body'}: {message}"[:512], "invalid_request", param=place or None).response()
 
 
-async def _plain(_: HttpRequest, error: Exception) -> JSONResponse:
+async def _plain(_: HttpRequest, error: Exception) -> Response:
     """FastAPI's own: no such route, a method that a route has not, a body that is no JSON."""
     assert isinstance(error, HTTPException)
     words = {404: "There is no such route.", 405: "This route has other methods.", 400: "The body is not JSON."}

@@ -1,4 +1,4 @@
-"""What went wrong, as a client may hear it: OpenAI's shape, and nothing that he should not know."""
+"""Every error's status and words: OpenAI's shape, and nothing that a client should not know."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import logging
 import re
 import secrets
 import traceback
-from typing import Any
 
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 
 from gossamer.errors import GossamerError, NonFiniteError, ResourceError, UsageError
+from gossamer.serving.api.responses import ErrorDetail, ErrorResponse
 
 log = logging.getLogger("gossamer.serving")
+
+
+class ClientGone(Exception):
+    """The client left; nobody reads an answer."""
 
 
 class Refusal(Exception):
@@ -37,28 +41,27 @@ class Refusal(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """When to ask again, and how to say who asks."""
-        return ({"retry-after": str(self.after)} if self.after else {}) | (
-            {"www-authenticate": "Bearer"} if self.status == 401 else {}
-        )
+        """When to ask again, and how to send a key."""
+        again = {"retry-after": str(self.after)} if self.after else {}
+        return again | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
     @property
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ErrorResponse:
         """In OpenAI's shape."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        return ErrorResponse(error=ErrorDetail(message=self.message, type=self.kind, param=self.param, code=self.code))
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         """The whole answer."""
-        return JSONResponse(self.body, self.status, self.headers)
+        return self.body.response(self.status, self.headers)
 
 
 def missing(name: str) -> Refusal:
-    """Of an adapter that is not there, or that is not for this client: he cannot tell which."""
+    """Of an adapter that is not there, or not for this client, which cannot tell which."""
     return Refusal(404, f"The model {name[:256]!r} does not exist.", "model_not_found", param="model")
 
 
 def refusal(error: BaseException) -> Refusal:
-    """What a client hears of an error. What is his to mend he hears, but no place on this machine; else a number."""
+    """What a client hears of an error: what it can mend, but no place on this machine; else a number."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, UsageError):

@@ -30,7 +30,7 @@ class Fetching:
     def __init__(self, hub: Hub, worker: Worker) -> None:
         self.hub, self.worker = hub, worker
         self.threads = ThreadPoolExecutor(2, "hub")  # not the store's: nobody else waits for the network
-        self.asked: dict[str, asyncio.Task[None]] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
         self.revisions: dict[str, str] = {}
 
     def close(self) -> None:
@@ -39,12 +39,12 @@ class Fetching:
 
     async def fetch(self, name: str) -> None:
         """Until an allowed id is known to the store; goes on when whoever asked leaves. Raises `Refusal`."""
-        if name not in self.asked:
-            if len(self.asked) >= WAITING:
+        if name not in self.tasks:
+            if len(self.tasks) >= WAITING:
                 raise Refusal(429, "Too many adapters are being fetched.", "queue_full", after=5)
-            self.asked[name] = task = asyncio.ensure_future(self._fetch(name))
+            self.tasks[name] = task = asyncio.ensure_future(self._fetch(name))
             task.add_done_callback(lambda done: self._forget(name, done))
-        await asyncio.shield(self.asked[name])
+        await asyncio.shield(self.tasks[name])
 
     async def _fetch(self, name: str) -> None:
         try:
@@ -62,4 +62,4 @@ class Fetching:
 
     def _forget(self, name: str, done: asyncio.Task[None]) -> None:
         failed = not done.cancelled() and done.exception()
-        done.get_loop().call_later(MEMORY if failed else 0, self.asked.pop, name, None)
+        done.get_loop().call_later(MEMORY if failed else 0, self.tasks.pop, name, None)

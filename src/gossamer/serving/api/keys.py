@@ -1,4 +1,4 @@
-"""Who asks: keys, the tenants they belong to, and what each may have."""
+"""Keys, the tenants they belong to, and what each may have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gossamer.errors import SpecError
 from gossamer.serving.api.faults import Refusal
 from gossamer.spec import Names, Spec, StrictBool, StrictStr
 
-Count = Annotated[int, Field(strict=True, ge=1, le=10**12)]
+Quota = Annotated[int, Field(strict=True, ge=1, le=10**12)]
 
 
 class Key(Spec):
@@ -29,14 +29,14 @@ class Key(Spec):
     key_sha256: Annotated[StrictStr, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """SHA-256 of it, in hexadecimal digits."""
     tenant: Annotated[StrictStr, Field(min_length=1, max_length=128)]
-    """Whose it is. Keys of one tenant share his limits."""
+    """Whose it is. Keys of one tenant share its limits."""
     adapters: Names = ()
-    """Names that he may use; "*" stands for all."""
+    """Names that it may use; "*" stands for all."""
     admin: StrictBool = False
-    """Whether he may load and unload adapters and read the metrics."""
-    requests_per_minute: Count | None = None
-    tokens_per_minute: Count | None = None
-    concurrent: Count | None = None
+    """Whether it may load and unload adapters and read the metrics."""
+    requests_per_minute: Quota | None = None
+    tokens_per_minute: Quota | None = None
+    concurrent: Quota | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Key:
@@ -46,12 +46,7 @@ class Key(Spec):
 
 
 class Bucket:
-    """So much a minute, and no more than a minute's worth at once.
-
-    Args:
-        most: a minute; None for no limit.
-        clock: seconds that only go forward.
-    """
+    """So much a minute, and no more than a minute's worth at once; None for no limit. The clock only goes forward."""
 
     def __init__(self, most: int | None, clock: Callable[[], float]) -> None:
         self.most, self.clock = most, clock
@@ -75,11 +70,7 @@ class Bucket:
 
 
 class Allowance:
-    """What one tenant may use up, by whichever of his keys.
-
-    Attributes:
-        concurrent: requests that he may have at a time. now: those that he has.
-    """
+    """What one tenant may use up, by whichever of its keys; `now` is how many requests it has at the moment."""
 
     def __init__(self, key: Key, clock: Callable[[], float]) -> None:
         self.limits = (key.requests_per_minute, key.tokens_per_minute, key.concurrent)
@@ -110,20 +101,19 @@ class Visit:
 
     allowance: Allowance
     tokens: int
-    used: int = 0
     over: bool = False
 
-    def leave(self) -> None:
-        """It is over; what it did not use is given back."""
+    def leave(self, used: int = 0) -> None:
+        """It is over; of its tokens, those that it did not use are given back. Once."""
         if not self.over:
             self.over = True
             self.allowance.now -= 1
-            self.allowance.tokens.take(self.used - self.tokens)
+            self.allowance.tokens.take(used - self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
 class Tenant:
-    """Who asks, by the key that he asks with."""
+    """Who sends a request, by its key."""
 
     name: str
     adapters: frozenset[str]
@@ -131,7 +121,7 @@ class Tenant:
     allowance: Allowance
 
     def may(self, adapter: str) -> bool:
-        """Whether he may use the adapter."""
+        """Whether it may use an adapter."""
         return "*" in self.adapters or adapter in self.adapters
 
 

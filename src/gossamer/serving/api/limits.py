@@ -1,4 +1,4 @@
-"""What is turned away before anybody reads it: strangers, too much, too deep, too slow."""
+"""What is refused before it is parsed: unknown keys, bodies that are too large, too deep or too slow."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gossamer.serving.api.faults import Refusal, unexpected
+from gossamer.serving.api.faults import ClientGone, Refusal, unexpected
 from gossamer.serving.api.keys import Keyring
 
 OPEN = frozenset({"/health", "/"})
-"""Served to anybody: that it lives, and the page, which is the same file for all and knows nothing."""
+"""Answered without a key: that the server lives, and the page, which is the same file for all."""
 
 STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 BRACKETS = re.compile(rb"[\[\]{}]")
@@ -24,8 +24,8 @@ log = logging.getLogger("gossamer.serving")
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """Of what may come in.
+class HttpLimits:
+    """Limits of requests.
 
     Attributes:
         body: bytes of a request. depth: of its JSON. headers: how many of them.
@@ -42,19 +42,18 @@ class Bounds:
 
 
 class Gate:
-    """Stands before the app: who asks, and whether what he sends is within bounds.
+    """Middleware before the app: whose key a request has, and whether it is within the limits.
 
     Args:
-        keyring: who may. Without keys, only a browser's or program's own machine may, by the name of the host it asks.
-        bounds: of what may be sent.
-        count: told the route and the status of each answer.
+        keyring: who may. Without keys, only programs and pages of this machine may, by the name of the host they ask.
+        count: called with the route and the status of each answer.
 
     Attributes:
-        held: bytes of the bodies of all who are being answered.
+        held: bytes of all bodies whose requests are being answered.
     """
 
-    def __init__(self, app: ASGIApp, keyring: Keyring, bounds: Bounds, count: Callable[[str, int], None]) -> None:
-        self.app, self.keyring, self.bounds, self.count = app, keyring, bounds, count
+    def __init__(self, app: ASGIApp, keyring: Keyring, limits: HttpLimits, count: Callable[[str, int], None]) -> None:
+        self.app, self.keyring, self.limits, self.count = app, keyring, limits, count
         self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,14 +76,14 @@ class Gate:
             self.held -= sum(map(len, parts))
 
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer, parts: list[bytes], given: str) -> str:
-        """Let it be answered; gives the route for the metrics and the log."""
+        """Have the app answer; gives the route for the metrics and the log."""
         try:
             self._look(scope, given)
             body = await self._read(receive, parts)
         except Refusal as refused:
             await refused.response()(scope, receive, answer)
             return "(refused)"
-        except _Gone:
+        except ClientGone:
             return "(gone)"
         try:
             await self.app(scope, _again(body, receive), answer)
@@ -95,9 +94,9 @@ class Gate:
         return getattr(scope.get("route"), "path", "(none)")
 
     def _look(self, scope: Scope, given: str) -> None:
-        """Who asks, from where, for the path as it was given. Raises `Refusal`."""
-        if len(scope["headers"]) > self.bounds.headers:
-            raise Refusal(431, f"At most {self.bounds.headers} headers.", "too_many_headers")
+        """Find the tenant, and check the headers. Raises `Refusal`."""
+        if len(scope["headers"]) > self.limits.headers:
+            raise Refusal(431, f"At most {self.limits.headers} headers.", "too_many_headers")
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if self.keyring.open and not _local(headers.get(b"host", "")):
             # a page from elsewhere whose name was made to mean this machine
@@ -112,36 +111,32 @@ class Gate:
         if headers.get(b"content-encoding", "identity") != "identity":
             raise Refusal(415, "Bodies are read as they are, not compressed.", "unsupported_encoding")
         length = headers.get(b"content-length", "0")
-        if not length.isdecimal() or len(length) > 18 or int(length) > self.bounds.body:
-            raise Refusal(413, f"At most {self.bounds.body:,} bytes.", "body_too_large")
+        if not length.isdecimal() or len(length) > 18 or int(length) > self.limits.body:
+            raise Refusal(413, f"At most {self.limits.body:,} bytes.", "body_too_large")
 
     async def _read(self, receive: Receive, parts: list[bytes]) -> bytes:
         """The whole body, counted as it comes, which is what `parts` hold in the end. Raises `Refusal`."""
         size, more = 0, True
         try:
-            async with asyncio.timeout(self.bounds.reading):
+            async with asyncio.timeout(self.limits.reading):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise _Gone
+                        raise ClientGone
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     self.held += len(parts[-1])
                     more = message.get("more_body", False)
-                    if size > self.bounds.body:
-                        raise Refusal(413, f"At most {self.bounds.body:,} bytes.", "body_too_large")
-                    if self.held > self.bounds.bodies:
+                    if size > self.limits.body:
+                        raise Refusal(413, f"At most {self.limits.body:,} bytes.", "body_too_large")
+                    if self.held > self.limits.bodies:
                         raise Refusal(429, "Too much is being sent at a time.", "server_full", after=1)
         except TimeoutError:
             raise Refusal(408, "The body did not come in time.", "body_too_slow") from None
         parts[:] = [body := b"".join(parts)]
-        if deeper(body, self.bounds.depth):
-            raise Refusal(400, f"JSON of more than {self.bounds.depth} levels.", "too_deep")
+        if deeper(body, self.limits.depth):
+            raise Refusal(400, f"JSON of more than {self.limits.depth} levels.", "too_deep")
         return body
-
-
-class _Gone(Exception):
-    """The client left before he had asked."""
 
 
 def deeper(body: bytes, most: int) -> bool:
@@ -155,7 +150,7 @@ def deeper(body: bytes, most: int) -> bool:
 
 
 def _number(scope: Scope) -> str:
-    """What the client calls its request, if it calls it anything that may stand in a log."""
+    """The client's own number of its request, if it has one that may stand in a log."""
     given = next((value for name, value in scope["headers"] if name.lower() == b"x-request-id"), b"")
     return given.decode() if NUMBER.fullmatch(given) else ""
 
@@ -176,11 +171,7 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 class _Answer:
-    """Passes an answer on, with its request's number and what keeps a browser from guessing and keeping.
-
-    Attributes:
-        status: that it had; 0 before. number: of the request. bare: it has no body.
-    """
+    """Sends an answer with its request's number and headers for browsers; `bare` without its body."""
 
     def __init__(self, send: Send, number: str, bare: bool) -> None:
         self.send, self.status, self.number, self.bare = send, 0, number, bare

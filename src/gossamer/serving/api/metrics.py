@@ -42,7 +42,7 @@ class Metrics:
         }
         self.gauges = {name: Gauge(f"gossamer_{name}", about, registry=registry) for name, about in gauges.items()}
 
-    def asked(self, adapters: Iterable[str], sequences: int) -> None:
+    def count_sequences(self, adapters: Iterable[str], sequences: int) -> None:
         """Count sequences by adapter. The names must be known ones."""
         for name in adapters:
             if name in self.labelled or len(self.labelled) < MOST_ADAPTERS:

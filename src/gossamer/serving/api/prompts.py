@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from gossamer.errors import UsageError
 from gossamer.serving.api.faults import Refusal
-from gossamer.serving.api.schema import Message, Templated
+from gossamer.serving.api.requests import ChatMessage, TemplateOptions
 from gossamer.serving.chat_format import ChatFormat
 from gossamer.serving.vocabulary import encoded
 
@@ -21,7 +21,7 @@ _SEAM = 64
 """Tokens that the beginning of a text may have more than it has within the whole: where it was cut."""
 
 
-def rendered(tokenizer: Any, messages: Sequence[Message], how: Templated, chat_format: ChatFormat) -> str:
+def rendered(tokenizer: Any, messages: Sequence[ChatMessage], how: TemplateOptions, chat_format: ChatFormat) -> str:
     """A conversation as the adapters' own chat template writes it, or the base's.
 
     Raises `UsageError` where it cannot, or leaves something out.

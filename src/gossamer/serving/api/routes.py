@@ -1,4 +1,4 @@
-"""Everything but completions and adapters: embeddings, tokens, how the server is, the page."""
+"""All routes, and what each promises."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import re
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
@@ -15,40 +14,136 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request as HttpRequest
 
 from gossamer import __version__
-from gossamer.serving.api import told
+from gossamer.serving.api import responses
 from gossamer.serving.api.faults import Refusal
+from gossamer.serving.api.handlers import ChatHandler, CompletionHandler, EmbeddingHandler
 from gossamer.serving.api.metrics import of_store
-from gossamer.serving.api.schema import Detokenize, Tokenize
+from gossamer.serving.api.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    LoadAdapterRequest,
+    TokenizeRequest,
+    UnloadAdapterRequest,
+)
 from gossamer.serving.api.service import Service
 
 router = APIRouter()
 
 
-@router.get("/health", response_model=told.Status)
-async def health() -> dict[str, str]:
+def _service(request: HttpRequest, *, admin: bool = False) -> Service:
+    if admin and not request.state.tenant.admin:
+        raise Refusal(403, "This key may not do that.", "not_admin")
+    return request.app.state.service
+
+
+# What models answer ------------------------------------------------------------------------------------------------
+
+
+@router.post("/v1/chat/completions", response_model=responses.ChatCompletion, responses=responses.STREAMS)
+async def chat(body: ChatRequest, request: HttpRequest) -> Response:
+    """Go on with a conversation."""
+    return await ChatHandler(request, body).answer()
+
+
+@router.post("/v1/completions", response_model=responses.TextCompletion, responses=responses.STREAMS)
+async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
+    """Go on with texts, or with token ids."""
+    return await CompletionHandler(request, body).answer()
+
+
+@router.post("/v1/embeddings", response_model=responses.EmbeddingList)
+async def embeddings(body: EmbeddingRequest, request: HttpRequest) -> Response:
+    """Vectors of texts or token ids, from the base or from one of its adapters."""
+    return await EmbeddingHandler(request, body).answer()
+
+
+# Adapters ----------------------------------------------------------------------------------------------------------
+
+
+@router.get("/v1/models", response_model=responses.ModelList)
+async def models(request: HttpRequest) -> Response:
+    """The bases, and the adapters that whoever asks may use."""
+    tenant = request.state.tenant
+    data = [card for one in _service(request).backends for card in await one.cards(tenant)]
+    return responses.ModelList(object="list", data=data).response()
+
+
+@router.get("/v1/models/{name:path}", response_model=responses.ModelCard)
+async def model(name: str, request: HttpRequest) -> Response:
+    """One of them."""
+    card = await _service(request).backend_of(name).find(request.state.tenant, name)
+    return card.response()
+
+
+@router.post("/v1/load_lora_adapter", response_model=responses.AdapterChangeResponse)
+async def load(body: LoadAdapterRequest, request: HttpRequest) -> Response:
+    """Read, check and offer an adapter from the server's folder. A failed load leaves what was there."""
+    changed = await _service(request, admin=True).load(body)
+    return changed.response()
+
+
+@router.post("/v1/unload_lora_adapter", response_model=responses.AdapterChangeResponse)
+async def unload(body: UnloadAdapterRequest, request: HttpRequest) -> Response:
+    """Forget an adapter. Requests that use it go on with it."""
+    changed = await _service(request, admin=True).unload(body.lora_name)
+    return changed.response()
+
+
+# Tokens ------------------------------------------------------------------------------------------------------------
+
+
+@router.post("/tokenize", response_model=responses.TokenizeResponse)
+async def tokenize(body: TokenizeRequest, request: HttpRequest) -> Response:
+    """Token ids of a text, or of a conversation as the chat template writes it."""
+    service = _service(request)
+    service.check_ready()
+    base = service.completions
+    adapters = {} if body.model is None else base.resolve(request.state.tenant, body.model)
+    if body.messages is not None:
+        tokens = await base.encode_chat(body.messages, body, adapters, bounded=False)
+    else:
+        tokens = await base.encode(body.prompt or "", body.add_special_tokens is not False, bounded=False)
+    return responses.TokenizeResponse(tokens=[*tokens], count=len(tokens), max_model_len=base.context).response()
+
+
+@router.post("/detokenize", response_model=responses.DetokenizeResponse)
+async def detokenize(body: DetokenizeRequest, request: HttpRequest) -> Response:
+    """The text of token ids."""
+    service = _service(request)
+    service.check_ready()
+    if body.model is not None:
+        service.completions.resolve(request.state.tenant, body.model)
+    return responses.DetokenizeResponse(prompt=await service.completions.decode(body.tokens)).response()
+
+
+# The server --------------------------------------------------------------------------------------------------------
+
+
+@router.get("/health", response_model=responses.StatusResponse)
+async def health() -> Response:
     """That the server lives; `/ready` says whether it serves."""
-    return {"status": "ok"}
+    return responses.StatusResponse(status="ok").response()
 
 
-@router.get("/ready", response_model=told.Status)
-async def ready(request: HttpRequest) -> dict[str, str]:
+@router.get("/ready", response_model=responses.StatusResponse)
+async def ready(request: HttpRequest) -> Response:
     """Whether requests are taken."""
     _service(request).check_ready()
-    return {"status": "ok"}
+    return responses.StatusResponse(status="ok").response()
 
 
-@router.get("/version", response_model=told.Version)
-async def version() -> dict[str, str]:
+@router.get("/version", response_model=responses.VersionResponse)
+async def version() -> Response:
     """Of gossamer."""
-    return {"version": __version__}
+    return responses.VersionResponse(version=__version__).response()
 
 
-@router.get("/metrics", response_class=PlainTextResponse, responses=told.ERRORS_OF_TEXTS)
+@router.get("/metrics", response_class=PlainTextResponse, responses=responses.ERRORS_OF_TEXTS)
 async def metrics(request: HttpRequest) -> Response:
     """For Prometheus. Names adapters of all tenants, hence for admins."""
-    service = _service(request)
-    if not request.state.tenant.admin:
-        raise Refusal(403, "This key may not do that.", "not_admin")
+    service = _service(request, admin=True)
     worker = service.worker
     values: dict[str, float] = {"requests_running": worker.running, "requests_waiting": worker.waiting}
     if worker.ready:
@@ -58,31 +153,7 @@ async def metrics(request: HttpRequest) -> Response:
     return Response(service.metrics.write(values), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.post("/tokenize", response_model=told.Tokens)
-async def tokenize(asked: Tokenize, request: HttpRequest) -> dict[str, Any]:
-    """Token ids of a text, or of a conversation as the chat template writes it."""
-    service = _service(request)
-    service.check_ready()
-    adapters = () if asked.model is None else service.chosen(request.state.tenant, asked.model)
-    special = asked.add_special_tokens is not False
-    if asked.messages is not None:
-        tokens = await service.encode_chat(asked.messages, asked, adapters, bounded=False)
-    else:
-        tokens = await service.encode(asked.prompt or "", special, bounded=False)
-    return {"tokens": tokens, "count": len(tokens), "max_model_len": service.context}
-
-
-@router.post("/detokenize", response_model=told.Detokenized)
-async def detokenize(asked: Detokenize, request: HttpRequest) -> dict[str, str]:
-    """The text of token ids."""
-    service = _service(request)
-    service.check_ready()
-    if asked.model is not None:
-        service.chosen(request.state.tenant, asked.model)
-    return {"prompt": await service.decode(asked.tokens)}
-
-
-@router.get("/", response_class=HTMLResponse, responses=told.ERRORS_OF_TEXTS)
+@router.get("/", response_class=HTMLResponse, responses=responses.ERRORS_OF_TEXTS)
 async def page() -> HTMLResponse:
     """A page to try adapters side by side. It talks to the routes above, with the key that is typed into it."""
     text, policy = _page()
@@ -99,20 +170,14 @@ async def page() -> HTMLResponse:
 def _page() -> tuple[str, str]:
     """The file, and the policy under which nothing but its own script and style runs."""
     text = files("gossamer.serving.api").joinpath("page.html").read_text(encoding="utf-8")
-    allowed = {
-        name: " ".join(
-            f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
-            for part in re.findall(rf"<{name}\b[^>]*>(.*?)</{name}>", text, re.DOTALL)
-        )
-        or "'none'"
-        for name in ("script", "style")
-    }
+
+    def allowed(name: str) -> str:
+        parts = re.findall(rf"<{name}\b[^>]*>(.*?)</{name}>", text, re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts)
+        return " ".join(f"'sha256-{one}'" for one in digests) or "'none'"
+
     policy = (
-        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; connect-src 'self'; "
+        f"default-src 'none'; script-src {allowed('script')}; style-src {allowed('style')}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return text, policy
-
-
-def _service(request: HttpRequest) -> Service:
-    return request.app.state.service

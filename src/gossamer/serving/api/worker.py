@@ -1,6 +1,6 @@
 """One thread that owns the engine, and the way to it from an event loop.
 
-Everything that touches the engine is a function that this thread runs between two steps. What a step brought is told
+Everything that touches the engine is a function that this thread runs between two steps. What a step brought is handed
 to the event loop in one call, however many requests it was for. The thread sleeps when there is nothing to do.
 """
 
@@ -11,7 +11,6 @@ import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from gossamer.errors import GossamerError, NonFiniteError, UsageError
@@ -19,51 +18,33 @@ from gossamer.serving.api.faults import Refusal, missing, unexpected, unusable
 from gossamer.serving.engine import Engine
 from gossamer.serving.sequence import Reply, Sequence
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
+News = tuple["SequenceGroup", int, Reply | BaseException]
+"""Whose, of which of its sequences, and what is new of it or why it failed."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What one sequence of a job got since it was last told.
+class SequenceGroup:
+    """Sequences that one client asked for together.
 
-    Attributes:
-        index: which sequence of the job.
-        reply: what is new. fault: or why there is none.
+    Iterating gives which of them and what is new of it, until all are finished; or raises why one failed.
     """
 
-    index: int
-    reply: Reply
-    fault: BaseException | None
+    def __init__(self, worker: Worker, sequences: list[Sequence]) -> None:
+        self.worker, self.sequences, self.open = worker, sequences, len(sequences)
+        self.news: asyncio.Queue[tuple[int, Reply | BaseException]] = asyncio.Queue()
 
-
-class Job:
-    """Sequences that one client asked for together. Iterating gives their progress until all are done."""
-
-    def __init__(self, worker: Worker, count: int) -> None:
-        self.worker, self.open = worker, count
-        self.news: asyncio.Queue[Progress] = asyncio.Queue()
-        self.sequences: list[Sequence] = []
-
-    async def __aiter__(self) -> AsyncIterator[Progress]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Reply]]:
         while self.open:
-            progress = await self.news.get()
-            if progress.fault:
-                raise progress.fault
-            self.open -= progress.reply.finish is not None
-            yield progress
+            index, new = await self.news.get()
+            if isinstance(new, BaseException):
+                raise new
+            self.open -= new.finish is not None
+            yield index, new
 
     def leave(self) -> None:
         """Nobody waits for it any more: what still runs is cancelled."""
         if self.open:
-            self.worker.cancel(self)
-
-
-@dataclass
-class _Watch:
-    """Which sequence of which job it is."""
-
-    job: Job
-    index: int
+            self.worker.mail.put(lambda: self.worker.cancel(self))
 
 
 class Worker:
@@ -75,13 +56,14 @@ class Worker:
     Attributes:
         names: the adapters that are known, as of now. Only the thread changes what it refers to.
         waiting, running: sequences, as of the last step.
+        watched: sequences that somebody waits for: the group, and its number there.
         fault: why there is no engine, or none any more.
     """
 
     def __init__(self, make: Callable[[], Engine]) -> None:
         self.make = make
         self.mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.watched: dict[Sequence, _Watch] = {}
+        self.watched: dict[Sequence, tuple[SequenceGroup, int]] = {}
         self.names: frozenset[str] = frozenset()
         self.waiting = self.running = 0
         self.fault: BaseException | None = None
@@ -102,50 +84,44 @@ class Worker:
         """Whether requests can be served."""
         return self.engine is not None and self.fault is None and not self._closing
 
-    async def call(self, function: Callable[[Engine], Result], *, renames: bool = False) -> Result:
+    @property
+    def present(self) -> Engine:
+        """The engine. Raises `Refusal` where there is none yet, or none any more."""
+        if self.engine is None or self.fault:
+            raise Refusal(503, "The model is not there.", "not_ready", after=5)
+        return self.engine
+
+    async def call(self, function: Callable[[Engine], Value], *, renames: bool = False) -> Value:
         """Run a function with the engine between two steps, and give what it gives or raises.
 
         Args:
             renames: the function changes which adapters are known.
         """
-        if self.engine is None or self.fault:
-            raise Refusal(503, "The model is not there.", "not_ready", after=5)
-        engine, answer = self.engine, self.loop.create_future()
+        engine, answer = self.present, self.loop.create_future()
 
         def run() -> None:
             try:
                 result = function(engine)
             except Exception as error:  # whatever it is, it is the caller's
-                self._tell(_set, answer, None, error)
+                self._send(_settle, answer, answer.set_exception, error)
             else:
                 if renames:
                     self.names = frozenset(engine.store.names())
-                self._tell(_set, answer, result, None)
+                self._send(_settle, answer, answer.set_result, result)
 
         self.mail.put(run)
         return await answer
 
-    async def submit(self, sequences: list[Sequence]) -> Job:
+    async def submit(self, sequences: list[Sequence]) -> SequenceGroup:
         """Let the engine take all of these, or none. Raises what `Engine.submit` raises, and `Refusal`."""
-        job = Job(self, len(sequences))
-        asking = asyncio.ensure_future(self.call(lambda engine: self._submit(engine, job, sequences)))
+        group = SequenceGroup(self, sequences)
+        submitting = asyncio.ensure_future(self.call(lambda engine: self._submit(engine, group)))
         try:
-            await asyncio.shield(asking)
+            await asyncio.shield(submitting)
         except asyncio.CancelledError:
-            asking.add_done_callback(lambda done: done.cancelled() or done.exception() or job.leave())
+            submitting.add_done_callback(lambda done: done.cancelled() or done.exception() or group.leave())
             raise
-        return job
-
-    def cancel(self, job: Job) -> None:
-        """End what of a job still runs."""
-
-        def run() -> None:
-            for sequence in job.sequences:
-                self.watched.pop(sequence, None)
-                if self.engine and not self.fault:
-                    self.engine.cancel(sequence)
-
-        self.mail.put(run)
+        return group
 
     async def close(self) -> None:
         """End the thread; what still runs is cancelled."""
@@ -155,22 +131,27 @@ class Worker:
 
     # In the thread ---------------------------------------------------------------------------------------------
 
-    def _submit(self, engine: Engine, job: Job, sequences: list[Sequence]) -> None:
+    def cancel(self, group: SequenceGroup) -> None:
+        """End what of a group still runs."""
+        for sequence in group.sequences:
+            self.watched.pop(sequence, None)
+            if self.engine and not self.fault:
+                self.engine.cancel(sequence)
+
+    def _submit(self, engine: Engine, group: SequenceGroup) -> None:
         try:
-            for sequence in sequences:
-                job.sequences.append(engine.submit(sequence))
+            for sequence in group.sequences:
+                engine.submit(sequence)
         except GossamerError as error:
-            for sequence in job.sequences:
-                engine.cancel(sequence)
+            self.cancel(group)
             known = engine.store.names()
-            gone = [name for sequence in sequences for name in sequence.adapters if name not in known]
+            gone = [name for one in group.sequences for name in one.adapters if name not in known]
             if gone and (fault := engine.store.fault_of(gone[0])):
                 raise unusable(gone[0], fault) from None
             if gone and isinstance(error, UsageError):  # unloaded since the client was let in
                 raise missing(gone[0]) from None
             raise
-        for index, sequence in enumerate(job.sequences):
-            self.watched[sequence] = _Watch(job, index)
+        self.watched |= {sequence: (group, index) for index, sequence in enumerate(group.sequences)}
 
     def _run(self) -> None:
         try:
@@ -178,7 +159,7 @@ class Worker:
             self.names = frozenset(self.engine.store.names())
         except Exception as error:  # the loop's side says it
             self.fault = error
-        self._tell(self.loaded.set)
+        self._send(self.loaded.set)
         while not self._closing:
             try:
                 self._read_mail()
@@ -202,49 +183,39 @@ class Worker:
     def _step(self, engine: Engine) -> None:
         through = engine.step()
         self.waiting, self.running = engine.scheduler.waiting, len(engine.scheduler.running)
-        news = [(watch.job, self._news(sequence, watch)) for sequence, watch in [*self.watched.items()]]
-        self._tell(_deliver, [(job, progress) for job, progress in news if progress])
+        news = [(*watch, new) for one, watch in self.watched.items() if (new := _news(one))]
+        self.watched = {one: watch for one, watch in self.watched.items() if not one.done}
+        self._send(_deliver, news)
         if not through and engine.busy:  # adapters are being read
             with contextlib.suppress(queue.Empty):
                 self.mail.get(timeout=0.002)()
 
-    def _news(self, sequence: Sequence, watch: _Watch) -> Progress | None:
-        news = sequence.news()
-        if news is None:
-            return None
-        if sequence.done:
-            del self.watched[sequence]
-        return Progress(watch.index, news, _fault(sequence))
-
     def _fail(self, error: BaseException) -> None:
-        """Tell everybody who waits."""
-        told = [(watch.job, Progress(watch.index, Reply(), error)) for watch in self.watched.values()]
+        """Let everybody who waits hear of it."""
+        news = [(*watch, error) for watch in self.watched.values()]
         self.watched.clear()
-        self._tell(_deliver, told)
+        self._send(_deliver, news)
 
-    def _tell(self, function: Callable[..., object], *arguments: object) -> None:
+    def _send(self, function: Callable[..., object], *arguments: object) -> None:
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(function, *arguments)
 
 
-def _fault(sequence: Sequence) -> BaseException | None:
-    """Why a request has no answer; what is an adapter's fault is told as that."""
-    fault = sequence.fault
-    of = [one.name for one in sequence.held if fault is not None and one.fault is fault]
+def _news(sequence: Sequence) -> Reply | BaseException | None:
+    """What is new of a sequence, or why it failed: an adapter's fault is told as that."""
+    if (fault := sequence.fault) is None:
+        return sequence.news()
+    of = [one.name for one in sequence.held if one.fault is fault]
     if isinstance(fault, NonFiniteError):
         of = of or [loaded.name for loaded, _ in sequence.mix]
-    return unusable(", ".join(of), fault) if of and fault else fault
+    return unusable(", ".join(of), fault) if of else fault
 
 
-def _set(answer: asyncio.Future, result: object, error: BaseException | None) -> None:
-    if answer.cancelled():
-        return
-    if error:
-        answer.set_exception(error)
-    else:
-        answer.set_result(result)
+def _settle(answer: asyncio.Future, settle: Callable[[object], None], value: object) -> None:
+    if not answer.cancelled():
+        settle(value)
 
 
-def _deliver(news: Iterable[tuple[Job, Progress]]) -> None:
-    for job, progress in news:
-        job.news.put_nowait(progress)
+def _deliver(news: Iterable[News]) -> None:
+    for group, index, new in news:
+        group.news.put_nowait((index, new))

@@ -1,0 +1,270 @@
+"""The bases behind the API, each with its adapters: one that completes texts, and one that makes vectors of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gossamer.errors import GossamerError, UsageError
+from gossamer.serving.api.faults import Refusal, missing, unusable
+from gossamer.serving.api.fetching import Fetching
+from gossamer.serving.api.keys import Tenant
+from gossamer.serving.api.prompts import rendered, too_long, within
+from gossamer.serving.api.requests import ChatMessage, TemplateOptions, WeightedAdapter
+from gossamer.serving.api.responses import ModelCard
+from gossamer.serving.api.worker import Worker
+from gossamer.serving.chat_format import ChatFormat, common_format
+from gossamer.serving.engine import Engine
+from gossamer.serving.folder import Folder
+from gossamer.serving.hub import Hub
+from gossamer.serving.vocabulary import encoded
+
+Value = TypeVar("Value")
+
+
+class Backend(ABC):
+    """A base and its adapters.
+
+    Attributes:
+        name: of the base, for clients.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.created = name, int(time.time())
+
+    @property
+    @abstractmethod
+    def folder(self) -> Folder | None:
+        """That its adapters come from; without one, none can be loaded."""
+
+    @property
+    @abstractmethod
+    def names(self) -> Collection[str]:
+        """Of the adapters that are known."""
+
+    @abstractmethod
+    async def register(self, name: str, folder: Path) -> str:
+        """Let a name mean the adapter in a folder; gives its digest. Raises what is wrong with it."""
+
+    @abstractmethod
+    async def unregister(self, name: str) -> None:
+        """Forget a name."""
+
+    @abstractmethod
+    async def cards(self, tenant: Tenant) -> list[ModelCard]:
+        """The base, and those of its adapters that can be used and that a tenant may use."""
+
+    @abstractmethod
+    async def adapter_card(self, name: str) -> ModelCard:
+        """A known adapter. Raises `Refusal`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Begin nothing more."""
+
+    def fault_of(self, name: str) -> GossamerError | None:
+        """Why what a name stands for could not be used, if so."""
+        return None
+
+    def knows(self, model: str) -> bool:
+        """Whether a client's word for a model means the base or one of its adapters."""
+        return model == self.name or model.removeprefix(self.name + ":") in self.names
+
+    def wanted(self, model: str, mix: Sequence[WeightedAdapter] | None = None) -> dict[str, float]:
+        """Adapter -> weight that a request asks for, known or not. Raises `Refusal`."""
+        if model != self.name:
+            if mix is not None:
+                raise Refusal(400, f"A mix goes with the base's name, {self.name!r}.", "two_choices", param="lora")
+            return {model.removeprefix(self.name + ":"): 1.0}
+        found = {one.id: one.scale for one in mix or ()}
+        if len(found) < len(mix or ()):
+            raise Refusal(400, "An adapter stands twice in the mix.", "twice", param="lora")
+        return found
+
+    def resolve(self, tenant: Tenant, model: str, mix: Sequence[WeightedAdapter] | None = None) -> dict[str, float]:
+        """The same, if all are known. An unknown one and one of another tenant are told alike. Raises `Refusal`."""
+        found = self.wanted(model, mix)
+        for name in found:
+            if not tenant.may(name) or name not in self.names:
+                if tenant.may(name) and (fault := self.fault_of(name)):
+                    raise unusable(name, fault)
+                raise missing(name if model == self.name else model)
+        return found
+
+    async def find(self, tenant: Tenant, model: str) -> ModelCard:
+        """What a client's word for a model means. Raises `Refusal`."""
+        name = next(iter(self.resolve(tenant, model)), None)
+        return self.card(self.name) if name is None else await self.adapter_card(name)
+
+    def card(self, name: str, digest: str | None = None, **more: Any) -> ModelCard:
+        """The base under its own name, or an adapter with its digest."""
+        parent, root = (None, name) if name == self.name else (self.name, digest)
+        made = {"created": self.created, "owned_by": "gossamer"}
+        return ModelCard(id=name, object="model", root=root, parent=parent, **made, **more)
+
+
+class CompletionBackend(Backend):
+    """The base that completes texts.
+
+    Args:
+        worker: has its engine.
+        shelf: the folder where adapters that are loaded while serving must lie.
+        hub: what may be fetched from there.
+        other: another base, whose adapters are not this one's.
+    """
+
+    def __init__(
+        self, name: str, worker: Worker, shelf: Folder | None, hub: Hub | None = None, other: Backend | None = None
+    ) -> None:
+        super().__init__(name)
+        self.worker, self.shelf, self.other = worker, shelf, other
+        self.fetching = Fetching(hub, worker) if hub else None
+        self.forgotten: set[str] = set()  # names that were unloaded, whatever their subfolders hold
+        self.texts = ThreadPoolExecutor(1, "texts")  # a tokenizer is not for several threads at a time
+
+    @property
+    def folder(self) -> Folder | None:
+        return self.shelf
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.worker.names
+
+    @property
+    def engine(self) -> Engine:
+        """The worker's. Raises `Refusal` where there is none yet."""
+        return self.worker.present
+
+    def fault_of(self, name: str) -> GossamerError | None:
+        return self.worker.engine and self.worker.engine.store.fault_of(name)
+
+    async def register(self, name: str, folder: Path) -> str:
+        store = self.engine.store
+        loaded = await asyncio.wrap_future(store.reader.submit(store.prepare, name, folder))
+        await self.worker.call(lambda engine: engine.store.put(loaded), renames=True)
+        self.forgotten.discard(name)
+        return loaded.digest
+
+    async def unregister(self, name: str) -> None:
+        await self.worker.call(lambda engine: engine.store.unregister(name), renames=True)
+        if self.fetching:
+            self.fetching.revisions.pop(name, None)
+        self.forgotten.add(name)
+
+    async def cards(self, tenant: Tenant) -> list[ModelCard]:
+        def look(engine: Engine) -> list[ModelCard]:
+            return [self._card(engine, name) for name in engine.store.usable() if tenant.may(name)]
+
+        return [self.card(self.name), *await self.worker.call(look)]
+
+    async def adapter_card(self, name: str) -> ModelCard:
+        def look(engine: Engine) -> ModelCard:
+            if fault := engine.store.fault_of(name):
+                raise unusable(name, fault)
+            if name not in engine.store.names():
+                raise missing(name)
+            return self._card(engine, name)
+
+        return await self.worker.call(look)
+
+    def _card(self, engine: Engine, name: str) -> ModelCard:
+        about = engine.store.describe(name)
+        state = {part: about[part] for part in ("digest", "rank", "method", "state", "requests")}
+        state["bytes"] = about["size"]
+        if self.fetching and (revision := self.fetching.revisions.get(name)):
+            state["revision"] = revision
+        return self.card(name, about["digest"], gossamer=state)
+
+    async def discover(self, tenant: Tenant, model: str, mix: Sequence[WeightedAdapter] | None = None) -> None:
+        """Make known what a request asks for that came after the start: subfolders, or ids of the hub.
+
+        Raises: Refusal.
+        """
+        wanted = self.wanted(model, mix).keys()
+        for name in sorted(wanted - set(self.names)):
+            if tenant.may(name) and name not in self.forgotten and not (self.other and self.other.knows(name)):
+                await self._notice(name)
+        unknown = sorted(wanted - set(self.names))
+        if self.fetching and all(tenant.may(name) & self.fetching.hub.allows(name) for name in unknown):
+            for name in unknown:
+                await self.fetching.fetch(name)
+
+    async def _notice(self, name: str) -> None:
+        """Make a name known whose subfolder came after the start."""
+
+        def offer(engine: Engine) -> None:
+            if found and name not in engine.store.names():
+                engine.store.offer(name, found)
+
+        if found := self.shelf and await asyncio.to_thread(self.shelf.named, name):
+            await self.worker.call(offer, renames=True)
+
+    def close(self) -> None:
+        self.texts.shutdown(wait=False)
+        if self.fetching:
+            self.fetching.close()
+
+    # Texts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The engine's."""
+        return self.engine.tokenizer
+
+    async def encode(self, text: str, special: bool = True, *, bounded: bool = True) -> tuple[int, ...]:
+        """Token ids of a text, with what the tokenizer puts around texts if `special`.
+
+        Raises: Refusal for one that is `bounded` and far over the context.
+        """
+        tokenizer, context = self.tokenizer, self.context
+        if bounded:
+            return await self._aside(lambda: within(tokenizer, text, special, context))
+        return await self._aside(lambda: encoded(tokenizer, text, special))
+
+    async def encode_chat(
+        self, messages: Sequence[ChatMessage], how: TemplateOptions, adapters: Iterable[str], *, bounded: bool = True
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation that the assistant shall go on with, as its adapters' own template writes it.
+
+        Raises: UsageError; Refusal.
+        """
+        tokenizer = self.tokenizer
+        text = await self._aside(lambda: rendered(tokenizer, messages, how, self._chat_format(adapters)))
+        return await self.encode(text, False, bounded=bounded)
+
+    def _chat_format(self, adapters: Iterable[str]) -> ChatFormat:
+        """How their chats are written. Raises `Refusal`; UnsupportedError for a mix of several templates."""
+        store, found = self.engine.store, []
+        for name in adapters:
+            try:
+                found.append(store.chat_format_of(name))
+            except GossamerError as error:
+                raise (unusable(name, error) if name in self.names else missing(name)) from None
+        return common_format(found)
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids. Raises `UsageError` for what is none."""
+        tokenizer = self.tokenizer
+        if tokens and max(tokens) >= len(tokenizer):
+            expected = f"below {len(tokenizer):,}"
+            raise UsageError("no such token", where="tokens", got=str(max(tokens)), expected=expected)
+        return await self._aside(lambda: tokenizer.decode(tokens))
+
+    async def _aside(self, function: Callable[[], Value]) -> Value:
+        return await asyncio.get_running_loop().run_in_executor(self.texts, function)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return min(self.engine.context, self.engine.scheduler.limits.cache)
+
+    def room(self, prompt: int) -> int:
+        """Tokens that may follow a prompt of so many. Raises `Refusal` if there is no room for one."""
+        if not 0 < prompt < self.context:
+            raise too_long(f"{prompt:,}", self.context)
+        return self.context - prompt
