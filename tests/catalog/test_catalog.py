@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gossamer.catalog import catalog
 from gossamer.catalog import download as downloads
-from gossamer.catalog.catalog import CATALOG, Entry, cached, data_file, fetch, home
+from gossamer.catalog.catalog import CATALOG, Entry, cached, data_file, home
 from gossamer.errors import DataError, DiskError, DownloadError, UsageError
 from gossamer.files.atomic import sha256_file
+from gossamer.models.fetching import converter_of, fetch
 from tests.catalog.fake_index import FakeIndex, serving
 
 CONTENT = b"an archive, as far as anybody here can tell" * 1000
@@ -236,7 +237,7 @@ def test_every_entry_is_whole() -> None:
         assert entry.licence
         assert len(entry.source.sha256) == 64
         assert entry.source.size > 0
-        assert callable(catalog._converter(entry))
+        assert callable(converter_of(entry))
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ BESIDE = {
     "attachment": {"methods"},
     "files": {"methods", "attachment"},
     "models": {"catalog", "testing"},
-    "catalog": {"models"},
+    "testing": {"running"},
     "studies": {"training", "merging", "serving", "analysis"},
 }
 

