@@ -19,7 +19,7 @@ from gossamer.cli.shared import (
 @click.option(
     "--data", required=True, metavar="FILE", help="Held-out rows, also of a fetched data set: reviews/eval.jsonl."
 )
-@click.option("--task", type=click.Choice(["sft", "classify"]), default="sft", show_default=True)
+@click.option("--task", metavar="NAME", help="What is measured, a task as in a run's config; sft if not given.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @force_option
 @json_option
@@ -30,7 +30,7 @@ def command(
     device: str,
     adapter: str | None,
     data: str,
-    task: str,
+    task: str | None,
     batch_size: int,
     force_base: bool,
     as_json: bool,
@@ -38,10 +38,12 @@ def command(
     """Measure a base, or a base with an adapter, on held-out rows."""
     from gossamer.training import evaluate
     from gossamer.training.evaluate import read_data
+    from gossamer.training.tasks import DEFAULT, read_figures, task_of
 
+    chosen = task_of(task or DEFAULT)
     rows = read_data(data)  # before gigabytes are loaded
     model, tokenizer, digest, base = load_with_adapter(base, adapter, quant, dtype, device, force_base)
-    result = evaluate(model, tokenizer, rows, task=task, batch_size=batch_size)
+    result = evaluate(model, tokenizer, rows, task=chosen, batch_size=batch_size)
     if as_json:
         emit({"base": base, "adapter_digest": digest, "data": data} | result)
         return
@@ -54,11 +56,8 @@ def command(
             ]
         )
     )
-    if "confusion" in result:
-        names = [label.strip() for label in result["labels"]]
+    if table := read_figures(result).table:
+        names = [label.strip() for label in table.labels]
         click.echo("\nrows: the right label; columns: the predicted one")
-        click.echo(
-            columns(
-                [("", *names), *((name, *map(str, row)) for name, row in zip(names, result["confusion"], strict=True))]
-            )
-        )
+        rows = ((name, *map(str, row)) for name, row in zip(names, table.counts, strict=True))
+        click.echo(columns([("", *names), *rows]))

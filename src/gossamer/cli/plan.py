@@ -85,12 +85,9 @@ def command(config: str | None, compare: bool, html: str | None, as_json: bool, 
 
 def _of_run(path: str) -> dict[str, Any]:
     """What a run's config file says of base, method and sizes, under the plan's own names."""
-    from gossamer.errors import UnsupportedError
     from gossamer.training import RunConfig
 
     run = RunConfig.read(path)
-    if run.task != "sft":
-        raise UnsupportedError("the plan knows causal language models in training alone", got=f"task: {run.task}")
     train = run.train
     rows = max(1, train.batch_tokens // train.max_length) if train.batch_tokens else train.batch_size
     batch = min(rows, max(1, train.micro_batch_tokens // train.max_length))  # what goes through the model at once

@@ -97,13 +97,11 @@ def show_rehearsal(rehearsal: Rehearsal) -> None:
 
 def show_report(output: str, report: dict[str, Any]) -> None:
     """Before and after, in a few lines."""
+    from gossamer.training.tasks import read_figures
+
     rows = [("", "before", "after")]
     before, after = report["eval_before"] or {}, report["eval_after"] or {}
-    rows += [
-        (name, f"{before[name]:.4f}", f"{after[name]:.4f}")
-        for name in ("accuracy", "loss", "perplexity")
-        if name in after
-    ]
+    rows += [(name, f"{before[name]:.4f}", f"{value:.4f}") for name, value in read_figures(after).named().items()]
     share = report["trainable_params"] / report["total_params"]
     if after:
         click.echo(columns(rows))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -42,6 +42,8 @@ class Batch:
     """Supervised tokens of each example."""
     tokens: int
     """Real tokens of all examples: padding is not counted, and what they share is counted for each."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a task adds: tensors with a row for each example."""
 
     @property
     def supervised(self) -> int:
@@ -56,7 +58,26 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         held = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | Packing)}
-        return replace(self, **{name: value.to(device) for name, value in held.items()})
+        extras = {name: value.to(device) for name, value in self.extras.items()}
+        return replace(self, extras=extras, **{name: value.to(device) for name, value in held.items()})
+
+    def by_example(self, terms: Tensor) -> Tensor:
+        """The terms of the loss, (M,), summed up for each example, (examples,); the same bits every time."""
+        counts = torch.tensor(self.counts)
+        width = int(counts.max())
+        places = (torch.arange(width) < counts[:, None]).flatten().nonzero().squeeze(1).to(terms.device)
+        return terms.new_zeros(len(counts) * width).index_copy(0, places, terms).view(len(counts), width).sum(1)
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How examples become a batch: where it is, what pads it, or whether rows stand one after another."""
+
+    pad_id: int = 0
+    device: torch.device | str = "cpu"
+    packed: bool = False
+    shared: bool = True
+    """What packed rows begin with is computed once."""
 
 
 def plan_batches(
@@ -168,6 +189,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
         torch.cat([batch.targets for batch in batches]),
         tuple(count for batch in batches for count in batch.counts),
         sum(batch.tokens for batch in batches),
+        {name: torch.cat([batch.extras[name] for batch in batches]) for name in batches[0].extras},
     )
 
 

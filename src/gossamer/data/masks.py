@@ -35,6 +35,11 @@ class Example:
         return len(self.ids)
 
     @property
+    def terms(self) -> int:
+        """Terms of the loss: the first token has none before it to be predicted from."""
+        return sum(self.supervised[1:])
+
+    @property
     def prompt_length(self) -> int:
         """The number of tokens before the first supervised one."""
         return self.supervised.index(True)

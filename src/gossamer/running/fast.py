@@ -15,7 +15,7 @@ from gossamer.running.blocks import blocks
 from gossamer.running.packed import obstacle, packed_attention
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Fast:
 
 
 @contextmanager
-def fast_path(model: PreTrainedModel, *, packing: bool = True, fused: bool = True) -> Iterator[Fast]:
+def fast_path(model: nn.Module, *, packing: bool = True, fused: bool = True) -> Iterator[Fast]:
     """Take the fast way for as long as the context is open, backward passes included; then all is as it was.
 
     Args:

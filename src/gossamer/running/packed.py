@@ -22,7 +22,7 @@ from gossamer.kernels.packed import Packing
 from gossamer.methods.virtual_tokens import VirtualTokensLayer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 NAME = "gossamer"
 """Of the attention function, as transformers knows it."""
@@ -45,7 +45,7 @@ def obstacle(model: nn.Module) -> str:
 
 
 @contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[None]:
+def packed_attention(model: nn.Module) -> Iterator[None]:
     """Let a model's attention understand `packing` for a block: backwards too, which may run its layers again."""
     configs: list[Any] = [*{id(one.config): one.config for one in model.modules() if hasattr(one, "config")}.values()]
     before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]

@@ -14,17 +14,25 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML, YAMLError
 
-from gossamer.errors import SpecError
+from gossamer.errors import SpecError, UsageError
 from gossamer.methods import LoRA, TargetedMethod, method_from_dict
 from gossamer.spec import Lines, Spec, StrictBool, StrictFloat, StrictInt, StrictStr, read_yaml, write_yaml
+from gossamer.training.tasks import DEFAULT, Task, task_of
 
 Count = Annotated[StrictInt, Field(ge=1)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
-Task = Literal["sft", "classify"]
 
 
 def _as_text(value: Any) -> Any:
@@ -45,6 +53,16 @@ def _positive_or_auto(value: Any) -> Any:
     raise PydanticCustomError("learning_rate", "must be a number above 0, or auto")
 
 
+def _as_task(value: Any) -> Any:
+    try:
+        return task_of(value)
+    except SpecError as error:
+        fault = "; ".join(error.faults)
+    except UsageError as error:
+        fault = f"must be {error.expected}" + (f"; {error.hint}" if error.hint else "")
+    raise PydanticCustomError("task", "{fault}", {"fault": fault})
+
+
 def _as_switch(value: Any) -> Any:
     """Many YAML readers take a bare `on` for true."""
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
@@ -52,6 +70,7 @@ def _as_switch(value: Any) -> Any:
 
 File = Annotated[StrictStr, Field(min_length=1), BeforeValidator(_as_text)]
 Switch = Annotated[Literal["off", "on", "auto"], BeforeValidator(_as_switch)]
+TaskByName = Annotated[InstanceOf[Task], BeforeValidator(_as_task), PlainSerializer(Task.named)]
 LearningRate = Annotated[StrictFloat | Literal["auto"], BeforeValidator(_positive_or_auto)]
 
 
@@ -166,8 +185,8 @@ class TrainConfig(LoopConfig):
 
     data: Data
     """A file to train on, or `{"train": file, "eval": file}`."""
-    task: Task = "sft"
-    """sft learns the answers; classify does too, and is evaluated by accuracy over the labels."""
+    task: TaskByName = DEFAULT
+    """What is learned and measured, by name, or by name and options: `{name: classify, labels: [yes, no]}`."""
     output: File
     """The run folder; it must be new or empty, unless a run is resumed."""
 
@@ -211,8 +230,8 @@ class RunConfig(Spec):
     """auto, cpu, mps, cuda or cuda:N."""
     method: TargetedMethod = LoRA()
     """What is trained; see docs/methods."""
-    task: Task = "sft"
-    """sft or classify."""
+    task: TaskByName = DEFAULT
+    """What is learned and measured: sft, classify, or a mapping of a name and options."""
     data: Data
     """Training and held-out rows."""
     train: LoopConfig = LoopConfig()

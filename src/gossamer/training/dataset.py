@@ -6,20 +6,21 @@ import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from gossamer.data import clock
-from gossamer.data import rows as data_rows
 from gossamer.data.batches import largest_part, plan_batches, split_batch
 from gossamer.data.chat_template import ChatRenderer
 from gossamer.data.formats import Rows
-from gossamer.data.masks import Encoding, Example, encode
+from gossamer.data.masks import Encoding, Example
 from gossamer.data.rows import Chat, Instruction, Row
+from gossamer.errors import DataError, UnsupportedError
 from gossamer.training.config import DataFiles, TrainConfig
-from gossamer.training.evaluate import Evaluation, make_evaluation, read_data
+from gossamer.training.evaluate import Evaluation, pad_id, read_data
+from gossamer.training.tasks.task import EncodingOptions, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,20 +70,16 @@ class EncodedDataset:
         """
         data = config.data
         date = data.date or began or clock.today()
-        encoding: dict[str, Any] = {
-            "max_length": config.max_length,
-            "on_overlong": config.overlong,
-            "chat_template": data.chat_template,
-            "date": date,
-        }
+        task, options = config.task, EncodingOptions(config.max_length, config.overlong, data.chat_template, date)
         rows, held_out = files or read_files(data)
         say(rows.describe())
-        if config.task == "classify" and data.eval is None:
-            data_rows.labels(rows)
-        examples = encode(rows, tokenizer, **encoding)
+        every = [*rows, *(held_out or ())]
+        _refuse_shapes(task, every)
+        task.check(every)
+        examples = task.encode(rows.rows, tokenizer, options)
         say(examples.describe())
         chats = any(isinstance(row, Chat | Instruction) for row in rows)
-        if line := _ends(examples, tokenizer, model) if chats else "":
+        for line in task.remarks(examples, tokenizer, model) if chats else ():
             say(line)
         renderer = ChatRenderer(tokenizer, add_eos=False, chat_template=data.chat_template)
         date = date if chats and renderer.dated else None
@@ -92,11 +89,13 @@ class EncodedDataset:
         if held_out is None:
             return cls(examples, (), None, identity, date)
         say(held_out.describe())
-        labels = data_rows.labels([*rows, *held_out]) if config.task == "classify" else None
-        evaluation = make_evaluation(
-            held_out, tokenizer, task=config.task, batch_size=config.eval_batch_size, labels=labels, **encoding
-        )
+        measured = task.held_out(held_out.rows, rows.rows, tokenizer, options)
+        evaluation = Evaluation(task, measured, config.eval_batch_size, pad_id(tokenizer))
         return cls(examples, held_out.rows, evaluation, identity | {"eval": held_out.digest}, date)
+
+    def begun(self, task: Task, model: PreTrainedModel) -> EncodedDataset:
+        """The dataset with what the task computes once, while the adapter that will learn from it is off."""
+        return replace(self, examples=task.begin(model, self.examples))
 
 
 class Steps:
@@ -112,6 +111,8 @@ class Steps:
         epochs = config.epochs or (None if config.max_steps else 1)
         limits = [config.max_steps, epochs and self._end(epochs - 1)]
         self.total: int = min(limit for limit in limits if limit)
+        if not config.task.additive:
+            self._refuse_to_split()
 
     def place(self, step: int) -> tuple[int, int]:
         """The epoch that a step is in, and which of its steps it is."""
@@ -131,6 +132,20 @@ class Steps:
         if filled is not None:
             return largest_part(self.lengths, len(self.lengths), min(filled, most))
         return largest_part(self.lengths, self.config.batch_size, most)
+
+    def _refuse_to_split(self) -> None:
+        """Raise `UnsupportedError` where a batch would have to go through the model in parts."""
+        task, most = self.config.task.name, self.config.micro_batch_tokens
+        filled = self.config.batch_tokens
+        count, tokens = (len(self.lengths), filled) if filled else (self.config.batch_size, sum(self.lengths) + 1)
+        rows, length = largest_part(self.lengths, count, tokens)
+        if rows > 1 and rows * length > most:
+            raise UnsupportedError(
+                f"a batch of the task {task} cannot be split, as its loss is not a sum over examples",
+                got=f"{rows} rows of up to {length:,} tokens",
+                expected=f"at most {most:,} tokens (micro_batch_tokens)",
+                hint="a larger micro_batch_tokens, or fewer rows a batch",
+            )
 
     def _end(self, epoch: int) -> int:
         """Steps until the end of an epoch."""
@@ -153,24 +168,14 @@ class Steps:
         return plan_batches(self.lengths, self.config.batch_size, seed=self.config.seed, epoch=epoch, tokens=tokens)
 
 
-def _ends(examples: Encoding, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> str:
-    """Which tokens the answers end with, and whether generation stops there."""
-    last = {
-        next(token for token, on in zip(one.ids[::-1], one.supervised[::-1], strict=True) if on) for one in examples
-    }
-    ends = sorted(last & {id for id, token in tokenizer.added_tokens_decoder.items() if token.special})
-    named: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    own: Any = tokenizer.eos_token_id
-    stops = {*(named if isinstance(named, list) else [named]), own} - {None}
-
-    def told(ids: Iterable[Any]) -> str:
-        return ", ".join(str(tokenizer.convert_ids_to_tokens(one)) for one in sorted(ids)) or "nothing"
-
-    line = f"answers are learned with the token they end with: {told(ends)}" if ends else ""
-    if model is None or not (going_on := {*ends} - stops):
-        return line
-    return (f"{line}. Generation does not stop at {told(going_on)} but at {told(stops)}: "
-            "add it to eos_token_id of the generation config")  # fmt: skip
+def _refuse_shapes(task: Task, rows: Iterable[Row]) -> None:
+    if stranger := next((row for row in rows if not isinstance(row, task.rows)), None):
+        raise DataError(
+            f"the task {task.name} does not learn from rows of this shape",
+            where=stranger.where,
+            got=type(stranger).__name__,
+            expected=" or ".join(shape.__name__ for shape in task.rows),
+        )
 
 
 def _digest(examples: Iterable[Example]) -> str:

@@ -1,41 +1,32 @@
-"""How good is a model on held-out rows: perplexity of the answers, or accuracy over a set of labels.
-
-    sft        loss = mean over supervised tokens of -ln p(token), perplexity = exp(loss)
-    classify   prediction = argmax over labels of ln p(label | prompt), exactly: no sampling, no parsing of text
-
-A label counts with its end token only where one label's tokens begin another's; otherwise the end adds nothing that
-tells them apart. When every label is one token, a row costs one forward with the head at one position.
-"""
+"""How good is a model on held-out rows, by the measures of a task."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from gossamer.attachment import active
 from gossamer.catalog.catalog import data_file
-from gossamer.data import rows as data_rows
-from gossamer.data.batches import Batch, collate, plan_batches
+from gossamer.data.batches import Batch, BatchLayout, collate, plan_batches
 from gossamer.data.formats import Rows, read_rows
-from gossamer.data.masks import Example, Overlong, encode, label_ids
+from gossamer.data.masks import Overlong, encode
 from gossamer.data.rows import Row
-from gossamer.errors import DataError, NonFiniteError, UsageError, nearest
+from gossamer.errors import UsageError
+from gossamer.running.fast import Fast, fast_path
 from gossamer.training.audit import refuse_misfits
-from gossamer.training.loss import supervised_logits, supervised_nll
+from gossamer.training.loss import supervised_nll
+from gossamer.training.tasks import DEFAULT, TASKS, task_of
+from gossamer.training.tasks.task import EncodingOptions, EvaluationPass, Figures, Task, Tick
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Tick = Callable[[], None]
-"""Called after each batch; it may raise to stop an evaluation."""
-Encoded = tuple[int, ...]
 
 
 def evaluate(
@@ -43,7 +34,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     data: str | Path | Rows | Sequence[Row],
     *,
-    task: str = "sft",
+    task: str | Task = DEFAULT,
     batch_size: int = 16,
     labels: Sequence[str] | None = None,
     max_length: int = 1024,
@@ -54,11 +45,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a model as it stands, adapters and all, without changing it or torch's random state.
 
+    Rows go through the model as in training: one after another without padding, where the model can be packed.
+
     Args:
-        model: a causal language model.
+        model: one that fits the task: for "sft" and "classify" a causal language model.
         data: a data file, also of a catalog entry (`reviews/eval.jsonl`), or rows that were read from one.
-        task: "sft" or "classify".
-        batch_size: sequences that go through the model at once.
+        task: a task, or the name of one.
+        batch_size: rows that go through the model at once.
         labels: what a classifier chooses from; the labels in the data when None.
         max_length, overlong, format, chat_template: as in `TrainConfig`.
         tick: called after each batch.
@@ -68,12 +61,23 @@ def evaluate(
         classify: {"task", "rows", "accuracy", "loss" (nats a right label), "labels", "confusion" (rows true, columns
         predicted), "predictions" [{"where", "label", "predicted"}]}.
 
-    Raises: DataError for rows or labels that cannot be used; UnsupportedError for a model that is not causal;
+    Raises: DataError for rows or labels that cannot be used; UnsupportedError for a model that does not fit the task;
         NonFiniteError when the model's output is NaN or infinite.
     """
-    rows = read_data(data, format) if isinstance(data, str | Path) else data
-    options = {"max_length": max_length, "on_overlong": overlong, "chat_template": chat_template}
-    return make_evaluation(rows, tokenizer, task=task, batch_size=batch_size, labels=labels, **options)(model, tick)
+    chosen = with_labels(task_of(task), labels)
+    rows = [*(read_data(data, format) if isinstance(data, str | Path) else data)]
+    held_out = chosen.held_out(rows, (), tokenizer, EncodingOptions(max_length, overlong, chat_template))
+    return Evaluation(chosen, held_out, batch_size, pad_id(tokenizer))(model, tick).to_dict()
+
+
+def with_labels(task: Task, labels: Sequence[str] | None) -> Task:
+    """The task with these labels to choose from. Raises `UsageError` for one that chooses from none."""
+    if labels is None:
+        return task
+    if "labels" not in type(task).model_fields:
+        able = " and ".join(name for name, kind in TASKS.items() if "labels" in kind.model_fields)
+        raise UsageError(f"only the task {able} has labels", got=f"task {task.name!r}")
+    return task.replace(labels=tuple(labels))
 
 
 def read_data(path: str | Path, format: str | None = None) -> Rows:
@@ -90,8 +94,10 @@ def answer_batches(
     **encoding: Any,
 ) -> list[Batch]:
     """The rows of a data file as batches for `answer_loss`, in the file's order. Raises `DataError`."""
-    examples = encode(read_data(data), tokenizer, **encoding)
-    return [batch for _, batch in _batches(model, examples, tokenizer, batch_size, None)]
+    examples, device = encode(read_data(data), tokenizer, **encoding), next(model.parameters()).device
+    refuse_misfits(model, examples)
+    plan = plan_batches(examples, batch_size, seed=0, epoch=0, shuffle=False)
+    return [collate([examples[index] for index in indices], pad_id(tokenizer), device) for indices in plan]
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -103,215 +109,26 @@ def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
 class Evaluation:
     """Encoded rows, ready to be measured any number of times: `evaluation(model)`."""
 
-    measure: Callable[[nn.Module, Tick | None], dict[str, Any]]
-    batches: int
-    """How often `tick` is called."""
+    task: Task
+    examples: Sequence[Any]
+    batch_size: int
+    pad_id: int
 
-    def __call__(self, model: nn.Module, tick: Tick | None = None) -> dict[str, Any]:
-        return self.measure(model, tick)
+    @property
+    def batches(self) -> int:
+        """How often `tick` is called."""
+        return math.ceil(len(self.examples) / self.batch_size)
 
-
-def make_evaluation(
-    rows: Rows | Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    task: str,
-    batch_size: int,
-    labels: Sequence[str] | None = None,
-    **encoding: Any,
-) -> Evaluation:
-    """Encode the rows once, to evaluate any number of times."""
-    tasks = {"sft": _likelihood, "classify": _classification}
-    if task not in tasks:
-        raise UsageError(f"unknown task {task!r}", expected=", ".join(tasks), hint=nearest(task, tasks))
-    if labels is not None and task != "classify":
-        raise UsageError("only the task classify has labels", got=f"task {task!r}")
-    return tasks[task](list(rows), tokenizer, batch_size, labels, encoding)
-
-
-def _likelihood(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, batch_size: int, labels: None, encoding: dict[str, Any]
-) -> Evaluation:
-    examples = encode(rows, tokenizer, **encoding)
-
-    def measure(model: nn.Module, tick: Tick | None) -> dict[str, Any]:
-        scores = _scores(model, examples, tokenizer, batch_size, tick)
-        loss, tokens = -sum(scores) / examples.supervised, examples.supervised
-        return {
-            "task": "sft",
-            "rows": len(examples),
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "tokens": tokens,
-        }
-
-    return Evaluation(measure, math.ceil(len(examples) / batch_size))
-
-
-@dataclass(frozen=True)
-class _Question:
-    """One row to classify: its prompt's tokens, the tokens of each label after it, and which label is right."""
-
-    where: str
-    prompt: Encoded
-    answers: tuple[Encoded, ...]
-    right: int
-
-    def example(self, answer: int) -> Example:
-        ids = self.answers[answer]
-        return Example([*self.prompt, *ids], [False] * len(self.prompt) + [True] * len(ids), self.where)
-
-
-def _classification(
-    rows: list[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    labels: Sequence[str] | None,
-    encoding: dict[str, Any],
-) -> Evaluation:
-    names = tuple(labels) if labels is not None else data_rows.labels(rows)
-    questions = _questions(rows, tokenizer, names, encoding)
-    one_token = all(len(answer) == 1 for question in questions for answer in question.answers)
-
-    def measure(model: nn.Module, tick: Tick | None) -> dict[str, Any]:
-        if one_token:
-            scores = _next_token_scores(model, questions, tokenizer, batch_size, tick)
-        else:
-            pairs = [question.example(answer) for question in questions for answer in range(len(names))]
-            scores = torch.tensor(_scores(model, pairs, tokenizer, batch_size, tick), dtype=torch.float64).view(
-                -1, len(names)
-            )
-        return _accuracy(questions, names, scores)
-
-    sequences = len(questions) * (1 if one_token else len(names))
-    return Evaluation(measure, math.ceil(sequences / batch_size))
-
-
-def _questions(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], encoding: dict[str, Any]
-) -> list[_Question]:
-    strangers = sorted({row.label for row in rows} - set(labels))
-    if strangers:
-        raise DataError(
-            "rows whose label is not among the labels",
-            where=next(row.where for row in rows if row.label in strangers),
-            got=", ".join(map(repr, strangers[:5])),
-            expected=", ".join(map(repr, labels)),
-            hint=nearest(strangers[0], labels),
-        )
-    options = {"add_eos": tokenizer.eos_token is not None, "chat_template": encoding.get("chat_template", True)}
-    options |= {"date": encoding.get("date")}
-    by_place = {row.where: row for row in rows}
-    shared = label_ids(labels, tokenizer, rows[0], **options)
-    questions = []
-    for example in encode(rows, tokenizer, **encoding | options):
-        row = by_place[example.where]
-        start, right = _answer_start(example), labels.index(row.label)
-        fits = (
-            tuple(example.ids[start:]) == shared[right]
-        )  # else this row's prompt changes how a label is cut into tokens
-        answers = shared if fits else label_ids(labels, tokenizer, row, **options)
-        questions.append(_Question(row.where, tuple(example.ids[:start]), _telling(answers, tokenizer), right))
-    return questions
-
-
-def _answer_start(example: Example) -> int:
-    """Where the last run of supervised tokens begins."""
-    return len(example) - [*example.supervised[::-1], False].index(False)
-
-
-def _telling(answers: tuple[Encoded, ...], tokenizer: PreTrainedTokenizerBase) -> tuple[Encoded, ...]:
-    """The answers without their end token, unless one of them would then begin another."""
-    if not all(answer[-1] in tokenizer.all_special_ids for answer in answers):
-        return answers
-    short = sorted(answer[:-1] for answer in answers)
-    ambiguous = any(later[: len(one)] == one for one, later in pairwise(short))
-    return answers if ambiguous else tuple(answer[:-1] for answer in answers)
-
-
-def _accuracy(questions: list[_Question], labels: tuple[str, ...], scores: Tensor) -> dict[str, Any]:
-    """`scores` (rows, labels) float64: ln p(label | prompt)."""
-    chosen = scores.argmax(dim=1).tolist()
-    confusion = [[0] * len(labels) for _ in labels]
-    for question, answer in zip(questions, chosen, strict=True):
-        confusion[question.right][answer] += 1
-    predictions = [
-        {"where": question.where, "label": labels[question.right], "predicted": labels[answer]}
-        for question, answer in zip(questions, chosen, strict=True)
-    ]
-    right = torch.tensor([question.right for question in questions])
-    return {
-        "task": "classify",
-        "rows": len(questions),
-        "accuracy": sum(row[index] for index, row in enumerate(confusion)) / len(questions),
-        "loss": -scores.gather(1, right.unsqueeze(1)).mean().item(),
-        "labels": list(labels),
-        "confusion": confusion,
-        "predictions": predictions,
-    }
-
-
-def _scores(
-    model: nn.Module,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    tick: Tick | None,
-) -> list[float]:
-    """ln p of the supervised tokens of each example, summed in float64."""
-    scores = [0.0] * len(examples)
-    with _in_eval_mode(model):
-        for indices, batch in _batches(model, examples, tokenizer, batch_size, tick):
-            nll = _finite(supervised_nll(model, batch).double(), examples, indices)
-            for index, part in zip(indices, nll.split(batch.counts), strict=True):
-                scores[index] = -part.sum().item()
-    return scores
-
-
-def _next_token_scores(
-    model: nn.Module, questions: list[_Question], tokenizer: PreTrainedTokenizerBase, batch_size: int, tick: Tick | None
-) -> Tensor:
-    """ln p of every one-token label of each question, (rows, labels) float64."""
-    scores = torch.zeros(len(questions), len(questions[0].answers), dtype=torch.float64)
-    examples = [question.example(question.right) for question in questions]
-    with _in_eval_mode(model):
-        for indices, batch in _batches(model, examples, tokenizer, batch_size, tick):
-            logits = _finite(supervised_logits(model, batch), examples, indices)
-            for index, row in zip(indices, logits.double().log_softmax(dim=-1), strict=True):
-                scores[index] = row[[answer[0] for answer in questions[index].answers]].cpu()
-    return scores
-
-
-def _batches(
-    model: nn.Module,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    tick: Tick | None,
-) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of examples, with their indices."""
-    device = next(model.parameters()).device
-    refuse_misfits(model, examples)
-    for indices in plan_batches(examples, batch_size, seed=0, epoch=0, shuffle=False):
-        yield indices, collate([examples[index] for index in indices], pad_id(tokenizer), device)
-        if tick:
-            tick()
-
-
-def _finite(numbers: Tensor, examples: Sequence[Example], indices: list[int]) -> Tensor:
-    """The numbers, if that is what they all are."""
-    if not torch.isfinite(numbers).all():
-        places = ", ".join(examples[index].where for index in indices)
-        raise NonFiniteError("the model's output is not finite", where=places)
-    return numbers
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients for the length of a block."""
-    with keeping_modes(model), torch.no_grad():
-        model.eval()
-        yield
+    def __call__(self, model: nn.Module, tick: Tick | None = None, fast: Fast | None = None) -> Figures:
+        """Measure a model; `fast` where its fast path is open already."""
+        self.task.fits(model)
+        packing = self.task.packs and isinstance(active(model), tuple)  # rows of adapters of their own are found by row
+        opened = nullcontext(fast) if fast else fast_path(model, packing=packing, fused=False)
+        with keeping_modes(model), torch.no_grad(), opened as way:
+            model.eval()
+            packed = packing and way.packed
+            layout = BatchLayout(self.pad_id, next(model.parameters()).device, packed=packed)
+            return self.task.judge(model, self.examples, EvaluationPass(layout, self.batch_size, tick))
 
 
 @contextmanager

@@ -14,16 +14,14 @@ Source: Hu et al. 2021, arXiv:2106.09685, section 4.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from gossamer.attachment import active, using_spans
-from gossamer.data.batches import collate, joined
+from gossamer.attachment import active, using, using_spans
+from gossamer.data.batches import BatchLayout, joined
 from gossamer.errors import GossamerError, Interrupted
 from gossamer.progress import Progress
 from gossamer.running.fast import fast_path
@@ -32,18 +30,18 @@ from gossamer.training.config import RunConfig, TrainConfig
 from gossamer.training.dataset import EncodedDataset, Files
 from gossamer.training.evaluate import keeping_modes, pad_id
 from gossamer.training.interrupt import interruptible
-from gossamer.training.loss import refuse_unless_causal, supervised_nll
 from gossamer.training.memory import agreed, checkpointing
 from gossamer.training.runs.folder import open_run
 from gossamer.training.runs.outcome import Run, run_config
+from gossamer.training.spread.exchange import MicroBatch
 from gossamer.training.spread.world import World
-from gossamer.training.state import Batches, Parts, TrainState
+from gossamer.training.state import TrainState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Piece = tuple[TrainState, list[int]]
-"""Examples of one adapter that go through the model together."""
+Work = tuple[TrainState, MicroBatch]
+"""Rows of one adapter that go through the model together."""
 
 
 def train(
@@ -86,11 +84,13 @@ def train(
     assert isinstance(running, tuple)
     whole = run_config(model, name, config)
     settings = whole.train_config()
-    refuse_unless_causal(model)
+    settings.task.fits(model)
     with world.opened(lambda: open_run(settings.output, resume=resume)) as folder:
         began = world.first(folder.began)
         dataset = EncodedDataset.read(settings, tokenizer, show.say, files, model=model, began=began)
         refuse_misfits(model, dataset.examples)
+        with using(model, *[one for one in running if one != name] or [None]):
+            dataset = dataset.begun(settings.task, model)
         state = TrainState(model, tokenizer, name, running, whole, dataset, folder, show, resume, world=world)
         loop = Loop(model, tokenizer, [state], show, world=world)
         loop.run()
@@ -144,7 +144,9 @@ class Loop:
             keeping_modes(self.model),
             interruptible() as self.stop,
             checkpointing(self.model, self.memory.checkpointing),
-            fast_path(self.model, packing=all(one.config.packing for one in self.states)) as self.fast,
+            fast_path(
+                self.model, packing=all(one.config.packing and one.task.packs for one in self.states)
+            ) as self.fast,
         ):
             self.show.say(self.fast.rule)
             try:
@@ -156,120 +158,99 @@ class Loop:
 
     def _run(self) -> None:
         for state in self.states:
-            state.memory, state.pause = self.memory, self._pause
+            state.memory, state.fast, state.pause = self.memory, self.fast, self._pause
             with self._turn(state):
                 state.begin()
         self.model.train()
         self._show_bar()
         while live := self.live:
-            if work := [(one, one.batches()) for one in live if one.left]:
-                for state, parts in self._gradients(work):
-                    with self._turn(state):
-                        self._step(state, parts)
+            for state in self._gradients([one for one in live if one.left]):
+                with self._turn(state):
+                    self._step(state)
             for state in [one for one in self.live if not one.left]:
                 self.show.finish()
                 with self._turn(state):
                     self.finished[state.name] = state.finish()
                 self._show_bar()
 
-    def _gradients(self, work: Sequence[tuple[TrainState, Batches]]) -> Iterator[tuple[TrainState, Parts]]:
-        """Leave d loss / d parameters of each adapter in its parameters, and give the parts of its loss.
+    def _gradients(self, due: Sequence[TrainState]) -> Iterator[TrainState]:
+        """Leave d loss / d parameters of each adapter in its parameters, and the parts of its loss in its exchange.
 
-        The loss is the mean over all supervised tokens of an adapter's own batches. Its step follows at once, so that
-        the gradients of few adapters exist at a time.
+        The loss is the mean over all terms of an adapter's own batches. Its step follows at once, so that the gradients
+        of few adapters exist at a time.
+        """
+        for state in due:
+            state.open_step()
+        for states, passes in self._turns(due):
+            if len(states) == 1:
+                (state,) = states
+                with self._turn(state), state.learning(), state.exchange:
+                    self.world.reseed(state.config.seed, state.step)
+                    for micro_batches in passes:
+                        self._backward(micro_batches)
+            else:
+                with self.memory.errors(), _learning_together(states):
+                    for micro_batches in passes:
+                        self._backward(micro_batches)
+            for state in states:
+                if state.name not in self.failed and state.exchange.complete:
+                    state.close_step()
+                    yield state
+
+    def _turns(self, due: Sequence[TrainState]) -> Iterator[tuple[list[TrainState], list[list[Work]]]]:
+        """Who learns next, and from what: lists of micro-batches that go through the model at once.
+
+        Several processes take one adapter after the other, each with its share of the rows.
         """
         if self.world.size > 1:
-            yield from self._shared_gradients(work)
+            yield from (([state], [[(state, one)] for one in state.exchange.mine]) for state in due)
             return
-        pieces = [(state, indices) for state, batches in work for indices in batches]
-        last = {state: number for number, (state, _) in enumerate(pieces)}
-        supervised = {state: state.supervised(batches) for state, batches in work}
-        parts: dict[TrainState, list[tuple[list[int], Tensor]]] = {state: [] for state, _ in work}
-        done = 0
-        for group in self._groups(pieces):
-            for (state, indices), loss in zip(group, self._losses(group, supervised), strict=True):
-                parts[state].append((indices, loss))
-            done += len(group)
-            for state in dict.fromkeys(state for state, _ in group):
-                if last[state] < done and state.name not in self.failed:
-                    yield state, parts[state]
+        for group in self._groups([(state, one) for state in due for one in state.exchange.mine]):
+            yield [*dict.fromkeys(state for state, _ in group)], [group]
 
-    def _shared_gradients(self, work: Sequence[tuple[TrainState, Batches]]) -> Iterator[tuple[TrainState, Parts]]:
-        """The same on several processes: each goes through its share of the rows, one adapter after the other."""
-        for state, batches in work:
-            examples, lengths = state.dataset.examples, state.steps.lengths
-            supervised = state.supervised(batches)
-            step = self.world.exchange(state.parameters.values(), batches, lengths)
-            with self._turn(state), state.learning(), step:
-                self.world.reseed(state.config.seed, state.step)
-                for micro_batch in step.mine:
-                    rows = [examples[index] for index in micro_batch.indices]
-                    batch = collate(rows, self.pad, self.device, **self.fast.options(shared=not state.draws))
-                    loss = supervised_nll(self.model, batch).sum() / supervised
-                    if not loss.requires_grad:
-                        state.audit()
-                    (micro_batch.weight * loss).backward()
-                    step.add(loss)
-            if state.name not in self.failed:
-                state.tokens += sum(lengths[index] for batch in batches for index in batch)
-                yield state, step.parts
+    def _groups(self, work: Sequence[Work]) -> Iterator[list[Work]]:
+        """Micro-batches that go through the model at once: no more tokens than the largest of them has, or `at_once`.
 
-    def _groups(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-        """Pieces that go through the model at once: no more tokens than the largest of them has, or `at_once`.
-
-        An adapter that draws random numbers is alone, as these come from its own sequence.
+        An adapter that draws random numbers is alone, as these come from its own sequence; so is one whose task's loss
+        is not a sum over examples.
         """
-        sizes = [sum(state.steps.lengths[index] for index in indices) for state, indices in pieces]
-        most = self.at_once or max(sizes)
-        group: list[Piece] = []
+        sizes = [state.size(micro_batch) for state, micro_batch in work]
+        most = self.at_once or max(sizes, default=0)
+        group: list[Work] = []
         room = 0
-        for piece, size in zip(pieces, sizes, strict=True):
-            if group and (size > room or not self.fast.packed or piece[0].draws or group[0][0].draws):
+        for (state, micro_batch), size in zip(work, sizes, strict=True):
+            if group and (size > room or not self.fast.packed or not state.mixes_with(group[0][0])):
                 yield group
                 group = []
-            if piece[0].name not in self.failed:
+            if state.name not in self.failed:
                 room = (room if group else most) - size
-                group.append(piece)
+                group.append((state, micro_batch))
         if group:
             yield group
 
-    def _losses(self, group: Sequence[Piece], supervised: Mapping[TrainState, int]) -> list[Tensor]:
-        """Run the rows of a group forwards and backwards; the part of the loss of each of its pieces."""
-        if len(group) == 1:
-            (state, _), found = group[0], []
-            with self._turn(state), state.learning():
-                found = self._through_model(group, supervised)
-            return found or [torch.zeros(())]  # failed, and looked at no more
-        start = time.monotonic()
-        with self.memory.errors():
-            found = self._through_model(group, supervised)
-        for state, indices in group:
-            share = sum(state.steps.lengths[index] for index in indices) / sum(
-                other.steps.lengths[index] for other, others in group for index in others
-            )
-            state.training_seconds += share * (time.monotonic() - start)
-        return found
-
-    def _through_model(self, group: Sequence[Piece], supervised: Mapping[TrainState, int]) -> list[Tensor]:
+    def _backward(self, group: Sequence[Work]) -> None:
+        """Run the rows of micro-batches forwards and backwards at once."""
         batches, spans, first = [], [], 0
-        for state, indices in group:
-            examples = [state.dataset.examples[index] for index in indices]
-            batches.append(collate(examples, self.pad, self.device, **self.fast.options(shared=not state.draws)))
+        for state, micro_batch in group:
+            examples = [state.dataset.examples[index] for index in micro_batch.indices]
+            layout = BatchLayout(self.pad, self.device, self.fast.packed, shared=not state.draws)
+            batches.append(state.task.collate(examples, layout))
             spans.append((state.active, first, first := first + batches[-1].input_ids.shape[1]))
-            state.tokens += batches[-1].tokens
         with using_spans(self.model, spans) if len(group) > 1 else nullcontext():
-            each = supervised_nll(self.model, joined(batches)).split([batch.supervised for batch in batches])
-            losses = [nll.sum() / supervised[state] for nll, (state, _) in zip(each, group, strict=True)]
-            total = torch.stack(losses).sum()
+            (learner, _), *_ = group
+            each = learner.task.losses(self.model, joined(batches)).split([len(batch.counts) for batch in batches])
+            losses = [sums.sum() / state.terms for sums, (state, _) in zip(each, group, strict=True)]
+            total = torch.stack([one.weight * loss for loss, (_, one) in zip(losses, group, strict=True)]).sum()
             if not total.requires_grad:  # no adapter had a part in it, or all runs under no_grad
-                group[0][0].audit()
+                learner.audit()
             total.backward()
-        return [loss.detach() for loss in losses]
+        for loss, (state, _) in zip(losses, group, strict=True):
+            state.exchange.add(loss)
 
-    def _step(self, state: TrainState, parts: Parts) -> None:
+    def _step(self, state: TrainState) -> None:
         """Take the step that the gradients say; then log, evaluate, save and stop, each when it is due."""
         with state.learning():
-            taken = state.take_step(parts)
+            taken = state.take_step()
         record = state.record(taken)
         self.show.step(**record)
         state.log_if_due(record)
@@ -322,3 +303,12 @@ class Loop:
             where=", ".join(str(one.folder.path) for one in live[:3]),
             hint="resume=True (--resume) goes on from here",
         )
+
+
+@contextmanager
+def _learning_together(states: Sequence[TrainState]) -> Iterator[None]:
+    """While open, time counts as time spent on steps, in equal parts."""
+    with ExitStack() as stack:
+        for state in states:
+            stack.enter_context(state.learning(1 / len(states)))
+        yield

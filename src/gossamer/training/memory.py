@@ -24,10 +24,11 @@ from gossamer.methods.virtual_tokens import VirtualTokensLayer
 from gossamer.models.device import free_bytes
 from gossamer.quant import FORMATS, QuantizedLinear
 from gossamer.quant.formats import QuantFormat
-from gossamer.training.config import RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from gossamer.training.config import RunConfig
 
 MARGIN = 1.1
 """The plan may be a tenth under what a step really takes."""

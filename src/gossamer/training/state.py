@@ -24,7 +24,7 @@ from gossamer.attachment import capture, neutral_values, sites_of_parameters, tr
 from gossamer.errors import NonFiniteError, UnsupportedError
 from gossamer.files.atomic import write_text
 from gossamer.progress import Progress
-from gossamer.running.fast import drops_out
+from gossamer.running.fast import Fast, drops_out
 from gossamer.training.audit import audit_gradients
 from gossamer.training.config import FREE_ON_RESUME, SPLITS_ON_RESUME, RunConfig
 from gossamer.training.dataset import EncodedDataset, Steps
@@ -38,17 +38,17 @@ from gossamer.training.runs.checkpoint import (
     set_random_state,
 )
 from gossamer.training.runs.folder import RunFolder
-from gossamer.training.runs.outcome import Run, peak_memory, read_outcome, sampled, write_outcome
+from gossamer.training.runs.outcome import Run, peak_memory, read_outcome, write_outcome
+from gossamer.training.spread.exchange import MicroBatch
 from gossamer.training.spread.world import World
 from gossamer.training.stopping import Stopping
+from gossamer.training.tasks import Figures, read_figures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Batches = list[list[int]]
-"""What one step learns from: batches of indices of examples."""
-Parts = Sequence[tuple[list[int], Tensor]]
-"""Indices of examples that went through the model at once, and their part of the step's loss."""
+_SAMPLES = 5
+"""Predictions from before training that a checkpoint keeps, to be shown beside those after it."""
 
 
 @dataclass(eq=False)
@@ -73,13 +73,20 @@ class TrainState:
     folder: RunFolder
     show: Progress
     resume: bool = False
-    measured: dict[tuple[int, str], dict[str, Any] | None] = field(default_factory=dict)
+    measured: dict[tuple[int, str], Figures | None] = field(default_factory=dict)
     pause: Callable[[], None] = lambda: None
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
         self.whole = self.whole.told(self.dataset.date)
         config = self.config = self.whole.train_config()
+        self.task = config.task
+        if self.world.size > 1 and not self.task.additive:
+            raise UnsupportedError(
+                f"the rows of a batch of the task {self.task.name} cannot be shared over processes",
+                got=f"{self.world.size} processes",
+                hint="run it in one: its loss is not a sum over examples",
+            )
         self.device = next(self.model.parameters()).device
         self.parameters = trainable_parameters(self.model, self.name)
         self.sites = sites_of_parameters(self.model, self.name)
@@ -97,7 +104,8 @@ class TrainState:
         self.random = random_state(self.device)
         self.step = self.first = self.tokens = 0
         self.training_seconds = self.seconds_before = 0.0
-        self.before: dict[str, Any] | None = None
+        self.before: Figures | None = None
+        self.fast: Fast | None = None
         self.saved_step = -1
         self.stopping = Stopping(config.patience)
         self.logged_at = (0, 0.0)  # tokens and seconds, for the rate since the last line
@@ -135,13 +143,13 @@ class TrainState:
             self.seconds_before += time.monotonic() - self.since
 
     @contextmanager
-    def learning(self) -> Iterator[None]:
-        """While open, time counts as time spent on steps."""
+    def learning(self, share: float = 1.0) -> Iterator[None]:
+        """While open, a share of the time counts as time spent on steps."""
         start = time.monotonic()
         try:
             yield
         finally:
-            self.training_seconds += time.monotonic() - start
+            self.training_seconds += share * (time.monotonic() - start)
 
     def begin(self) -> None:
         """Start at step 0, or where the newest whole checkpoint stands. Raises `CheckpointError` for another run's."""
@@ -161,7 +169,8 @@ class TrainState:
         if checkpoint:
             checkpoint.restore(self.parameters, self.optimizer, self.device)
             self.step = self.first = self.saved_step = checkpoint.state["step"]
-            self.tokens, self.before = checkpoint.state["tokens"], checkpoint.state["eval_before"]
+            self.tokens, before = checkpoint.state["tokens"], checkpoint.state["eval_before"]
+            self.before = before and read_figures(before)
             self.training_seconds = checkpoint.state["training_seconds"]
             self.seconds_before += checkpoint.state["seconds"]
             self.stopping = Stopping(**checkpoint.state["stopping"])
@@ -173,7 +182,8 @@ class TrainState:
             key = (id(self.dataset), start.digest)
             if key not in self.measured:
                 self.measured[key] = self._evaluate("before training")
-            self.before = sampled(self.measured[key])
+            found = self.measured[key]
+            self.before = found and found.sampled(_SAMPLES)
             torch.manual_seed(self.config.seed)
             self.save()
         self.world.first(lambda: self.folder.forget_after(self.step))
@@ -181,20 +191,33 @@ class TrainState:
         if self.evaluation_due:  # the run was stopped in the middle of it
             self.evaluate_between()
 
-    def batches(self) -> Batches:
-        """What the next step learns from."""
-        return self.steps[self.step]
+    def open_step(self) -> None:
+        """Deal out the rows of the next step; each term of their loss, such as a token with a label, counts alike."""
+        batches = self.steps[self.step]
+        self.terms = sum(self.dataset.examples[index].terms for batch in batches for index in batch)
+        self.exchange = self.world.exchange(self.parameters.values(), batches, self.steps.lengths)
 
-    def supervised(self, batches: Batches) -> int:
-        """Tokens with a label in these batches; each of them has an equal share in the loss."""
-        return sum(sum(self.dataset.examples[index].supervised[1:]) for batch in batches for index in batch)
+    def close_step(self) -> None:
+        """Gather what came of the step's rows in this process, after the last of them, and count their tokens."""
+        if self.world.size == 1:
+            self.exchange.close()
+        self.tokens += sum(self.steps.lengths[index] for indices, _ in self.exchange.parts for index in indices)
 
-    def take_step(self, parts: Parts) -> dict[str, float]:
+    def size(self, micro_batch: MicroBatch) -> int:
+        """Tokens of the rows."""
+        return sum(self.steps.lengths[index] for index in micro_batch.indices)
+
+    def mixes_with(self, other: TrainState) -> bool:
+        """Whether rows of both may go through the model at once: neither draws, and one loss serves both."""
+        return not (self.draws or other.draws) and self.task == other.task and self.task.additive
+
+    def take_step(self) -> dict[str, float]:
         """Clip the gradients that are there, and step. Returns the loss, the learning rate, and the gradients' norm.
 
         Raises: NonFiniteError, with the rows, and the step is not taken. GradientError, on the first step, for a
         parameter that it does not reach.
         """
+        parts = self.exchange.parts
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         *losses, size = torch.stack([*(loss for _, loss in parts), norm.to(self.device)]).tolist()
@@ -250,10 +273,10 @@ class TrainState:
 
     def evaluate_between(self) -> None:
         """Measure the held-out rows in the middle of training, log the figures, and stop if it has been enough."""
-        result = self._evaluate(f"after step {self.step:,}") or {}
-        figures = {name: value for name, value in result.items() if isinstance(value, float)}
-        self._log({"step": self.step} | {f"eval_{name}": value for name, value in figures.items()})
-        if self.stopping.see(self.step, self.world.first(lambda: figures["loss"])):
+        figures = self._evaluate(f"after step {self.step:,}")
+        assert figures is not None, "a config that evaluates between steps has held-out rows"
+        self._log({"step": self.step} | {f"eval_{name}": value for name, value in figures.named().items()})
+        if self.stopping.see(self.step, self.world.first(lambda: figures.loss)):
             self.saved_step = -1
             self.save()
         elif self.stopping.over:
@@ -295,7 +318,7 @@ class TrainState:
         state = self._figures() | {
             "epoch": epoch,
             "position": position,
-            "eval_before": self.before,
+            "eval_before": self.before and self.before.to_dict(),
             "identity": self.identity,
             "split": self._split(),
             "torch": torch.__version__,
@@ -306,7 +329,7 @@ class TrainState:
         self.world.first(lambda: save_checkpoint(place, state, self.parameters, self.optimizer, self.device, **kept))
         self.saved_step = self.step
 
-    def _refuse(self, parts: Parts, losses: Sequence[float]) -> None:
+    def _refuse(self, parts: Sequence[tuple[list[int], Tensor]], losses: Sequence[float]) -> None:
         """Say what was not finite and where it came from; the step is not taken."""
         every = [indices for indices, _ in parts]
         bad = [indices for indices, loss in zip(every, losses, strict=True) if not _finite(loss)]
@@ -324,7 +347,7 @@ class TrainState:
             hint="look at these rows; lower lr, or use a base in float32 or bfloat16",
         )
 
-    def _evaluate(self, when: str) -> dict[str, Any] | None:
+    def _evaluate(self, when: str) -> Figures | None:
         """Measure the held-out rows, if there are any; may stop between two of their batches."""
         evaluation = self.dataset.evaluation
         if evaluation is None:
@@ -335,13 +358,11 @@ class TrainState:
             self.show.step()
             self.pause()
 
-        result = evaluation(self.model, tick)
+        found = evaluation(self.model, tick, self.fast)
         self.show.finish()
-        figures = ", ".join(
-            f"{name} {result[name]:.4g}" for name in ("accuracy", "loss", "perplexity") if name in result
-        )
-        self.show.say(f"{when}: {figures} over {result['rows']:,} rows")
-        return result
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in found.named().items())
+        self.show.say(f"{when}: {figures} over {found.rows:,} rows")
+        return found
 
     def _figures(self) -> dict[str, Any]:
         return {

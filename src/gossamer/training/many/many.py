@@ -23,7 +23,6 @@ from gossamer.training.audit import refuse_misfits
 from gossamer.training.config import RunConfig, TrainConfig
 from gossamer.training.dataset import EncodedDataset
 from gossamer.training.loop import Loop
-from gossamer.training.loss import refuse_unless_causal
 from gossamer.training.runs.folder import open_run
 from gossamer.training.runs.outcome import Run, run_config
 from gossamer.training.spread.world import World
@@ -135,7 +134,7 @@ class EncodedDatasets:
         if key not in self.known:
             dataset = EncodedDataset.read(settings, self.tokenizer, show.say, model=self.model, began=began)
             refuse_misfits(self.model, dataset.examples)
-            self.known[key] = dataset
+            self.known[key] = dataset.begun(settings.task, self.model)
         return self.known[key]
 
 
@@ -196,7 +195,6 @@ class _Room:
 
 def _check(model: PreTrainedModel, jobs: Mapping[str, Job | RunConfig], resume: bool, world: World) -> None:
     """What concerns all jobs at once."""
-    refuse_unless_causal(model)
     if not jobs:
         raise UsageError("there is nothing to train", expected="at least one job")
     if attached(model):
@@ -209,6 +207,8 @@ def _check(model: PreTrainedModel, jobs: Mapping[str, Job | RunConfig], resume: 
         if taken := [name for name in jobs if name in attached(model)]:
             raise StateError("an adapter of this name is attached already", got=", ".join(taken))
     settings = {name: job.train_config() if isinstance(job, RunConfig) else job.config for name, job in jobs.items()}
+    for one in settings.values():
+        one.task.fits(model)
     if world.size > 1 and (sharding := [name for name, one in settings.items() if one.shard != "none"]):
         raise UnsupportedError(
             "a base that many adapters learn on cannot be sharded",

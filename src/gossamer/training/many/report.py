@@ -11,6 +11,7 @@ from typing import Any
 from gossamer.files.atomic import write_text
 from gossamer.pages import charts
 from gossamer.training.runs.report import duration, header, page, section
+from gossamer.training.tasks import measure_of, read_figures
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -78,12 +79,12 @@ def train_loss(run: Path) -> float | None:
 
 def _metric(rows: Rows) -> str:
     measured = [row["eval_after"] for row in rows if row.get("eval_after")]
-    return "" if not measured else "accuracy" if "accuracy" in measured[0] else "loss"
+    return read_figures(measured[0]).headline.name if measured else ""
 
 
 def _figure(row: Mapping[str, Any], when: str) -> float | None:
-    found = row.get(when) or {}
-    return found.get("accuracy", found.get("loss"))
+    figures = read_figures(row[when]) if row.get(when) else None
+    return figures and figures.measures[figures.headline]
 
 
 def _shown(value: float | None) -> str:
@@ -99,10 +100,13 @@ def _table(result: Mapping[str, Any]) -> str:
 def _bars(done: Rows) -> str:
     """What each run came to, the best first."""
     metric = _metric(done)
+    measure = measure_of(metric)
     values = {row["name"]: value for row in done if (value := _figure(row, "eval_after")) is not None}
     if not values:
         return ""
-    ordered = dict(sorted(values.items(), key=lambda item: item[1], reverse=metric == "accuracy"))
+    ordered = dict(
+        sorted(values.items(), key=lambda item: item[1], reverse=measure is not None and measure.better == "higher")
+    )
     picture = charts.bar_chart(ordered, f"Held-out {metric} after training")
     return section("Side by side", charts.figure(picture, charts.table(("run", metric), [*ordered.items()])))
 

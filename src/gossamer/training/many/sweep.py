@@ -25,11 +25,11 @@ from gossamer.progress import Progress
 from gossamer.spec import read_yaml, write_yaml
 from gossamer.training.config import Draft, RunConfig
 from gossamer.training.dataset import Steps, read_files
-from gossamer.training.loss import refuse_unless_causal
 from gossamer.training.many.many import EncodedDatasets, Runs, train_many
 from gossamer.training.many.report import train_loss, write_sweep_report
 from gossamer.training.runs.folder import open_run
 from gossamer.training.spread.world import World
+from gossamer.training.tasks import read_figures
 
 ROOTS = ("method", "train")
 """What may vary in a sweep; base and data are what its settings share."""
@@ -157,7 +157,7 @@ def run_plan(plan: Plan, *, resume: bool = False, progress: Progress | None = No
     Returns:
         What is in the JSON file: {"kind", "base", "metric", "best", "seconds", "runs": [{"name", "settings", "output",
         "trainable_params", "train_loss", "eval_before", "eval_after", "seconds"} or {..., "error"}]}. "metric" is what
-        "best" is chosen by: accuracy (largest), loss (smallest), or None without held-out rows or for a fleet.
+        "best" is chosen by: the first measure of the task, or None without held-out rows or for a fleet.
 
     Raises: what `train_many` raises; StateError for an output folder in use; DataError, before the base is loaded,
     where no setting has files that can be read. Settings that fail are in the result.
@@ -183,7 +183,8 @@ def rehearse_plan(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
     """The settings with the size of each adapter and its steps, or its error; nothing is trained or written."""
     _refuse_without_rows(plan)
     model, tokenizer = _base(plan, World())
-    refuse_unless_causal(model)
+    for one in plan.settings:
+        one.config.task.fits(model)
     datasets, rows = EncodedDatasets(model, tokenizer), []
     for note in plan.notes:
         progress.say(note)
@@ -252,15 +253,15 @@ def _result(plan: Plan, runs: Runs) -> dict[str, Any]:
     base = {"kind": plan.kind, "base": plan.settings[0].config.base, "metric": None, "best": None}
     measured = [row["eval_after"] for row in rows if row.get("eval_after")]
     if plan.kind == "sweep" and measured:
-        base["metric"] = "accuracy" if "accuracy" in measured[0] else "loss"
+        base["metric"] = read_figures(measured[0]).headline.name
         base["best"] = best(rows)
     return base | {"runs": rows}
 
 
 def best(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The name of the run with the largest accuracy, or the smallest loss among equals and where none is classified."""
-    figures = {row["name"]: row["eval_after"] for row in rows if row.get("eval_after")}
-    return min(figures, key=lambda name: (-figures[name].get("accuracy", 0.0), figures[name]["loss"]), default=None)
+    """The name of the run that did best by the first measure of its task, and by the loss among equals."""
+    costs = {row["name"]: read_figures(row["eval_after"]).cost for row in rows if row.get("eval_after")}
+    return min(costs, key=costs.__getitem__, default=None)
 
 
 def _name_of(own: Mapping[str, Any]) -> str:

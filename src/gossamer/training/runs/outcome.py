@@ -27,11 +27,10 @@ from gossamer.training.memory import stored_as
 from gossamer.training.runs.report import write_report
 from gossamer.training.runs.folder import RunFolder
 from gossamer.training.runs.tokenizer import keep_tokenizer
+from gossamer.training.tasks import Figures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_SAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def write_outcome(
     model: nn.Module,
     adapter: Adapter,
     dataset: EncodedDataset,
-    before: Mapping[str, Any] | None,
-    after: Mapping[str, Any] | None,
+    before: Figures | None,
+    after: Figures | None,
     figures: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Outcome:
@@ -70,7 +69,7 @@ def write_outcome(
         "created_by": f"gossamer {__version__}",
         "operation": "train",
         "base": config.base,
-        "task": config.task,
+        "task": config.task.named(),
         "data": dataset.identity,
         "steps": figures["step"],
     }
@@ -82,12 +81,12 @@ def write_outcome(
     report = {
         "base": config.base,
         "method": adapter.spec.to_dict(),
-        "task": config.task,
+        "task": config.task.named(),
         "trainable_params": trainable,
         "total_params": _parameter_count(model),
         "quant": stored_as(model),
-        "eval_before": measured(before),
-        "eval_after": measured(after),
+        "eval_before": before and before.to_dict(predictions=False),
+        "eval_after": after and after.to_dict(predictions=False),
         "examples": _examples(dataset, before, after),
         "peak_memory_bytes": memory,
         "peak_memory_kind": kind,
@@ -161,25 +160,11 @@ def _parameter_count(model: nn.Module) -> int:
     return plain + sum(module.out_features * module.in_features for module in packed)
 
 
-def measured(result: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """An evaluation's figures without its row-by-row predictions."""
-    return None if result is None else {name: value for name, value in result.items() if name != "predictions"}
-
-
-def sampled(result: dict[str, Any] | None) -> dict[str, Any] | None:
-    """An evaluation with a few of its predictions, evenly spread: what a checkpoint keeps of it."""
-    if result is None or "predictions" not in result:
-        return result
-    stride = max(1, len(result["predictions"]) // _SAMPLES)
-    return result | {"predictions": result["predictions"][::stride][:_SAMPLES]}
-
-
 def _examples(
-    dataset: EncodedDataset, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+    dataset: EncodedDataset, before: Figures | None, after: Figures | None
 ) -> list[dict[str, str]]:
     """A few held-out rows with the answers before and after."""
-    then = {one["where"]: one["predicted"] for one in (before or {}).get("predictions", ())}
-    now = {one["where"]: one["predicted"] for one in (after or {}).get("predictions", ())}
+    then, now = ({one.where: one.predicted for one in found.predictions} if found else {} for found in (before, after))
     return [
         {
             "where": row.where,

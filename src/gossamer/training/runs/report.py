@@ -20,6 +20,7 @@ from gossamer.pages import charts
 from gossamer.errors import ArtefactError
 from gossamer.files.atomic import write_text
 from gossamer.progress import amount
+from gossamer.training.tasks import LOSS, TASKS, Figures, measure_of, read_figures
 
 _MOST_POINTS = 400  # a curve of more points shows no more
 _MOST_EXAMPLES = 20
@@ -117,12 +118,9 @@ def header(kind: str, name: str, did: str, figures: Sequence[tuple[str, str]]) -
 def _key_figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a reader wants first, as far as the report knows it."""
     trainable, total = report.get("trainable_params"), report.get("total_params")
-    figures = [
-        (metric.replace("_", " "), f"{_metric(metric, before)} → {_metric(metric, after)}")
-        for metric in ("accuracy", "perplexity")
-        if (before := (report.get("eval_before") or {}).get(metric)) is not None
-        and (after := (report.get("eval_after") or {}).get(metric)) is not None
-    ][:1]
+    before, after = (_measured(report, when).named() for when in ("before", "after"))
+    both = [name for name in sorted(before, key=LOSS.__eq__) if name in after]  # a loss only where there is nothing else
+    figures = [(name.replace("_", " "), f"{_metric(name, before[name])} → {_metric(name, after[name])}") for name in both[:1]]
     if trainable and total:
         figures.append((f"trainable of {total / 1e6:.1f} M", f"{trainable / total:.2%}"))
     if report.get("adapter_bytes"):
@@ -158,13 +156,29 @@ def _before_after(report: Mapping[str, Any]) -> str:
 def _metric(name: str, value: Any) -> str:
     if not _is_number(value):
         return "–"
-    return f"{value:.1%}" if name.endswith("accuracy") else charts.number(value)
+    return f"{value:.1%}" if _is_share(name) else charts.number(value)
+
+
+def _is_share(name: str) -> bool:
+    measure = measure_of(name)
+    return measure is not None and measure.unit == "share"
+
+
+def _measured(report: Mapping[str, Any], when: str) -> Figures:
+    """The figures of an evaluation before or after training, without any where there was none."""
+    return read_figures(report.get(f"eval_{when}") or {}, _task(report))
+
+
+def _task(report: Mapping[str, Any]) -> str:
+    """The name of the run's task."""
+    task = report.get("task", "")
+    return task if isinstance(task, str) else task["name"]
 
 
 def _change(name: str, before: Any, after: Any) -> str:
     if not (_is_number(before) and _is_number(after)) or name in ("tokens", "rows", "seconds"):
         return ""
-    change = f"{(after - before) * 100:+.1f} points" if name.endswith("accuracy") else f"{after - before:+.4g}"
+    change = f"{(after - before) * 100:+.1f} points" if _is_share(name) else f"{after - before:+.4g}"
     return change.replace("-", "\u2212", 1)
 
 
@@ -186,10 +200,11 @@ def _loss(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> st
     }
     held_out = sorted((around | dict(held_out)).items())
     smooth = _running_mean(trained)
+    task = TASKS.get(_task(report))
     series = {"each step": _thinned(trained), "training": _thinned(smooth)} | (
         {"held out": held_out} if held_out else {}
     )
-    chart = charts.line_chart(series, "Loss", "optimiser step", "nats per token", faint={"each step"})
+    chart = charts.line_chart(series, "Loss", "optimiser step", task.loss_unit if task else "", faint={"each step"})
     shown = _thinned([(step, loss, mean) for (step, loss), (_, mean) in zip(trained, smooth, strict=True)], 60)
     return section("How it learned", charts.figure(chart, charts.table(("step", "loss", "running mean"), shown)))
 
@@ -211,10 +226,11 @@ def _thinned(points: Sequence[Any], most: int = _MOST_POINTS) -> list[Any]:
 def _confusions(report: Mapping[str, Any]) -> str:
     pictures = []
     for when in ("before", "after"):
-        measured = report.get(f"eval_{when}") or {}
-        matrix, labels = measured.get("confusion"), [str(label).strip() for label in measured.get("labels") or ()]
-        if matrix and labels:
-            title = f"{when.capitalize()} training: {_metric('accuracy', measured.get('accuracy'))}"
+        figures = _measured(report, when)
+        if figures.table:
+            matrix, labels = figures.table.counts, [label.strip() for label in figures.table.labels]
+            name, value = next(iter(figures.named().items()))
+            title = f"{when.capitalize()} training: {_metric(name, value)}"
             picture = charts.heat_map(matrix, labels, labels, title, "true", "predicted")
             rows = [[label, *values] for label, values in zip(labels, matrix, strict=True)]
             pictures.append(charts.figure(picture, charts.table(["true ↓ predicted →", *labels], rows)))

@@ -12,7 +12,6 @@ from gossamer.progress import Progress
 from gossamer.training.config import RunConfig
 from gossamer.training.spread.world import World
 from gossamer.training.loop import train
-from gossamer.training.loss import refuse_unless_causal
 from gossamer.data.masks import preview
 from gossamer.training.dataset import EncodedDataset, Steps, read_files
 from gossamer.training.memory import decide
@@ -79,7 +78,7 @@ def rehearse(config: RunConfig) -> Rehearsal:
     files = read_files(config.data)
     model, tokenizer, report = _prepared(config, World())
     settings, said = config.train_config(), []
-    refuse_unless_causal(model)
+    settings.task.fits(model)
     dataset = EncodedDataset.read(settings, tokenizer, said.append, files, model=model)
     lr = peak_lr(model.config, config)[1]
     pieces = preview(dataset.examples[0], tokenizer)

@@ -69,6 +69,11 @@ class Exchange:
         self.losses: list[Tensor] = []
         self.parts: list[tuple[list[int], Tensor]] = []
 
+    @property
+    def complete(self) -> bool:
+        """Whether all of `mine` have been noted."""
+        return len(self.losses) == len(self.mine)
+
     def add(self, loss: Tensor) -> None:
         """Note the loss of the next of `mine`, whose backward has run."""
         self.losses.append(loss.detach())
