@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gossamer.cli.plan import command
-from gossamer.errors import BaseFileError, UnsupportedError
+from gossamer.errors import BaseFileError
 from gossamer.planning import plan
 
 

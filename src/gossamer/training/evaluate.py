@@ -51,7 +51,7 @@ def evaluate(
         model: one that fits the task: for "sft" and "classify" a causal language model.
         data: a data file, also of a catalog entry (`reviews/eval.jsonl`), or rows that were read from one.
         task: a task, or the name of one.
-        batch_size: rows that go through the model at once.
+        batch_size: sequences that go through the model at once.
         labels: what a classifier chooses from; the labels in the data when None.
         max_length, overlong, format, chat_template: as in `TrainConfig`.
         tick: called after each batch.
@@ -115,9 +115,14 @@ class Evaluation:
     pad_id: int
 
     @property
+    def at_once(self) -> int:
+        """Examples that go through the model at once."""
+        return max(1, self.batch_size // self.task.sequences(self.examples))
+
+    @property
     def batches(self) -> int:
         """How often `tick` is called."""
-        return math.ceil(len(self.examples) / self.batch_size)
+        return math.ceil(len(self.examples) / self.at_once)
 
     def __call__(self, model: nn.Module, tick: Tick | None = None, fast: Fast | None = None) -> Figures:
         """Measure a model; `fast` where its fast path is open already."""
@@ -128,7 +133,7 @@ class Evaluation:
             model.eval()
             packed = packing and way.packed
             layout = BatchLayout(self.pad_id, next(model.parameters()).device, packed=packed)
-            return self.task.judge(model, self.examples, EvaluationPass(layout, self.batch_size, tick))
+            return self.task.judge(model, self.examples, EvaluationPass(layout, self.at_once, tick))
 
 
 @contextmanager

@@ -10,25 +10,26 @@ trained alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gossamer.adapter import Adapter
 from gossamer.attachment import capture, neutral_values, sites_of_parameters, trainable_parameters, using
 from gossamer.errors import NonFiniteError, UnsupportedError
 from gossamer.files.atomic import write_text
 from gossamer.progress import Progress
 from gossamer.running.fast import Fast, drops_out
 from gossamer.training.audit import audit_gradients
-from gossamer.training.config import FREE_ON_RESUME, SPLITS_ON_RESUME, RunConfig
+from gossamer.training.config import FREE_ON_RESUME, RunConfig
 from gossamer.training.dataset import EncodedDataset, Steps
-from gossamer.training.memory import decide, stored_as
+from gossamer.training.identity import identity, split_anew, split_settings
+from gossamer.training.memory import decide
 from gossamer.training.optim import lr_factor, make_optimizer, peak_lr, set_lr, usable_optimizer, warmup_steps
 from gossamer.training.runs.checkpoint import (
     checkpoint_at,
@@ -157,7 +158,7 @@ class TrainState:
         for line in filter(None, (self.lr_rule, self.kind_rule, self.memory.rule)):
             self.show.say(line)
         start = capture(self.model, self.name)
-        self.identity = self._identity(start)
+        self.identity = identity(self, start)
         self.world.require_same("run", self.identity)
         self.world.copy_from_first(self.parameters.values())
         checkpoint = (
@@ -174,7 +175,7 @@ class TrainState:
             self.training_seconds = checkpoint.state["training_seconds"]
             self.seconds_before += checkpoint.state["seconds"]
             self.stopping = Stopping(**checkpoint.state["stopping"])
-            for said in (self.world.resumed(checkpoint.state.get("processes", 1)), self._split_anew(checkpoint.state)):
+            for said in (self.world.resumed(checkpoint.state.get("processes", 1)), split_anew(self, checkpoint.state)):
                 if said:
                     self.show.say(said)
             self.show.say(f"resuming after step {self.step:,} of {self.steps.total:,}")
@@ -221,7 +222,7 @@ class TrainState:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         *losses, size = torch.stack([*(loss for _, loss in parts), norm.to(self.device)]).tolist()
-        if not all(map(_finite, [*losses, size])):
+        if not all(map(isfinite, [*losses, size])):
             self._refuse(parts, losses)
         if self.config.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
@@ -320,7 +321,7 @@ class TrainState:
             "position": position,
             "eval_before": self.before and self.before.to_dict(),
             "identity": self.identity,
-            "split": self._split(),
+            "split": split_settings(self.config),
             "torch": torch.__version__,
             "processes": self.world.size,
             "stopping": self.stopping.state(),
@@ -332,7 +333,7 @@ class TrainState:
     def _refuse(self, parts: Sequence[tuple[list[int], Tensor]], losses: Sequence[float]) -> None:
         """Say what was not finite and where it came from; the step is not taken."""
         every = [indices for indices, _ in parts]
-        bad = [indices for indices, loss in zip(every, losses, strict=True) if not _finite(loss)]
+        bad = [indices for indices, loss in zip(every, losses, strict=True) if not isfinite(loss)]
         what = "loss" if bad else "gradient"
         modules = [
             name for name, p in self.parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())
@@ -378,35 +379,3 @@ class TrainState:
             "checkpointing": self.memory.checkpointing,
             "checkpointing_rule": self.memory.rule,
         }
-
-    def _split(self) -> dict[str, Any]:
-        """Settings that change no step but the order of its sums."""
-        return {name: getattr(self.config, name) for name in SPLITS_ON_RESUME}
-
-    def _split_anew(self, state: Mapping[str, Any]) -> str:
-        """What is said when a run goes on with its steps split otherwise than before."""
-        then = state.get("split", {})
-        now = {name: value for name, value in self._split().items() if then.get(name, value) != value}
-        if not now:
-            return ""
-        changes = ", ".join(f"{name} was {then[name]} and is {value}" for name, value in now.items())
-        drawn = " and the numbers that dropout draws" if self.draws else ""
-        return f"{changes}: the steps are the same but for rounding{drawn}, no longer bit for bit"
-
-    def _identity(self, start: Adapter) -> dict[str, Any]:
-        """What must be the same for a resumed run to be the same run. What is only shown or kept may change."""
-        free = FREE_ON_RESUME | (set() if self.config.patience else {"eval_every"})
-        train = {name: value for name, value in self.config.to_dict().items() if name not in free} | {"lr": self.lr}
-        return {
-            "train": train,
-            "method": start.spec.to_dict(),
-            "data": self.dataset.identity,
-            "base": dict(start.base or {}),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "quant": stored_as(self.model),
-            "device": self.device.type,
-        }
-
-
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")  # false for NaN too

@@ -66,6 +66,11 @@ class Questions(Sequence[Question]):
     labels: tuple[str, ...]
     questions: tuple[Question, ...]
 
+    @property
+    def one_token(self) -> bool:
+        """Whether every label is one token."""
+        return all(len(answer) == 1 for one in self.questions for answer in one.answers)
+
     def __getitem__(self, index: Any) -> Any:
         return self.questions[index]
 
@@ -114,11 +119,14 @@ class Classify(LanguageTask):
             questions.append(Question(row.where, prompt, _distinctive(answers, processor), right))
         return Questions(labels, tuple(questions))
 
+    def sequences(self, examples: Questions) -> int:
+        """One where the head at one position tells all labels apart, otherwise one for each label."""
+        return 1 if examples.one_token else len(examples.labels)
+
     def judge(self, model: nn.Module, examples: Questions, through: EvaluationPass) -> Figures:
         """Likelihoods are summed in float64."""
-        one_token = all(len(answer) == 1 for one in examples for answer in one.answers)
         refuse_misfits(model, [one.example(answer) for one in examples for answer in range(len(one.answers))])
-        score = self._next_token_scores if one_token else self._scores
+        score = self._next_token_scores if examples.one_token else self._scores
         scores = torch.zeros(len(examples), len(examples.labels), dtype=torch.float64)
         for indices in through.batches(examples):
             scores[indices] = score(model, [examples[index] for index in indices], through).cpu()

@@ -214,6 +214,10 @@ class Task(Spec):
         """What is worth saying of the examples before training."""
         return []
 
+    def sequences(self, examples: Sequence[Any]) -> int:
+        """How many sequences go through the model for each held-out example."""
+        return 1
+
     def named(self) -> str | dict[str, Any]:
         """As a config file has it: the name, or a mapping where an option is set."""
         options = self.model_dump(mode="json", exclude_defaults=True)
