@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gossamer.errors import TargetError
 from gossamer.kernels.routing import LinearChange
 from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
-from gossamer.methods.peft import EXCLUDED, TARGETS, Key, PeftLayout, Stored, listed, plain
+from gossamer.methods.peft import EXCLUDED, TARGETS, ConfigKey, PeftLayout, Stored, listed, plain
 from gossamer.methods.roles import role_of
 from gossamer.methods.targeted import Names, Regex, TargetedMethod, exactly
 
@@ -61,7 +61,7 @@ class IA3(TargetedMethod):
     peft: ClassVar[PeftLayout | None] = PeftLayout(
         "IA3",
         slots=plain(SLOT),
-        keys={"feedforward_modules": Key(None, "feedforward_modules", write=_feedforward)},
+        keys={"feedforward_modules": ConfigKey(None, "feedforward_modules", write=_feedforward)},
         targeting=(*TARGETS, *EXCLUDED),
         descriptive={"fan_in_fan_out": False, "init_ia3_weights": True},
         resolved=_resolved,

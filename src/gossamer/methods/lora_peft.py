@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer.errors import AdapterFileError, UnsupportedError
 from gossamer.methods.doubled import FACTORS, PAIRS, doubled, halved
 from gossamer.methods.factored import Factored
-from gossamer.methods.peft import EXCLUDED, LAYERS, TARGETS, Key, PeftLayout, Stored, listed, token_rows
+from gossamer.methods.peft import EXCLUDED, LAYERS, TARGETS, ConfigKey, PeftLayout, Stored, listed, token_rows
 from gossamer.methods.tokens import SLOT
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -33,17 +33,17 @@ def lora_layout(*, dora: bool = False) -> PeftLayout:
         },
         others=((SLOT, f".token_adapter.{SLOT}"), (MAGNITUDE, f".{MAGNITUDE}.weight")),
         keys={
-            "r": Key(8, "r"),
-            "lora_alpha": Key(8, "alpha", read=_alpha, write=lambda stored: _plain_number(stored.spec.alpha)),
-            "target_parameters": Key(None, "target_parameters", write=lambda stored: _parameters(stored) or None),
-            "rank_pattern": Key({}, "rank_pattern"),
-            "alpha_pattern": Key({}, "alpha_pattern", write=_alphas),
-            "trainable_token_indices": Key(None, "trainable_tokens", write=_token_indices),
-            "lora_dropout": Key(0.0, "dropout", write=_dropout),
-            "bias": Key("none", "bias"),
-            "use_dora": Key(False),
-            "use_rslora": Key(False, "scaling", {False: "standard", True: "rslora"}),
-            "init_lora_weights": Key(True, "start", _STARTS, _start),
+            "r": ConfigKey(8, "r"),
+            "lora_alpha": ConfigKey(8, "alpha", read=_alpha, write=lambda stored: _plain_number(stored.spec.alpha)),
+            "target_parameters": ConfigKey(None, "target_parameters", write=lambda stored: _parameters(stored) or None),
+            "rank_pattern": ConfigKey({}, "rank_pattern"),
+            "alpha_pattern": ConfigKey({}, "alpha_pattern", write=_alphas),
+            "trainable_token_indices": ConfigKey(None, "trainable_tokens", write=_token_indices),
+            "lora_dropout": ConfigKey(0.0, "dropout", write=_dropout),
+            "bias": ConfigKey("none", "bias"),
+            "use_dora": ConfigKey(False),
+            "use_rslora": ConfigKey(False, "scaling", {False: "standard", True: "rslora"}),
+            "init_lora_weights": ConfigKey(True, "start", _STARTS, _start),
         },
         targeting=(*TARGETS, *EXCLUDED, *LAYERS),
         given={"use_dora": dora},

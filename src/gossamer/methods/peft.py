@@ -53,7 +53,7 @@ class Stored:
 
 
 @dataclasses.dataclass(frozen=True)
-class Key:
+class ConfigKey:
     """A key of a config.
 
     Attributes:
@@ -107,7 +107,7 @@ class PeftLayout:
     others: tuple[tuple[str, str], ...] = ()
     prefix: str = PREFIX
     mark: str = ""
-    keys: Mapping[str, Key] = dataclasses.field(default_factory=dict)
+    keys: Mapping[str, ConfigKey] = dataclasses.field(default_factory=dict)
     targeting: tuple[str, ...] = ()
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     assumed: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import AdapterFileError, UnsupportedError
 from gossamer.methods.base import Base, Layer, Shape
-from gossamer.methods.peft import Key, PeftLayout, Stored, plain
+from gossamer.methods.peft import ConfigKey, PeftLayout, Stored, plain
 from gossamer.methods.targeted import TargetedMethod
 from gossamer.methods.virtual_tokens import (
     SLOT,
@@ -53,7 +53,7 @@ def _check(spec: VirtualTokens, path: str, slots: Mapping[str, Tensor], where: s
         raise AdapterFileError(what, where=where, got=str(shape), expected=f"({count}, ...)")
 
 
-def _layout(peft_type: str, descriptive: dict[str, Any], **keys: Key) -> PeftLayout:
+def _layout(peft_type: str, descriptive: dict[str, Any], **keys: ConfigKey) -> PeftLayout:
     """One tensor for the whole model. What the base's config says (layers, heads, width) PEFT fills in itself."""
     return PeftLayout(
         peft_type,
@@ -61,9 +61,9 @@ def _layout(peft_type: str, descriptive: dict[str, Any], **keys: Key) -> PeftLay
         whole_model={SLOT: SLOT},
         prefix="base_model.",
         keys={
-            "num_virtual_tokens": Key(None, "num_virtual_tokens", read=lambda value, where: value),
-            "num_transformer_submodules": Key(None, read=_one_transformer),
-            "task_type": Key(None, write=_task),
+            "num_virtual_tokens": ConfigKey(None, "num_virtual_tokens", read=lambda value, where: value),
+            "num_transformer_submodules": ConfigKey(None, read=_one_transformer),
+            "task_type": ConfigKey(None, write=_task),
             **keys,
         },
         targeting=("modules_to_save",),
@@ -159,7 +159,7 @@ class PromptTuning(VirtualTokens):
     peft: ClassVar[PeftLayout | None] = _layout(
         "PROMPT_TUNING",
         {"prompt_tuning_init_text": None, "tokenizer_kwargs": None, "tokenizer_name_or_path": None},
-        prompt_tuning_init=Key("RANDOM", "start", _STARTS),
+        prompt_tuning_init=ConfigKey("RANDOM", "start", _STARTS),
     )
 
     start: Literal["vocabulary", "random"] = "vocabulary"

@@ -14,7 +14,7 @@ from gossamer.kernels.routing import LinearChange
 from gossamer.linalg import LowRankPair, all_zero
 from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.factored import Rank
-from gossamer.methods.peft import LAYERS, TARGETS, Key, PeftLayout, check_names, plain
+from gossamer.methods.peft import LAYERS, TARGETS, ConfigKey, PeftLayout, check_names, plain
 from gossamer.methods.targeted import Names, Regex, TargetedMethod
 from gossamer.spec import StrictFloat, StrictInt
 
@@ -68,11 +68,11 @@ class VeRA(TargetedMethod):
         slots=plain(*_VECTORS),
         whole_model={slot: f"base_model.{slot}" for slot in _SHARED},
         keys={
-            "r": Key(256, "r"),
-            "projection_prng_key": Key(0, "projection_seed"),
-            "vera_dropout": Key(0.0, "dropout"),
-            "d_initial": Key(0.1, "d_initial"),
-            "save_projection": Key(True, write=lambda stored: "" in stored.adapter.tensors),
+            "r": ConfigKey(256, "r"),
+            "projection_prng_key": ConfigKey(0, "projection_seed"),
+            "vera_dropout": ConfigKey(0.0, "dropout"),
+            "d_initial": ConfigKey(0.1, "d_initial"),
+            "save_projection": ConfigKey(True, write=lambda stored: "" in stored.adapter.tensors),
         },
         targeting=(*TARGETS, *LAYERS),
         assumed=("r",),

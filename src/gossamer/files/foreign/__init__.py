@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,15 +10,17 @@ import torch
 
 from gossamer.adapter import Adapter
 from gossamer.errors import AdapterFileError, StateError, UnsupportedError, nearest
-from gossamer.files.foreign.changes import Changes, adapter_from, changes_of
-from gossamer.files.foreign.diffusers import Diffusers
-from gossamer.files.foreign.format import Base, Format
+from gossamer.files.foreign import format as form
+from gossamer.files.foreign.diffusers import DIFFUSERS
+from gossamer.files.foreign.factors import Factors, adapter_from, factors_of
+from gossamer.files.foreign.format import BaseFacts, ForeignFormat
 from gossamer.files.foreign.gguf import GGUF
-from gossamer.files.foreign.kohya import Kohya
+from gossamer.files.foreign.kohya import KOHYA
 from gossamer.files.foreign.mlx import MLX
-from gossamer.files.foreign.torchtune import Torchtune
+from gossamer.files.foreign.torchtune import TORCHTUNE
+from gossamer.linalg import LowRankPair
 
-FORMATS: dict[str, Format] = {one.name: one for one in (GGUF(), Kohya(), Diffusers(), MLX(), Torchtune())}
+FORMATS: dict[str, ForeignFormat] = {one.name: one for one in (GGUF, KOHYA, DIFFUSERS, MLX, TORCHTUNE)}
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def read_foreign(path: str | Path, format_name: str | None = None, base: str | P
     """
     path = Path(path)
     one = _format(format_name) if format_name else _detected(path)
-    return adapter_from(one.read(path, _base(base)), path, one.name)
+    return adapter_from(form.read(one, path, _base(base)), path, one.name)
 
 
 def write_foreign(adapter: Adapter, path: str | Path, format_name: str, base: str | Path | None = None) -> Written:
@@ -60,17 +63,14 @@ def write_foreign(adapter: Adapter, path: str | Path, format_name: str, base: st
     path, one, known = Path(path), _format(format_name), _base(base)
     if path.exists():
         raise StateError("the output exists already", where=str(path), hint="choose another name")
-    changes, lost = changes_of(adapter, one.name)
-    lost += one.write(changes, path, known)
-    exact, error = _compared(changes, one.read(path, known), path)
+    factors, lost = factors_of(adapter, one.name)
+    lost += form.write(one, factors, path, known)
+    exact, error = _compared(factors, form.read(one, path, known), path)
     return Written(path, exact, error, tuple(lost))
 
 
-def _compared(before: Changes, after: Changes, path: Path) -> tuple[bool, float]:
-    """Whether the changes are bit-equal, and the largest relative error of one. Factors only; no (out, in) matrix.
-
-    ||U D - U' D'||^2 = ||[U, -U'] [D; D']||^2 = trace(([U, -U']^T [U, -U']) ([D; D'] [D; D']^T))
-    """
+def _compared(before: Mapping[str, Factors], after: Mapping[str, Factors], path: Path) -> tuple[bool, float]:
+    """Whether the factors are bit-equal, and the largest relative error of a module's change."""
     if before.keys() != after.keys():
         raise AdapterFileError("what was written does not read back", where=str(path), got=str(len(after)))
     exact, worst = True, 0.0
@@ -80,33 +80,29 @@ def _compared(before: Changes, after: Changes, path: Path) -> tuple[bool, float]
         if same and one.alpha == two.alpha:
             continue
         exact = False
-        ups = [change.up.double().flatten(1) * (change.alpha / change.rank) for change in (one, two)]
-        downs = [change.down.double().flatten(1) for change in (one, two)]
-        outer, inner = torch.cat([ups[0], -ups[1]], 1), torch.cat(downs)
-        wrong = ((outer.T @ outer) * (inner @ inner.T)).sum().clamp(min=0).sqrt()
-        size = ((ups[0].T @ ups[0]) * (downs[0] @ downs[0].T)).sum().clamp(min=0).sqrt()
-        worst = max(worst, float(wrong / size) if size else float(wrong))
+        wrong, size = LowRankPair.concatenated([one.pair, two.pair.scaled(-1)]).norm(), one.pair.norm()
+        worst = max(worst, wrong / size if size else wrong)
     return exact, worst
 
 
-def _format(name: str) -> Format:
+def _format(name: str) -> ForeignFormat:
     if name not in FORMATS:
         known = ", ".join(FORMATS)
         raise UnsupportedError("this format is not covered", got=name, expected=known, hint=nearest(name, FORMATS))
     return FORMATS[name]
 
 
-def _detected(path: Path) -> Format:
+def _detected(path: Path) -> ForeignFormat:
     if not path.exists():
         raise AdapterFileError("no such file or folder", where=str(path))
     for one in FORMATS.values():
-        if one.detects(path):
+        if form.detects(one, path):
             return one
     raise UnsupportedError("no format that is covered", where=str(path), expected=", ".join(FORMATS))
 
 
-def _base(folder: str | Path | None) -> Base | None:
-    return None if folder is None else Base.of_folder(Path(folder))
+def _base(folder: str | Path | None) -> BaseFacts | None:
+    return None if folder is None else BaseFacts.of_folder(Path(folder))
 
 
-__all__ = ["FORMATS", "Base", "Written", "read_foreign", "write_foreign"]
+__all__ = ["FORMATS", "BaseFacts", "Written", "read_foreign", "write_foreign"]

@@ -8,73 +8,41 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from gossamer.errors import AdapterFileError, UnsupportedError
-from gossamer.files.foreign.changes import Change, Changes
-from gossamer.files.foreign.format import (
-    Base,
-    Format,
-    json_object,
-    number_in,
-    paired,
-    read_safetensors,
-    refuse_rest,
-    write_safetensors,
-)
+from gossamer.files.foreign.factors import Factors
+from gossamer.files.foreign.format import BaseFacts, ForeignFile, ForeignFormat, json_object, number_in
 
 METADATA = "lora_adapter_metadata"
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-ENDINGS = (".lora_A.weight", ".lora_B.weight")
 LONGEST = 512
 """Characters of a pattern."""
 
 
-class Diffusers(Format):
-    """diffusers' own layout of a pipeline's adapters."""
+def _decode(file: ForeignFile, base: BaseFacts | None) -> dict[str, Factors]:
+    facts = json_object(file.facts[METADATA], f"{file.where}: {METADATA}") if METADATA in file.facts else {}
+    found: dict[str, Factors] = {}
+    for name, (down, up) in file.pairs.items():
+        if name.partition(".")[0] not in COMPONENTS:
+            raise AdapterFileError("no module of a pipeline", where=f"{file.where}: {name}", expected=str(COMPONENTS))
+        alpha = file.alphas[name] if name in file.alphas else _alpha(facts, name, down.shape[0])
+        found[name] = Factors(down, up, alpha)
+    return found
 
-    name = "diffusers"
-    reader = "diffusers"
 
-    def detects(self, path: Path) -> bool:
-        """See `Format`."""
-        return path.is_file() and path.suffix == ".safetensors" and any(map(_is_theirs, read_safetensors(path)[0]))
-
-    def read(self, path: Path, base: Base | None) -> Changes:
-        """See `Format`."""
-        tensors, metadata = read_safetensors(path)
-        pairs, rest = paired(tensors, ENDINGS, path)
-        alphas = {name.removesuffix(".alpha"): rest.pop(name) for name in [*rest] if name.endswith(".alpha")}
-        refuse_rest(rest, path, self.name)
-        facts = json_object(metadata[METADATA], f"{path}: {METADATA}") if METADATA in metadata else {}
-        for name in [*pairs, *alphas]:
-            if name.partition(".")[0] not in COMPONENTS or name not in pairs:
-                raise AdapterFileError("no module of a pipeline", where=f"{path}: {name}", expected=str(COMPONENTS))
-        return {
-            name: Change(down, up, alpha_in(alphas[name], path, name) if name in alphas else _alpha(facts, name, down))
-            for name, (down, up) in pairs.items()
-        }
-
-    def write(self, changes: Changes, path: Path, base: Base | None) -> list[str]:
-        """See `Format`."""
-        facts: dict[str, Any] = {}
-        for part in dict.fromkeys(component_of(name) for name in changes):
-            inside = {name.partition(".")[2]: one for name, one in changes.items() if component_of(name) == part}
-            first = next(iter(inside.values()))
-            facts[f"{part}.r"], facts[f"{part}.lora_alpha"] = first.rank, first.alpha
-            facts[f"{part}.target_modules"] = [*inside]
-            facts[f"{part}.rank_pattern"] = {
-                f"^{re.escape(name)}": one.rank for name, one in inside.items() if one.rank != first.rank
-            }
-            facts[f"{part}.alpha_pattern"] = {
-                f"^{re.escape(name)}": one.alpha for name, one in inside.items() if one.alpha != first.alpha
-            }
-        tensors = {name + end: factor for name, one in changes.items() for end, factor in _factors(one)}
-        write_safetensors(path, tensors, {"format": "pt", METADATA: json.dumps(facts, sort_keys=True)})
-        return []
+def _encode(factors: Mapping[str, Factors], base: BaseFacts | None) -> ForeignFile:
+    facts: dict[str, Any] = {}
+    for part in dict.fromkeys(component_of(name) for name in factors):
+        inside = {name.partition(".")[2]: one for name, one in factors.items() if component_of(name) == part}
+        first = next(iter(inside.values()))
+        facts[f"{part}.r"], facts[f"{part}.lora_alpha"] = first.rank, first.alpha
+        facts[f"{part}.target_modules"] = [*inside]
+        ranks = {f"^{re.escape(name)}": one.rank for name, one in inside.items() if one.rank != first.rank}
+        alphas = {f"^{re.escape(name)}": one.alpha for name, one in inside.items() if one.alpha != first.alpha}
+        facts[f"{part}.rank_pattern"], facts[f"{part}.alpha_pattern"] = ranks, alphas
+    pairs = {name: (one.down, one.up) for name, one in factors.items()}
+    return ForeignFile(pairs, facts={METADATA: json.dumps(facts, sort_keys=True)})
 
 
 def component_of(name: str) -> str:
@@ -85,25 +53,10 @@ def component_of(name: str) -> str:
     return part
 
 
-def alpha_in(tensor: Tensor, source: Path, name: str) -> float:
-    """The number in an `.alpha` tensor. Raises `AdapterFileError`."""
-    if tensor.numel() != 1:
-        raise AdapterFileError("an alpha that is not one number", where=f"{source}: {name}", got=str(tensor.shape))
-    return float(tensor.item())
-
-
-def _factors(change: Change) -> tuple[tuple[str, Tensor], ...]:
-    return (ENDINGS[0], change.down), (ENDINGS[1], change.up)
-
-
-def _is_theirs(name: str) -> bool:
-    return name.startswith(tuple(f"{part}." for part in COMPONENTS)) and name.endswith(ENDINGS)
-
-
-def _alpha(facts: Mapping[str, Any], name: str, down: Tensor) -> float:
+def _alpha(facts: Mapping[str, Any], name: str, rank: int) -> float:
     part, _, path = name.partition(".")
     if f"{part}.lora_alpha" not in facts:
-        return float(down.shape[0])
+        return float(rank)
     if facts.get(f"{part}.use_rslora") or facts.get(f"{part}.use_dora"):
         raise UnsupportedError("only plain LoRA is covered", where=f"{METADATA}: {part}")
     patterns = facts.get(f"{part}.alpha_pattern") or {}
@@ -121,3 +74,13 @@ def _names(pattern: str, path: str) -> bool:
     if len(pattern) > LONGEST or not re.fullmatch(r"[\w.-]+", plain):
         raise UnsupportedError("only names stand in an alpha_pattern", where=METADATA, got=pattern[:200])
     return path == plain or (not pattern.startswith("^") and path.endswith(f".{plain}"))
+
+
+DIFFUSERS = ForeignFormat(
+    "diffusers",
+    (".lora_A.weight", ".lora_B.weight"),
+    _decode,
+    _encode,
+    alphas=True,
+    starts=tuple(f"{part}." for part in COMPONENTS),
+)

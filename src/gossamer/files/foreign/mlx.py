@@ -7,85 +7,54 @@ One rank and one scale serve all modules: a smaller rank is filled up with zeros
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Mapping
 
 from torch.nn.functional import pad
 
 from gossamer.errors import AdapterFileError, UnsupportedError
-from gossamer.files.atomic import new_folder, write_json
-from gossamer.files.folder import read_json
-from gossamer.files.foreign.changes import Change, Changes, only_matrices, with_one_alpha
-from gossamer.files.foreign.format import (
-    Base,
-    Format,
-    number_in,
-    paired,
-    read_safetensors,
-    refuse_rest,
-    write_safetensors,
-)
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+from gossamer.files.foreign.factors import Factors, with_one_alpha
+from gossamer.files.foreign.format import BaseFacts, ForeignFile, ForeignFormat, number_in, only_matrices
 
 
-class MLX(Format):
-    """mlx-lm's adapter folder."""
+def _decode(file: ForeignFile, base: BaseFacts | None) -> dict[str, Factors]:
+    kind, parameters = file.facts.get("fine_tune_type", "lora"), file.facts.get("lora_parameters")
+    if kind != "lora":
+        raise UnsupportedError("only MLX's LoRA is covered", where=file.facts_at, got=f"fine_tune_type={kind!r}")
+    if not isinstance(parameters, dict):
+        raise AdapterFileError("no lora_parameters", where=file.facts_at)
+    scale = number_in(parameters, "scale", file.facts_at)
+    for name, pair in file.pairs.items():
+        if any(factor.ndim != 2 for factor in pair):
+            raise UnsupportedError("only matrices are covered", where=f"{file.where}: {name}")
+    return {
+        name: Factors(first.T.contiguous(), second.T.contiguous(), scale * first.shape[1])
+        for name, (first, second) in file.pairs.items()
+    }
 
-    name = "mlx"
-    reader = "mlx-lm"
 
-    def detects(self, path: Path) -> bool:
-        """See `Format`."""
-        return (path / WEIGHTS).is_file()
+def _encode(factors: Mapping[str, Factors], base: BaseFacts | None) -> ForeignFile:
+    only_matrices(factors, "mlx")
+    for name in factors:
+        if not re.match(r"model\.layers\.\d+\.", name):
+            raise UnsupportedError(
+                "mlx-lm adapts modules of its layers alone, and passes over every other tensor without a word",
+                where=name,
+                expected="a path below model.layers",
+                hint="leave the module out, or merge the adapter",
+            )
+    factors, scale, lost = with_one_alpha(factors, per_rank=True)
+    rank = max(one.rank for one in factors.values())
+    smaller = sum(one.rank < rank for one in factors.values())
+    if smaller:
+        lost.append(f"{smaller} modules' smaller ranks (filled up with zeros to {rank})")
+    pairs = {
+        name: (pad(one.down, (0, 0, 0, rank - one.rank)).T, pad(one.up, (0, rank - one.rank)).T)
+        for name, one in factors.items()
+    }
+    keys = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in factors})
+    parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
+    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
+    return ForeignFile(pairs, facts=config, lost=tuple(lost))
 
-    def read(self, path: Path, base: Base | None) -> Changes:
-        """See `Format`."""
-        config, where = read_json(path / CONFIG), str(path / CONFIG)
-        kind = config.get("fine_tune_type", "lora")
-        if kind != "lora":
-            raise UnsupportedError("only MLX's LoRA is covered", where=where, got=f"fine_tune_type={kind!r}")
-        parameters = config.get("lora_parameters")
-        if not isinstance(parameters, dict):
-            raise AdapterFileError("no lora_parameters", where=where)
-        scale = number_in(parameters, "scale", where)
-        tensors, _ = read_safetensors(path / WEIGHTS)
-        pairs, rest = paired(tensors, (".lora_a", ".lora_b"), path / WEIGHTS)
-        refuse_rest(rest, path / WEIGHTS, self.name)
-        for name, pair in pairs.items():
-            if any(factor.ndim != 2 for factor in pair):
-                raise UnsupportedError("only matrices are covered", where=f"{path / WEIGHTS}: {name}")
-        return {
-            name: Change(first.T.contiguous(), second.T.contiguous(), scale * first.shape[1])
-            for name, (first, second) in pairs.items()
-        }
 
-    def write(self, changes: Changes, path: Path, base: Base | None) -> list[str]:
-        """See `Format`."""
-        only_matrices(changes, self.name)
-        for name in changes:
-            if not re.match(r"model\.layers\.\d+\.", name):
-                raise UnsupportedError(
-                    "mlx-lm adapts modules of its layers alone, and passes over every other tensor without a word",
-                    where=name,
-                    expected="a path below model.layers",
-                    hint="leave the module out, or merge the adapter",
-                )
-        changes, scale, lost = with_one_alpha(changes, per_rank=True)
-        rank = max(one.rank for one in changes.values())
-        smaller = sum(one.rank < rank for one in changes.values())
-        if smaller:
-            lost.append(f"{smaller} modules' smaller ranks (filled up with zeros to {rank})")
-        tensors = {}
-        for name, one in changes.items():
-            tensors[f"{name}.lora_a"] = pad(one.down, (0, 0, 0, rank - one.rank)).T
-            tensors[f"{name}.lora_b"] = pad(one.up, (0, rank - one.rank)).T
-        keys = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in changes})
-        config = {
-            "fine_tune_type": "lora",
-            "num_layers": -1,
-            "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
-        }
-        with new_folder(path) as fresh:
-            write_safetensors(fresh / WEIGHTS, tensors, {"format": "mlx"})
-            write_json(fresh / CONFIG, config)
-        return lost
+MLX = ForeignFormat("mlx", (".lora_a", ".lora_b"), _decode, _encode, weights="adapters.safetensors", stamp="mlx")

@@ -14,7 +14,7 @@ from gossamer.errors import AdapterFileError, SpecError, UnsupportedError, neare
 from gossamer.files.layouts import copies, experts, stacked
 from gossamer.methods import METHODS, TargetedMethod
 from gossamer.methods.factored import Factored
-from gossamer.methods.peft import Key, PeftLayout, check_names, listed, token_rows
+from gossamer.methods.peft import ConfigKey, PeftLayout, check_names, listed, token_rows
 from gossamer.methods.targeted import exactly
 from gossamer.methods.tokens import SLOT
 
@@ -217,7 +217,7 @@ def _targeted(layout: PeftLayout, config: Mapping[str, Any], tensors: Tensors, w
     return found
 
 
-def _field(name: str, key: Key, config: Mapping[str, Any], where: str, *, flag: bool) -> Any:
+def _field(name: str, key: ConfigKey, config: Mapping[str, Any], where: str, *, flag: bool) -> Any:
     """What a key says for the spec's field."""
     value = config.get(name, key.default)
     if key.read:
