@@ -18,8 +18,8 @@ from gossamer.quant import quantize_model
 from gossamer.running.cached import CachedDecoder
 from gossamer.running.steps import Chunk, Decoder, StepInput
 from gossamer.running.whole_steps import TransformersDecoder
-from gossamer.serving.store import Loaded, Store
-from gossamer.serving.terms import BatchTerms
+from gossamer.serving.store import AdapterStore, LoadedAdapter
+from gossamer.serving.terms import BatchTerms, DecoderTarget
 
 TOYS = (
     *("llama", "mistral", "mixtral", "gemma", "gemma3", "qwen2", "qwen3_moe", "phi", "falcon", "bloom", "gpt2"),
@@ -172,9 +172,9 @@ def specs(name: str, decoder: TransformersDecoder) -> list[Any]:
 def test_an_adapter_in_each_row_is_as_if_it_were_attached(name: str) -> None:
     model = made(name)
     decoder = TransformersDecoder(model)
-    store = Store(model, decoder)
+    store = AdapterStore(model, None, DecoderTarget(model, decoder))
     made_of = [adapter(name, seed, spec) for seed, spec in enumerate(specs(name, decoder))]
-    loaded: list[Loaded] = [store.prepare(str(number), one) for number, one in enumerate(made_of)]
+    loaded: list[LoadedAdapter] = [store.prepare(str(number), one) for number, one in enumerate(made_of)]
     texts = drawn(random.Random(4), (8, 5, 7, 6, 7))
     right = []
     for number, text in enumerate(texts):

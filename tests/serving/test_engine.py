@@ -200,7 +200,7 @@ def test_memory_is_bounded_and_what_was_forgotten_is_read_again(adapters: dict[s
         assert not engine.store.resident
         again = [*engine.generate(["a"] * 12, [*adapters], max_tokens=2)]
         about = engine.store.describe("a1")
-        assert not any(one.last is None or one.last.stacks for one in engine.store.versions.values())
+        assert not any(one.last is None or one.last.placed.stacks for one in engine.store.versions.values())
     assert [one.tokens for one in replies] == [one.tokens for one in again]
     assert (about["requests"], about["state"], about["digest"]) == (2, "disk", adapters["a1"].digest)
     assert (about["rank"], about["method"]) == (2, "lora")

@@ -139,11 +139,6 @@ def tokenizer_for(folder: Path, model: Any, tokenizer: Any) -> Any:
     return own
 
 
-def check_same(folder: Path, tokenizer: Any) -> None:
-    """Refuse an adapter folder whose own tokenizer makes other tokens than the base's. Raises as `ChatFormats.of`."""
-    ChatFormats(tokenizer).of(folder)
-
-
 def common_format(chat_formats: Sequence[ChatFormat]) -> ChatFormat:
     """That of a mix: the one of all its adapters. Raises `UnsupportedError` where templates differ."""
     found = {one.template: one for one in chat_formats}

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +26,15 @@ from gossamer.attachment import attach, detach, use, using
 from gossamer.attachment import attached as names_attached
 from gossamer.attachment.host import require_host
 from gossamer.attachment.walk import modules
-from gossamer.errors import BaseFileError, NonFiniteError, StateError, UnsupportedError, UsageError, nearest
+from gossamer.errors import BaseFileError, NonFiniteError, StateError, UnsupportedError, UsageError
 from gossamer.files.places import adapter_of
 from gossamer.models import load_base
 from gossamer.models.language import positions, text_config
 from gossamer.models.locate import locate
-from gossamer.serving.chat_format import check_same
 from gossamer.serving.folder import Folder
+from gossamer.serving.store import AdapterStore, Placed
 
 Pooling = Literal["mean", "cls", "last", "max"]
-Source = Adapter | Path | str
 
 _POOLS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda states, there: (states * there).sum(1) / there.sum(1),
@@ -92,6 +91,33 @@ class _Style(NamedTuple):
     """Whether sentence-transformers would put texts through a chat template, if the tokenizer has one."""
 
 
+class ModelTarget:
+    """Attaches adapters to a model, for vectors of its body."""
+
+    def __init__(self, model: nn.Module, body: nn.Module) -> None:
+        self.model, self.body = model, body
+
+    def place(self, name: str, number: int, adapter: Adapter) -> Placed:
+        """Attach it. Raises what `attach` raises, and `UnsupportedError` where it changes nothing in the body."""
+        attach(self.model, adapter, _inner(number))
+        inside = {*modules(self.body).values()} - {self.model}
+        here = modules(self.model)
+        if not any(here[path] in inside for path in require_host(self.model).layers_of(_inner(number))):
+            self.remove(number)
+            raise UnsupportedError("an adapter that changes no vector", where=name, got=adapter.spec.name)
+        use(self.model, None)
+        return Placed(size=sum(held.nbytes for slots in adapter.tensors.values() for held in slots.values()))
+
+    def remove(self, number: int) -> None:
+        """Detach it."""
+        detach(self.model, _inner(number))
+
+
+def _inner(number: int) -> str:
+    """What an adapter is called on the model: its name may hold what no adapter there may be called."""
+    return f"adapter-{number}"
+
+
 class Embedder:
     """A base that gives vectors, and its adapters. Used from one thread.
 
@@ -109,7 +135,7 @@ class Embedder:
     def __init__(
         self,
         base: str | Path | tuple[Any, Any],
-        adapters: str | Path | Mapping[str, Source] | None = None,
+        adapters: str | Path | Mapping[str, Adapter | Path | str] | None = None,
         *,
         pooling: Pooling | None = None,
         normalise: bool | None = None,
@@ -141,9 +167,8 @@ class Embedder:
         self.normalise = style.normalise if normalise is None else normalise
         self.prompt = style.prompt
         self.longest = min(positions(self.model) or 2**31, style.longest or 2**31)
-        self.digests: dict[str, str] = {}
-        self.inner: dict[str, str] = {}  # a name may hold what no adapter on a model may be called
-        self.count, self.mixes = itertools.count(), True
+        self.mixes = True
+        self.store = AdapterStore(self.model, self.tokenizer, ModelTarget(self.model, self.body), math.inf)
         self.folder = Folder(adapters) if isinstance(adapters, str | Path) else None
         """That its adapters came from."""
         named = adapters if isinstance(adapters, Mapping) else {}
@@ -152,47 +177,32 @@ class Embedder:
 
     # Adapters --------------------------------------------------------------------------------------------------
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of its adapters, by name."""
+        return {version.name: version.last.digest for version in [*self.store.versions.values()] if version.last}
+
     def names(self) -> list[str]:
         """All that are known, sorted."""
-        return sorted(self.digests)
+        return self.store.names()
 
-    def register(self, name: str, source: Source) -> None:
+    def register(self, name: str, source: Adapter | Path | str) -> None:
         """Make a name known, or mean something else from now on.
 
         Raises: what reading and attaching an adapter raises, and UnsupportedError for virtual tokens, which are not
             below the head; the name then means what it meant before.
         """
-        if not isinstance(source, Adapter):
-            source = adapter_of(source)
-            check_same(source, self.tokenizer)
-        adapter = source if isinstance(source, Adapter) else Adapter.load(source)
-        inner = f"adapter-{next(self.count)}"
-        attach(self.model, adapter, inner)
-        inside = {*modules(self.body).values()} - {self.model}
-        here = modules(self.model)
-        if not any(here[path] in inside for path in require_host(self.model).layers_of(inner)):
-            detach(self.model, inner)
-            raise UnsupportedError("an adapter that changes no vector", where=name, got=adapter.spec.name)
-        if names_attached(self.model):
-            use(self.model, None)
-        if name in self.inner:
-            detach(self.model, self.inner[name])
-        self.inner[name], self.digests[name] = inner, adapter.digest
+        self.store.put(self.store.prepare(name, source if isinstance(source, Adapter) else adapter_of(source)))
 
     def unregister(self, name: str) -> None:
         """Forget a name. Raises `UsageError` for one that is not known."""
-        detach(self.model, self._known(name))
-        del self.inner[name], self.digests[name]
+        self.store.unregister(name)
 
     def close(self) -> None:
         """Leave the model as it was."""
         for name in self.names():
             self.unregister(name)
-
-    def _known(self, name: str) -> str:
-        if name not in self.inner:
-            raise UsageError("no adapter of this name", got=name, hint=nearest(name, self.inner) or "register it first")
-        return self.inner[name]
+        self.store.close()
 
     # Vectors ---------------------------------------------------------------------------------------------------
 
@@ -221,20 +231,23 @@ class Embedder:
         if dimensions is not None and not 1 <= dimensions <= width:
             expected = f"1 to {width:,}"
             raise UsageError("out of range", where="dimensions", got=str(dimensions), expected=expected)
-        used = {name for name in each if name is not None}
-        inner = {name: self._known(name) for name in used}
-        ids = self._tokens(texts)
-        vectors: dict[int, Tensor] = {}
-        for chosen in self._batches(ids):
-            rows = [None if (name := each[one]) is None else inner[name] for one in chosen]
-            for one, vector in zip(chosen, self._run([ids[one] for one in chosen], rows), strict=True):
-                if not vector.isfinite().all():
-                    raise NonFiniteError("a vector is not finite", where=f"text {one}", got=each[one] or "the base")
-                vectors[one] = vector
-        found = torch.stack([vectors[one] for one in range(len(ids))])[:, :dimensions]
+        held = self.store.hold(dict.fromkeys(name for name in each if name is not None))
+        try:
+            loaded = {one.name: self.store.take(one) for one in held}
+            ids = self._tokens(texts)
+            found = torch.empty(len(ids), width)
+            for chosen in self._batches(ids):
+                rows = [None if (name := each[one]) is None else _inner(loaded[name].number) for one in chosen]
+                found[chosen] = self._run([ids[one] for one in chosen], rows)
+        finally:
+            self.store.let_go(held)
+        if not (fine := found.isfinite().all(1)).all():
+            one = fine.tolist().index(False)
+            raise NonFiniteError("a vector is not finite", where=f"text {one}", got=each[one] or "the base")
+        found = found[:, :dimensions]
         if self.normalise:
             found = nn.functional.normalize(found, dim=1)
-        return Embeddings(found, tuple(map(len, ids)), {name: self.digests[name] for name in sorted(used)})
+        return Embeddings(found, tuple(map(len, ids)), {name: loaded[name].digest for name in sorted(loaded)})
 
     def _tokens(self, texts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         """Ids of each text, checked."""

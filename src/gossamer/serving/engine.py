@@ -32,8 +32,8 @@ from gossamer.serving.prefixes import LEAST, Prefixes, common
 from gossamer.serving.sampling import FinishReason, SampledToken, Sampler, Sampling
 from gossamer.serving.scheduler import Limits, Scheduler
 from gossamer.serving.sequence import Reply, Sequence, SequenceState
-from gossamer.serving.store import Store
-from gossamer.serving.terms import BatchTerms
+from gossamer.serving.store import AdapterStore
+from gossamer.serving.terms import BatchTerms, DecoderTarget
 from gossamer.serving.vocabulary import encoded, ends_of, texts, vocabulary_of
 
 
@@ -71,7 +71,7 @@ class Engine:
         if names := attached(self.model):
             raise StateError("the engine serves a base as it is", got=f"attached: {', '.join(names)}", hint="detach")
         self.decoder: Decoder = decoder_of(self.model.eval(), prepack)
-        self.store = Store(self.model, self.decoder, memory, self.tokenizer)
+        self.store = AdapterStore(self.model, self.tokenizer, DecoderTarget(self.model, self.decoder), memory)
         self.scheduler = Scheduler(limits or Limits())
         most = self.scheduler.limits
         self.cache = self.decoder.cache(most.rows, most.cache // most.rows)
@@ -130,7 +130,7 @@ class Engine:
         sequence.most = min(sequence.most, self.context)
         sequence.sampler = Sampler(sampling, prompt, grammar, self.vocabulary)
         sequence.detokenizer = Detokenizer(self.tokenizer, sampling.stop)
-        sequence.held = tuple(self.store.hold([*sequence.adapters]))
+        sequence.held = self.store.hold(sequence.adapters)
         if not self.scheduler.offer(sequence):
             self.store.let_go(sequence.held)
             raise ResourceError("too many requests wait", got=f"{self.scheduler.waiting:,}", hint="ask again later")

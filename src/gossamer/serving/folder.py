@@ -21,7 +21,7 @@ name means its own."""
 log = logging.getLogger("gossamer.serving")
 
 
-class Found(NamedTuple):
+class FolderContents(NamedTuple):
     """What a folder holds.
 
     Attributes:
@@ -42,7 +42,7 @@ class Folder:
         """Every name and where its adapter lies, sorted; what `found` refuses is left out, with a line in the log."""
         return self.found(base).adapters
 
-    def found(self, base: Mapping[str, Any] | None = None) -> Found:
+    def found(self, base: Mapping[str, Any] | None = None) -> FolderContents:
         """Every name and where its adapter lies, sorted: subfolders by their own names, but for what was kept.
 
         What cannot be used is told in the log, each with its reason, as is a folder that holds nothing to serve. No
@@ -74,7 +74,7 @@ class Folder:
                 log.warning("%r is left out: %s", name, ": ".join(filter(None, (error.what, error.hint or error.got))))
         if not adapters:
             log.warning("no adapter to serve was found in %s", self.root)
-        return Found(adapters, refused)
+        return FolderContents(adapters, refused)
 
     def named(self, name: str) -> Path | None:
         """The adapter in the subfolder of this name, if it came since and nothing was kept of the name."""
@@ -148,7 +148,11 @@ def _usable(name: str, place: Path, base: Mapping[str, Any] | None) -> Path:
         raise AdapterFileError("an interrupted save left it", where=str(place))
     check_name(name)
     folder = adapter_of(place)
-    made_for = glance(folder)
-    if base and made_for and (other := differing(made_for, base)):
-        raise BaseMismatchError(f"this adapter was made for another base ({', '.join(other)} differ)", where=name)
+    check_base(name, glance(folder), base)
     return folder
+
+
+def check_base(name: str, made_for: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> None:
+    """Raise `BaseMismatchError` for an adapter that was made for another base; what is not known fits all."""
+    if made_for and base and (other := differing(made_for, base)):
+        raise BaseMismatchError(f"this adapter was made for another base ({', '.join(other)} differ)", where=name)

@@ -13,7 +13,7 @@ from gossamer.serving.sampling import FinishReason, SampledToken, Sampler, Sampl
 
 if TYPE_CHECKING:
     from gossamer.serving.detokenizer import Detokenizer
-    from gossamer.serving.store import Loaded, Version
+    from gossamer.serving.store import AdapterVersion, LoadedAdapter
     from gossamer.serving.terms import LoadedMix
 
 
@@ -79,7 +79,7 @@ class Sequence:
     state: SequenceState = field(default=SequenceState.NEW, init=False)
     ids: list[int] = field(init=False, repr=False)
     most: int = field(init=False)
-    held: tuple[Version, ...] = field(default=(), init=False, repr=False)
+    held: tuple[AdapterVersion, ...] = field(default=(), init=False, repr=False)
     mix: LoadedMix = field(default=(), init=False, repr=False)
     sampler: Sampler = field(init=False, repr=False)
     detokenizer: Detokenizer = field(init=False, repr=False)
@@ -148,11 +148,11 @@ class Sequence:
         tops = tuple(self.tops[tokens:])
         return Reply(self.text[letters:], fresh, logprobs, self.digests, self.finish, tops, self.reused)
 
-    def begin(self, loaded: list[Loaded]) -> None:
+    def begin(self, loaded: list[LoadedAdapter]) -> None:
         """Take its adapters, which are in memory. Raises `UnsupportedError` for a mix of what cannot be mixed."""
         weights = [*self.adapters.values()]
         for one in loaded:
-            if not one.is_sum and weights != [1.0]:
+            if not one.placed.is_sum and weights != [1.0]:
                 raise UnsupportedError(
                     "only sums of low-rank terms can be weighted and mixed", where=one.name, got=one.method
                 )

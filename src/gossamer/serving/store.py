@@ -1,79 +1,84 @@
-"""Adapters for the engine: known by name, read by another thread when first asked for, kept while there is room.
+"""Adapters by name: read when first asked for, kept while there is room, and the value that a name began with.
 
-In memory an adapter is what `kernels.routed` wants of it at each of the decoder's sites. A request holds the version of
-a name that it began with: replacing the name gives later requests the new one and leaves the others as they are.
+An adapter is made ready for what uses it by an `AdapterTarget`: a decoder whose rows each have one, or a model that it
+stands on. A request holds the version of a name that it began with: giving the name another meaning is for later
+requests and leaves the others as they are.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from gossamer.adapter import Adapter
 from gossamer.attachment import base_fingerprint
-from gossamer.attachment.frozen import Frozen
-from gossamer.attachment.kinds import shape_of
-from gossamer.attachment.layers import stored_layers
-from gossamer.attachment.walk import differing
-from gossamer.errors import (
-    AdapterFileError,
-    BaseMismatchError,
-    GossamerError,
-    NonFiniteError,
-    UnsupportedError,
-    UsageError,
-    nearest,
-)
+from gossamer.errors import AdapterFileError, GossamerError, UsageError, nearest
 from gossamer.files.places import glance
-from gossamer.kernels.routing import LinearChange, Stack
-from gossamer.methods import TargetedMethod
-from gossamer.running.steps import Decoder
+from gossamer.kernels.routing import Stack
 from gossamer.serving.chat_format import PLAIN, ChatFormat, ChatFormats
+from gossamer.serving.folder import check_base
 from gossamer.serving.originals import Original, Originals
 
-Source = Adapter | Path | Callable[[], Adapter]
+AdapterSource = Adapter | Path | Callable[[], Adapter]
 
 
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """An adapter in memory.
+class Placed(NamedTuple):
+    """What a target made of an adapter.
 
     Attributes:
         stacks: number of the decoder's site -> what it makes of the maps there; absent where it has nothing.
-        number: no other adapter's, nor another version's.
         is_sum: whether it only adds low-rank terms, so that it can have a weight and be mixed with others.
-        rank: the largest of its ranks; 0 without factors.
+        rank: the largest of its ranks; 0 without factors. size: bytes in memory.
+    """
+
+    stacks: Mapping[int, Stack] = {}
+    is_sum: bool = False
+    rank: int = 0
+    size: int = 0
+
+
+class AdapterTarget(Protocol):
+    """What adapters are made ready for."""
+
+    def place(self, name: str, number: int, adapter: Adapter) -> Placed:
+        """Make an adapter ready, under a number that no other has. Raises what it cannot be used for."""
+        ...
+
+    def remove(self, number: int) -> None:
+        """Take away what `place` made."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """An adapter in memory.
+
+    Attributes:
+        number: no other adapter's, nor another version's.
         chat_format: how its chats are written.
         original: its files as they were when it was first read, if it came from any.
     """
 
     name: str
-    source: Source
+    source: AdapterSource
+    number: int
     digest: str
     method: str
-    stacks: Mapping[int, Stack]
-    is_sum: bool
-    rank: int
-    size: int
+    placed: Placed
     chat_format: ChatFormat = PLAIN
     original: Original | None = field(default=None, repr=False)
-    number: int = field(default_factory=itertools.count().__next__)
-
-    @property
-    def facts(self) -> Loaded:
-        """What is known of it, without its tensors."""
-        return replace(self, stacks={})
 
 
 @dataclass(eq=False)
-class Version:
+class AdapterVersion:
     """What a name means until it is given another meaning.
 
     Attributes:
@@ -83,44 +88,48 @@ class Version:
     """
 
     name: str
-    source: Source
-    future: Future[Loaded] | None = None
+    source: AdapterSource
+    future: Future[LoadedAdapter] | None = None
     holders: int = 0
     requests: int = 0
     loads: int = 0
-    last: Loaded | None = field(default=None, repr=False)
+    last: LoadedAdapter | None = field(default=None, repr=False)
     fault: GossamerError | None = field(default=None, repr=False)
     chat_format: ChatFormat | None = None
 
     @property
-    def loaded(self) -> Loaded | None:
+    def loaded(self) -> LoadedAdapter | None:
         """The adapter, if it is in memory."""
         done = self.future is not None and self.future.done() and not self.future.exception()
         return self.future.result() if done and self.future else None
 
+    def learn(self, loaded: LoadedAdapter) -> None:
+        """Note what is known of the adapter, without its tensors."""
+        self.last, self.fault = replace(loaded, placed=loaded.placed._replace(stacks={})), None
 
-class Store:
+
+class AdapterStore:
     """Names and what they mean.
 
     Args:
-        model, decoder: what adapters are for.
+        model: the base that adapters are for. tokenizer: its own, which adapters' own are held against.
+        target: what they are made ready for.
         memory: bytes of adapters that may be in memory. What running requests use is kept beyond it, but nothing more
             is read then.
-        tokenizer: the base's, which adapters' own are held against.
 
     Attributes:
+        reader: the thread that reads adapters beside an engine.
         unfit: names that are not known, as what they stand for cannot be used, and why.
     """
 
-    def __init__(self, model: nn.Module, decoder: Decoder, memory: int = 2**30, tokenizer: Any = None) -> None:
-        self.model, self.decoder, self.memory = model, decoder, memory
-        self.places = {path: (site, place) for site, one in enumerate(decoder.sites)
-                       for place, path in enumerate(one.paths)}  # fmt: skip
-        self.versions: dict[str, Version] = {}
-        self.resident: dict[Version, None] = {}  # in memory or being read, what was asked for longest ago first
+    def __init__(self, model: nn.Module, tokenizer: Any, target: AdapterTarget, memory: float = 2**30) -> None:
+        self.target, self.memory = target, memory
+        self.versions: dict[str, AdapterVersion] = {}
+        self.resident: dict[AdapterVersion, None] = {}  # in memory or being read, what was asked for longest ago first
         self.fingerprint = base_fingerprint(model)
         self.unfit: dict[str, GossamerError] = {}
         self.chat_formats, self.originals = ChatFormats(tokenizer), Originals()
+        self.numbers = itertools.count()
         self.reader = _reader()
 
     # Names -----------------------------------------------------------------------------------------------------
@@ -143,20 +152,20 @@ class Store:
         if version.last:
             return version.last.chat_format
         if version.chat_format is None:
-            version.chat_format = self.chat_formats.of(version.source) if isinstance(version.source, Path) else PLAIN
+            version.chat_format = self._chat_format(version.source)
         return version.chat_format
 
     def describe(self, name: str) -> dict[str, Any]:
         """What is known of an adapter: digest, rank, method and size only once it was read."""
         version = self._known(name)
-        last = version.loaded or version.last
         state = "disk" if version.loaded is None else "in use" if version.holders else "memory"
-        about = {"digest": last.digest, "rank": last.rank, "method": last.method, "size": last.size} if last else {}
-        empty = {"digest": None, "rank": None, "method": None, "size": None}
-        counts = {"state": state, "requests": version.requests, "loads": version.loads}
-        return {"name": name} | empty | about | counts
+        about: dict[str, Any] = {"digest": None, "rank": None, "method": None, "size": None}
+        if last := version.last or version.loaded:
+            placed = last.placed
+            about = {"digest": last.digest, "rank": placed.rank, "method": last.method, "size": placed.size}
+        return {"name": name} | about | {"state": state, "requests": version.requests, "loads": version.loads}
 
-    def register(self, name: str, source: Source) -> None:
+    def register(self, name: str, source: AdapterSource) -> None:
         """Make a name known, or mean something else from now on; a value is made ready at once, a folder when used.
 
         Raises: what making it ready raises; the name then means what it meant before.
@@ -164,57 +173,60 @@ class Store:
         if isinstance(source, Adapter):
             self.put(self.prepare(name, source))
         else:
-            self._mean(Version(name, source))
+            self._mean(AdapterVersion(name, source))
 
     def offer(self, name: str, folder: Path) -> None:
         """Make a folder's name known if it can be used, as far as is seen without its tensors, else `unfit`."""
         try:
-            made_for = glance(folder)
-            if made_for and (other := differing(made_for, self.fingerprint)):
-                raise _of_another(name, other)
+            check_base(name, glance(folder), self.fingerprint)
         except GossamerError as error:
             self.unfit[name] = error
         else:
             self.register(name, folder)
 
-    def prepare(self, name: str, source: Source, known: Loaded | None = None) -> Loaded:
-        """Read and check an adapter for a name; changes nothing. `reader` is the thread to do it beside an engine.
+    def prepare(self, name: str, source: AdapterSource, known: LoadedAdapter | None = None) -> LoadedAdapter:
+        """Read and check an adapter for a name; changes no name. `reader` is the thread to do it beside an engine.
 
         Args:
             known: what the name has meant since it was first read, and goes on to mean.
 
         Raises: AdapterFileError, also where the files are not those of `known` any more; BaseMismatchError;
-            TargetError; UnsupportedError for what rows cannot have each their own of; NonFiniteError.
+            TargetError; UnsupportedError for what the target cannot use; NonFiniteError.
         """
         if known:
-            return self._ready(name, source, _again(name, source, known), known.chat_format, known.original)
-        original = self.originals.of(source) if isinstance(source, Path) else None
+            return self._placed(name, source, _again(name, source, known), known.chat_format, known.original)
+        may_be_evicted = math.isfinite(self.memory)
+        original = self.originals.of(source) if isinstance(source, Path) and may_be_evicted else None
         try:
-            chat_format = self.chat_formats.of(source) if isinstance(source, Path) else PLAIN
-            return self._ready(name, source, _read(source), chat_format, original)
+            chat_format = self._chat_format(source)
+            return self._placed(name, source, _read(source), chat_format, original)
         except BaseException:
             self.originals.forget(original)
             raise
 
-    def _ready(
-        self, name: str, source: Source, adapter: Adapter, chat_format: ChatFormat, original: Original | None
-    ) -> Loaded:
-        """An adapter as rows of a batch want it."""
-        if adapter.base and (other := differing(adapter.base, self.fingerprint)):
-            raise _of_another(name, other)
-        shares = self._shares(name, adapter)
-        stacks = {site: self._stack(site, found) for site, found in shares.items()}
-        ranks = [pair.rank for stack in stacks.values() for pair in stack.pairs]
-        is_sum = not any(stack.rest for stack in stacks.values())
-        size = sum(stack.nbytes for stack in stacks.values())
-        about = (adapter.digest, adapter.spec.name, stacks, is_sum, max(ranks, default=0), size)
-        return Loaded(name, source, *about, chat_format, original)
+    def _placed(
+        self,
+        name: str,
+        source: AdapterSource,
+        adapter: Adapter,
+        chat_format: ChatFormat,
+        original: Original | None,
+    ) -> LoadedAdapter:
+        check_base(name, adapter.base, self.fingerprint)
+        number = next(self.numbers)
+        placed = self.target.place(name, number, adapter)
+        return LoadedAdapter(name, source, number, adapter.digest, adapter.spec.name, placed, chat_format, original)
 
-    def put(self, loaded: Loaded) -> None:
+    def _chat_format(self, source: AdapterSource) -> ChatFormat:
+        return self.chat_formats.of(source) if isinstance(source, Path) else PLAIN
+
+    def put(self, loaded: LoadedAdapter) -> None:
         """Let the adapter's name mean it from now on."""
-        future: Future[Loaded] = Future()
+        future: Future[LoadedAdapter] = Future()
         future.set_result(loaded)
-        self._mean(Version(loaded.name, loaded.source, future, loads=1, last=loaded.facts))
+        version = AdapterVersion(loaded.name, loaded.source, future, loads=1)
+        version.learn(loaded)
+        self._mean(version)
 
     def unregister(self, name: str) -> None:
         """Forget a name; requests that use the adapter go on. Raises `UsageError` for one that is not known."""
@@ -228,7 +240,7 @@ class Store:
         self.reader.shutdown(cancel_futures=True)
         self.originals.close()
 
-    def _mean(self, version: Version) -> None:
+    def _mean(self, version: AdapterVersion) -> None:
         if version.name in self.versions:
             self.unregister(version.name)
         self.versions[version.name] = version
@@ -237,11 +249,11 @@ class Store:
             self.resident[version] = None
         self._make_room()
 
-    def _forget(self, version: Version) -> None:
-        self.resident.pop(version, None)
+    def _forget(self, version: AdapterVersion) -> None:
+        self._evict(version)
         self.originals.forget(version.last.original if version.last else None)
 
-    def _known(self, name: str) -> Version:
+    def _known(self, name: str) -> AdapterVersion:
         if name not in self.versions:
             if name in self.unfit:
                 raise self.unfit[name]
@@ -251,9 +263,9 @@ class Store:
 
     # Use -------------------------------------------------------------------------------------------------------
 
-    def hold(self, names: Sequence[str]) -> list[Version]:
+    def hold(self, names: Iterable[str]) -> tuple[AdapterVersion, ...]:
         """What the names mean now, until it is let go. Raises `UsageError` for an unknown one."""
-        found = [self._known(name) for name in names]
+        found = tuple(self._known(name) for name in names)
         for version in found:
             version.holders += 1
             version.requests += 1
@@ -261,7 +273,7 @@ class Store:
                 self.resident[version] = self.resident.pop(version)  # to the end
         return found
 
-    def let_go(self, held: Sequence[Version]) -> None:
+    def let_go(self, held: Iterable[AdapterVersion]) -> None:
         """End the use of what `hold` gave."""
         for version in held:
             version.holders -= 1
@@ -269,7 +281,7 @@ class Store:
                 self._forget(version)  # replaced meanwhile
         self._make_room()
 
-    def ready(self, held: Sequence[Version], at_once: bool = False) -> bool:
+    def ready(self, held: Iterable[AdapterVersion], at_once: bool = False) -> bool:
         """Whether all are in memory, or failed to get there; else they are being read if there is room (or at once)."""
         for version in held:
             if version.future is None and (self._make_room() or at_once):
@@ -278,7 +290,7 @@ class Store:
                 self.resident[version] = None
         return all(version.future is not None and version.future.done() for version in held)
 
-    def take(self, version: Version) -> Loaded:
+    def take(self, version: AdapterVersion) -> LoadedAdapter:
         """The adapter of a version that is ready; raises what reading it raised, and lets it be read again."""
         assert version.future is not None
         try:
@@ -288,7 +300,7 @@ class Store:
             version.future = None
             self.resident.pop(version, None)
             raise
-        version.last, version.fault = found.facts, None
+        version.learn(found)
         return found
 
     def wait(self, seconds: float) -> None:
@@ -299,70 +311,34 @@ class Store:
     @property
     def bytes(self) -> int:
         """Of the adapters in memory."""
-        return sum(one.loaded.size for one in self.resident if one.loaded)
+        return sum(one.loaded.placed.size for one in self.resident if one.loaded)
 
     def _make_room(self) -> bool:
-        """Forget what was asked for longest ago and nobody holds; whether there is room for one more."""
+        """Evict what was asked for longest ago and nobody holds; whether there is room for one more."""
         total = self.bytes
         for version in [*self.resident]:
             if total <= self.memory:
                 break
             if version.loaded and not version.holders:
-                total -= version.loaded.size
-                version.future = None
-                del self.resident[version]
+                total -= version.loaded.placed.size
+                self._evict(version)
         return total < self.memory or not any(one.loaded and one.holders for one in self.resident)
 
-    # Reading ---------------------------------------------------------------------------------------------------
-
-    def _shares(self, name: str, adapter: Adapter) -> dict[int, dict[int, LinearChange]]:
-        """Site -> place among its maps -> the adapter's share."""
-        if not isinstance(adapter.spec, TargetedMethod):
-            raise UnsupportedError("no row of a batch can have its own", where=name, got=adapter.spec.name)
-        _, layers = stored_layers(self.model, adapter)
-        found: dict[int, dict[int, LinearChange]] = {}
-        for path, (shape, layer) in layers.items():
-            site, place = self.places.get(path, (-1, 0))
-            module = self.decoder.sites[site].modules[place]
-            share = layer.linear_change(Frozen(shape, module)) if site >= 0 else None
-            if share is None or (share.given is not None and len(self.decoder.sites[site].paths) > 1):
-                raise UnsupportedError(
-                    "an adapter has something that rows of a batch cannot each have their own of",
-                    where=f"{name}: {path}",
-                    got=f"{adapter.spec.name} at {shape.class_name}",
-                    hint="merge it, or serve it as the base",
-                )
-            if not all(bool(part.isfinite().all()) for part in share.tensors()):
-                raise NonFiniteError("an adapter holds NaN or infinity", where=f"{name}: {path}")
-            found.setdefault(site, {})[place] = share
-        return found
-
-    def _stack(self, site: int, shares: Mapping[int, LinearChange]) -> Stack:
-        maps = [
-            Frozen(shape_of(path, module), module).shape for path, module in zip(*self.decoder.sites[site], strict=True)
-        ]
-        like = self.decoder.like.new_zeros(0, maps[0].in_features)
-        return Stack.of([shares.get(place) for place in range(len(maps))], [one.out_features for one in maps], like)
+    def _evict(self, version: AdapterVersion) -> None:
+        if version.loaded:
+            self.target.remove(version.loaded.number)
+        version.future = None
+        self.resident.pop(version, None)
 
 
-def _of_another(name: str, parts: Sequence[str]) -> BaseMismatchError:
-    return BaseMismatchError(f"this adapter was made for another base ({', '.join(parts)} differ)", where=name)
-
-
-def _read(source: Source) -> Adapter:
+def _read(source: AdapterSource) -> Adapter:
     if isinstance(source, Adapter):
         return source
     return Adapter.load(source) if isinstance(source, Path) else source()
 
 
-def _again(name: str, source: Source, known: Loaded) -> Adapter:
+def _again(name: str, source: AdapterSource, known: LoadedAdapter) -> Adapter:
     """The value that was known, from where it came or from the files that lay there then."""
-    fault = AdapterFileError(
-        "the adapter's files were changed since it was first read",
-        where=name,
-        expected=known.digest,
-        hint="load it again, in place",
-    )
     for read in (lambda: _read(source), *([known.original.read] if known.original else [])):
         try:
             found = read()
@@ -370,7 +346,12 @@ def _again(name: str, source: Source, known: Loaded) -> Adapter:
             continue
         if found.digest == known.digest:
             return found
-    raise fault
+    raise AdapterFileError(
+        "the adapter's files were changed since it was first read",
+        where=name,
+        expected=known.digest,
+        hint="load it again, in place",
+    )
 
 
 def _reader() -> ThreadPoolExecutor:

@@ -19,7 +19,7 @@ from gossamer.adapter import Adapter
 from gossamer.errors import GossamerError, UnsupportedError, UsageError
 from gossamer.methods import LoRA
 from gossamer.serving.chat_format import ChatFormats, chat_files
-from gossamer.serving.folder import Folder, Found
+from gossamer.serving.folder import Folder, FolderContents
 from gossamer.serving.names import check_names
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -30,7 +30,7 @@ ENVIRONMENT = "GOSSAMER_VLLM"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Compatibility:
     """Whether vLLM takes an adapter.
 
     Attributes:
@@ -58,7 +58,7 @@ class Launch:
         return " \\\n  ".join([*settings, shlex.join(self.arguments[:3]), *_pairs(self.arguments[3:])])
 
 
-def check(path: Path, name: str = "", tokenizer: Any = None) -> Verdict:
+def check(path: Path, name: str = "", tokenizer: Any = None) -> Compatibility:
     """What vLLM 0.32 says of an adapter folder, known by its own name where no other is given.
 
     Args:
@@ -68,11 +68,25 @@ def check(path: Path, name: str = "", tokenizer: Any = None) -> Verdict:
     try:
         adapter = Adapter.load(path)
     except GossamerError as error:
-        return Verdict(name, path, f"it cannot be read: {error.what}", "see `gossamer doctor` and the error's page")
+        reason, remedy = f"it cannot be read: {error.what}", "see `gossamer doctor` and the error's page"
+        return Compatibility(name, path, reason, remedy)
+    rank = max((held["lora_B"].shape[1] for held in adapter.tensors.values() if "lora_B" in held), default=0)
+    remedy = f"gossamer merge {path} --base ... --output DIR, and serve DIR as a base of its own"
+    reason = _of_the_method(adapter)
+    if not reason and rank > RANKS[-1]:
+        reason = f"its rank is {rank:,}, and vLLM takes {RANKS[-1]} at most"
+        remedy = f"gossamer resize {path} --rank {RANKS[-1]} --output DIR"
+    if reason := reason or _own_chats(path, tokenizer):
+        return Compatibility(name, path, reason, remedy)
+    modules = tuple(sorted({one.rpartition(".")[2] for one, held in adapter.tensors.items() if "lora_A" in held}))
+    return Compatibility(name, path, rank=rank, modules=modules)
+
+
+def _of_the_method(adapter: Adapter) -> str:
+    """What of its method vLLM does not take; "" where it takes it."""
     spec = adapter.spec
-    merge = f"gossamer merge {path} --base ... --output DIR, and serve DIR as a base of its own"
     if type(spec) is not LoRA:
-        return Verdict(name, path, f"vLLM knows LoRA, and this is {spec.name}", merge)
+        return f"vLLM knows LoRA, and this is {spec.name}"
     faults = {
         "trained biases": spec.bias != "none",
         f"a start that changes the base ({spec.start})": spec.start not in ("gaussian", "kaiming"),
@@ -80,19 +94,10 @@ def check(path: Path, name: str = "", tokenizer: Any = None) -> Verdict:
         "factors on stacked parameters": bool(spec.target_parameters),
         "whole modules that are no head": any(one not in HEADS for one in spec.modules_to_save),
     }
-    if reasons := [reason for reason, there in faults.items() if there]:
-        return Verdict(name, path, f"vLLM takes no {', '.join(reasons)}", merge)
-    slots = {slot for held in adapter.tensors.values() for slot in held}
-    if slots - {"lora_A", "lora_B", "weight", "bias"}:
-        return Verdict(name, path, f"vLLM takes no {', '.join(sorted(slots - {'lora_A', 'lora_B'}))}", merge)
-    rank = max((held["lora_B"].shape[1] for held in adapter.tensors.values() if "lora_B" in held), default=0)
-    if rank > RANKS[-1]:
-        remedy = f"gossamer resize {path} --rank {RANKS[-1]} --output DIR"
-        return Verdict(name, path, f"its rank is {rank:,}, and vLLM takes {RANKS[-1]} at most", remedy)
-    if reason := _own_chats(path, tokenizer):
-        return Verdict(name, path, reason, merge)
-    modules = tuple(sorted({one.rpartition(".")[2] for one, held in adapter.tensors.items() if "lora_A" in held}))
-    return Verdict(name, path, rank=rank, modules=modules)
+    slots = {slot for held in adapter.tensors.values() for slot in held} - {"lora_A", "lora_B"}
+    found = [reason for reason, there in faults.items() if there]
+    found = found or (sorted(slots) if slots - {"weight", "bias"} else [])
+    return f"vLLM takes no {', '.join(found)}" if found else ""
 
 
 def _own_chats(path: Path, tokenizer: Any) -> str:
@@ -109,7 +114,7 @@ def _own_chats(path: Path, tokenizer: Any) -> str:
 
 def command(
     base: Path,
-    verdicts: Sequence[Verdict],
+    verdicts: Sequence[Compatibility],
     *,
     name: str = "base",
     host: str = "127.0.0.1",
@@ -165,11 +170,11 @@ def serve(
     from gossamer.serving.api.server import check_host
 
     check_host(host, "VLLM_API_KEY" in os.environ)
-    named = Folder(adapters).found() if adapters else Found({}, {})
+    named = Folder(adapters).found() if adapters else FolderContents({}, {})
     place = locate(base)
     tokenizer = _tokenizer(place) if any(map(chat_files, named.adapters.values())) else None
     verdicts = [check(path, called, tokenizer) for called, path in named.adapters.items()]
-    verdicts += [Verdict(called, Path(), error.what, error.hint) for called, error in named.refused.items()]
+    verdicts += [Compatibility(called, Path(), error.what, error.hint) for called, error in named.refused.items()]
     check_names(name, named.adapters)
     for one in verdicts:
         say(f"{one.name}: {'taken' if not one.reason else one.reason}")
