@@ -101,6 +101,8 @@ def serving(shape: str, rounds: int) -> list[Row]:
     """Another adapter in every row, beside the base alone, PEFT's mixed batches, and steps that are not recorded."""
     rows = []
     model, tokenizer = load_base("tiny", shape if CUDA else None, DTYPE)
+    rows_left = range(len(tokenizer), model.config.vocab_size)  # an engine looks at the logits of tokens alone
+    tokenizer.add_tokens([f"<{number}>" for number in rows_left])
     held = [*model.parameters(), *model.buffers()]
     for targets, modules in TARGETS.items():
         bare = copy.deepcopy(model, {id(one): one for one in held})  # the same weights

@@ -123,7 +123,7 @@ def _settled_ends(folder: Path) -> frozenset[int]:
 def tokenizer_for(folder: Path, model: Any, tokenizer: Any) -> Any:
     """The tokenizer for a model on which one adapter stands: the base's, with what the adapter's folder says of chats.
 
-    What ends the adapter's answers is told to the model.
+    The model's generation config gets what ends the adapter's answers.
 
     Raises as `ChatFormats.of`: an adapter that was trained on other tokens has no use for the base's.
     """

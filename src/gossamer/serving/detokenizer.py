@@ -21,7 +21,7 @@ class Detokenizer:
 
         text = decode(tokens without special ones), up to the first stop text
 
-    Stop texts are looked for where special tokens stand by their own text, which is not told: `</s>` may be one.
+    Stop texts are looked for where special tokens stand by their own text, which is not part of the text: `</s>` may be one.
 
     Only a window of the last tokens is decoded when one comes, so that the work for each does not grow. Tokens that
     stand for single bytes wait for one that does not: a vocabulary like sentencepiece's decodes a run of bytes as a
@@ -40,11 +40,9 @@ class Detokenizer:
         self.tokenizer, self.stop = tokenizer, (stop,) if isinstance(stop, str) else tuple(stop)
         self.special = special_of(tokenizer)
         self.window: list[int] = []
-        self.told = 0
-        """Characters of the decoded window that were passed on."""
+        self.passed = 0  # characters of the decoded window that were passed on
         self.text = self.held = ""
-        self.silent: list[tuple[int, int]] = []
-        """Where in what is held the texts of special tokens stand."""
+        self.silent: list[tuple[int, int]] = []  # where in what is held the texts of special tokens stand
         self.stopped = False
 
     def add(self, token: int) -> str:
@@ -52,7 +50,7 @@ class Detokenizer:
         if self.stopped:
             return ""
         if token in self.special:
-            return self._passed(self.special[token]) if self.stop else ""
+            return self._add_special(self.special[token]) if self.stop else ""
         self.window.append(token)
         piece = self.tokenizer.convert_ids_to_tokens(token)
         if isinstance(piece, str) and BYTE.fullmatch(piece):
@@ -63,9 +61,9 @@ class Detokenizer:
         """No token follows; gives the rest."""
         if self.stopped:
             return ""
-        rest = self._take(self._decoded(self.window)[self.told :])
+        rest = self._take(self._decoded(self.window)[self.passed :])
         held = self._shown(len(self.held))
-        self.held, self.silent, self.window, self.told = "", [], [], 0
+        self.held, self.silent, self.window, self.passed = "", [], [], 0
         self.text += held
         return rest + held
 
@@ -73,12 +71,12 @@ class Detokenizer:
         """What of the window became certain."""
         text = self._decoded(self.window)
         certain = _certain(text)
-        fresh, self.told = text[self.told : certain], max(self.told, certain)
+        fresh, self.passed = text[self.passed : certain], max(self.passed, certain)
         if len(self.window) > _LONG:
             self._slide()
         return fresh
 
-    def _passed(self, name: str) -> str:
+    def _add_special(self, name: str) -> str:
         """A special token: what stands before it, and its text for the stop texts alone."""
         before = self._take(self._fresh() if self.window else "")
         if self.stopped:
@@ -91,7 +89,7 @@ class Detokenizer:
         kept = self.window[-_KEPT:]
         certain = _certain(self._decoded(kept))
         if certain >= _SURE:
-            self.window, self.told = kept, certain
+            self.window, self.passed = kept, certain
 
     def _decoded(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

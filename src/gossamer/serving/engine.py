@@ -1,6 +1,6 @@
-"""One base, any number of adapters, another one in every row: schedule, run, settle, until nobody waits.
+"""One base, any number of adapters, another one in every row: schedule, run, settle, until none waits.
 
-schedule   who takes part in the next step, and with how many tokens (`scheduler`, which knows no tensors)
+schedule   which sequences take part in the next step, with how many tokens (`scheduler`, which knows no tensors)
 run        all of them through the model at once; each row with its own adapters (`models.steps`, `kernels.routed`)
 settle     draw a token for each that came to its end, finish those that are done, free their rows
 """
@@ -108,7 +108,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether anybody runs or waits."""
+        """Whether a sequence runs or waits."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def submit(self, sequence: Sequence) -> Sequence:
@@ -186,7 +186,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> int:
-        """Bring everybody on by one step. Gives the tokens that went through the model; 0 when nobody could go on."""
+        """Bring every sequence on by one step. Gives the tokens that went through the model; 0 when none could go on."""
         self._admit()
         running = self.scheduler.running
         planned = self.scheduler.plan()
@@ -206,7 +206,7 @@ class Engine:
         return len(tokens)
 
     def _admit(self) -> None:
-        """Let in whom there is room for, and let those go on who waited for another to read what they begin with."""
+        """Let in those there is room for, and let those go on that were paused while another read what they begin with."""
         scheduler = self.scheduler
 
         def ready(sequence: Sequence) -> bool:

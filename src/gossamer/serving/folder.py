@@ -45,7 +45,7 @@ class Folder:
     def found(self, base: Mapping[str, Any] | None = None) -> FolderContents:
         """Every name and where its adapter lies, sorted: subfolders by their own names, but for what was kept.
 
-        What cannot be used is told in the log, each with its reason, as is a folder that holds nothing to serve. No
+        What cannot be used is noted in the log, each with its reason, as is a folder that holds nothing to serve. No
         tensor is read for it.
 
         Args:

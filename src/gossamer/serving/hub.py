@@ -39,11 +39,11 @@ class Hub:
         self.most, self.seconds = most, seconds
 
     def allows(self, name: str) -> bool:
-        """Whether this is an id that may be fetched. Asks nobody."""
+        """Whether this is an id that may be fetched; needs no network."""
         return is_id(name) and any(one.fullmatch(name) for one in self.patterns)
 
     def fetch(self, name: str) -> Fetched | None:
-        """Resolve an id and fetch its files, at that commit; None where the hub has no such id, or tells us so.
+        """Resolve an id and fetch its files, at that commit; None where the hub says that it has no such id.
 
         Raises: UsageError for an id that is not allowed; as `gossamer.files.hub.fetch`.
         """

@@ -41,7 +41,7 @@ class Sampling:
         seed: of this request's own random numbers, which no other request draws from; None for a fresh one.
         stop: texts that end it, or one; they are not part of the answer. The text of a special token is one too.
         ignore_eos: go on after the end-of-sequence token.
-        top_logprobs: so many of the likeliest tokens are told in the place of each.
+        top_logprobs: so many of the likeliest tokens are given in the place of each.
         schema: a JSON schema that the answer will satisfy, or "json" for any object.
 
     Raises: UsageError for a value that is out of range.

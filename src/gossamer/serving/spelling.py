@@ -47,10 +47,10 @@ class Spelling:
         label, listed = self._label(token), [self._label(one) for one in others]
         if label.raw is None:
             return replace(label, offset=self.letters), listed
-        told = replace(label, text=self.bytes.decode(label.raw), offset=self.letters)
-        self.letters += len(told.text)
+        spelled = replace(label, text=self.bytes.decode(label.raw), offset=self.letters)
+        self.letters += len(spelled.text)
         self.before = token
-        return told, listed
+        return spelled, listed
 
     def end(self, last: Spelled) -> None:
         """No token follows: an unfinished character stands with the last one."""

@@ -205,12 +205,7 @@ class AdapterStore:
             raise
 
     def _placed(
-        self,
-        name: str,
-        source: AdapterSource,
-        adapter: Adapter,
-        chat_format: ChatFormat,
-        original: Original | None,
+        self, name: str, source: AdapterSource, adapter: Adapter, chat_format: ChatFormat, original: Original | None
     ) -> LoadedAdapter:
         check_base(name, adapter.base, self.fingerprint)
         number = next(self.numbers)

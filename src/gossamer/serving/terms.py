@@ -83,7 +83,7 @@ class BatchTerms:
         self.known: list[tuple[Routing[Mix], Laid]] = []
 
     def look(self, mixes: Sequence[LoadedMix], parts: Sequence[ChunkRows]) -> bool:
-        """Lay out the mixes of a step's pieces for its parts; False if nobody has an adapter."""
+        """Lay out the mixes of a step's chunks for its parts; False if none has an adapter."""
         before, self.known = self.known, []
         for number, part in enumerate(parts):
             rows = [(mixes[piece], count) for piece, count in part]
@@ -98,8 +98,8 @@ class BatchTerms:
 
     def fixed(self) -> Hashable | None:
         """Where the slots are that this step's rows look up; None if adapters are laid out for this step alone."""
-        laid = {(part, site): one for part, (routing, each) in enumerate(self.known) if routing.rows
-                for site, one in each.items()}  # fmt: skip
+        filled = [(part, each) for part, (routing, each) in enumerate(self.known) if routing.rows]
+        laid = {(part, site): one for part, each in filled for site, one in each.items()}
         if any(one.rest is not None or one.way not in ("slotted", "none") for one in laid.values()):
             return None
         return frozenset((*place, one.slots) for place, one in laid.items() if one.slots is not None)
