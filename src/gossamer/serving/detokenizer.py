@@ -21,7 +21,7 @@ class Detokenizer:
 
         text = decode(tokens without special ones), up to the first stop text
 
-    Stop texts are looked for where special tokens stand by their own text, which is not part of the text: `</s>` may be one.
+    Stop texts are looked for where special tokens stand by their own text, which is left out: `</s>` may be one.
 
     Only a window of the last tokens is decoded when one comes, so that the work for each does not grow. Tokens that
     stand for single bytes wait for one that does not: a vocabulary like sentencepiece's decodes a run of bytes as a

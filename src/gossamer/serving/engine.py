@@ -186,7 +186,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> int:
-        """Bring every sequence on by one step. Gives the tokens that went through the model; 0 when none could go on."""
+        """Bring every sequence on by a step. Gives the tokens that went through the model; 0 when none could go on."""
         self._admit()
         running = self.scheduler.running
         planned = self.scheduler.plan()
@@ -206,7 +206,7 @@ class Engine:
         return len(tokens)
 
     def _admit(self) -> None:
-        """Let in those there is room for, and let those go on that were paused while another read what they begin with."""
+        """Let in what there is room for, and let those go on that paused while another read what they begin with."""
         scheduler = self.scheduler
 
         def ready(sequence: Sequence) -> bool:

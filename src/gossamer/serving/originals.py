@@ -46,12 +46,6 @@ class Original:
                     shutil.copyfileobj(self.weights, file)
             return Adapter.load(place)
 
-    def close(self) -> None:
-        """Keep the weights no more."""
-        weights, self.weights = self.weights, None
-        if weights:
-            weights.close()
-
 
 class Originals:
     """Those of an engine's adapters, the newest `MOST`."""
@@ -63,18 +57,15 @@ class Originals:
         """Keep a folder's files from now on."""
         found = Original(folder)
         self.kept.append(found)
-        while len(self.kept) > MOST:
-            self.kept.pop(0).close()
+        for one in self.kept[:-MOST]:
+            self.forget(one)
         return found
 
-    def forget(self, one: Original | None) -> None:
-        """Nobody will ask for these any more."""
-        if one in self.kept:
-            self.kept.remove(one)
-            one.close()
-
-    def close(self) -> None:
-        """Keep none."""
-        for one in self.kept:
-            one.close()
-        self.kept.clear()
+    def forget(self, *originals: Original | None) -> None:
+        """Keep these no more."""
+        for one in originals:
+            if one in self.kept:
+                self.kept.remove(one)
+                if one.weights:
+                    one.weights.close()
+                one.weights = None

@@ -233,7 +233,7 @@ class AdapterStore:
     def close(self) -> None:
         """Read nothing more."""
         self.reader.shutdown(cancel_futures=True)
-        self.originals.close()
+        self.originals.forget(*self.originals.kept)
 
     def _mean(self, version: AdapterVersion) -> None:
         if version.name in self.versions:
