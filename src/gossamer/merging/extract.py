@@ -31,7 +31,7 @@ MATRICES = ("linear", "conv1d", "conv")
 """Kinds of module whose weight a pair of factors can change."""
 _TEMPORARY = "as-lora"
 
-Model = nn.Module | str | Path
+ModelSource = nn.Module | str | Path
 
 
 class Difference(NamedTuple):
@@ -44,8 +44,8 @@ class Difference(NamedTuple):
 
 
 def extract(
-    base: Model,
-    tuned: Model,
+    base: ModelSource,
+    tuned: ModelSource,
     *,
     r: int | None = None,
     energy: float | None = None,
@@ -138,7 +138,7 @@ def _check(r: int | None, energy: float | None) -> None:
         raise UsageError("a rank of at least 1, or an energy in (0, 1]", got=f"r={r}, energy={energy}")
 
 
-def _opened(model: Model) -> tuple[nn.Module, Callable[..., None]]:
+def _opened(model: ModelSource) -> tuple[nn.Module, Callable[..., None]]:
     """A model, and what gives memory of its parameters back."""
     if isinstance(model, nn.Module):
         return model, lambda *names: None

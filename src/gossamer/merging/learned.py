@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gossamer.adapter import Adapter
 from gossamer.errors import DataError, NonFiniteError, StateError, UnsupportedError, UsageError, nearest
 from gossamer.linalg import LowRankPair
-from gossamer.merging.combining.changes import Changes
+from gossamer.merging.combining.pairs import AdapterPairs
 from gossamer.progress import Progress, Silent
 
 
@@ -82,11 +82,11 @@ def learned_weights(
 
 def _known(model: nn.Module, adapter: Adapter) -> dict[str, LowRankPair]:
     """The factors of an adapter by module."""
-    source = Changes(adapter, None)
+    source = AdapterPairs(adapter, None)
     return {place: _usable(model, source, place) for place in source.places}
 
 
-def _usable(model: nn.Module, source: Changes, place: str) -> LowRankPair:
+def _usable(model: nn.Module, source: AdapterPairs, place: str) -> LowRankPair:
     """The factors at a module, if they are those of a linear one."""
     names = dict(model.named_modules())
     if place not in names:

@@ -11,13 +11,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from gossamer.adapter import Adapter, about_the_base
 from gossamer.errors import StateError, TargetError, UsageError
 from gossamer.linalg import LowRankPair
-from gossamer.merging.combining.changes import BaseWeights, Changes
-from gossamer.merging.combining.module import Change, Matrix, Way, chosen_way
+from gossamer.merging.combining.module import Matrix, Result, Way, chosen_way
+from gossamer.merging.combining.pairs import AdapterPairs, BaseWeights
 from gossamer.methods.lora import unit_scaled
 from gossamer.methods.pairs import StoredPair, slots_of
 from gossamer.methods.targeted import matches_end
@@ -44,7 +43,7 @@ def combine(
     "linear", "knots", "iso_c" and "iso_cts" never form it, the others form it in float32.
 
     Args:
-        adapters: LoRA of any ranks, targets and scalings; with `base`, of any method that merges (DoRA, VeRA, IA3).
+        adapters: LoRA of any ranks, targets and scalings; with `base`, of any method that merges (DoRA, IA3).
         weights: a number for each adapter, or patterns; every pattern must match, and every module have a weight.
             None: 1 / n each.
         method: exact, svd, linear, ties, dare, dare_ties, magnitude_prune, knots, iso_c or iso_cts.
@@ -69,7 +68,7 @@ def combine(
     _check_rank(r, method)
     if len(adapters) == 1 and weights == [1] and r is None and method in ("exact", "svd"):
         return adapters[0]
-    sources = [Changes(adapter, base) for adapter in adapters]
+    sources = [AdapterPairs(adapter, base) for adapter in adapters]
     if r is None and any(source.full for source in sources):
         raise UsageError("a method that needs the base changes it in all directions", expected='a rank, or r="full"')
     places = sorted({place for source in sources for place in source.places})
@@ -109,26 +108,20 @@ def _combined(
     results: list[LowRankPair] = []
     apart = whole = 0.0
     for index in range(first.pair.shape[0]):
-        changes = []
-        for weight, stored in parts:
-            pair = stored.pair[index].folded().to(device, wide)
-            changes.append(Change(weight, pair.lora_A, pair.lora_B, stored.pair.scaling))
-        matrix = Matrix(place, tuple(changes), generator)
+        pairs = [stored.pair[index].to(device, wide) for _, stored in parts]
+        matrix = Matrix(place, pairs, [weight for weight, _ in parts], generator)
         combined = _factors(way(matrix, **options), matrix, r, seed)
-        exact = LowRankPair(*matrix.stacked())
+        exact = matrix.sum()
         difference = LowRankPair.concatenated([combined, exact.scaled(-1.0)]).norm()
         apart, whole = math.hypot(apart, difference), math.hypot(whole, exact.norm())
         results.append(combined)
     return replace(first, pair=LowRankPair.stacked(results)), (apart, whole)
 
 
-def _factors(
-    result: Tensor | tuple[Tensor, Tensor], matrix: Matrix, r: int | Literal["full"] | None, seed: int
-) -> LowRankPair:
-    """What a way gave, at the rank that was asked for."""
-    if isinstance(result, tuple):
-        pair = LowRankPair(*result)
-        return pair.resized(r, seed) if isinstance(r, int) and r < pair.rank else pair
+def _factors(result: Result, matrix: Matrix, r: int | Literal["full"] | None, seed: int) -> LowRankPair:
+    """The combined change at the wanted rank."""
+    if isinstance(result, LowRankPair):
+        return result.resized(r, seed) if isinstance(r, int) and r < result.rank else result
     return LowRankPair.nearest(result, min(result.shape) if r == "full" else r or matrix.rank, seed)
 
 

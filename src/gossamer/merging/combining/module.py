@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,52 +11,47 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UsageError, nearest
-
-
-@dataclass(frozen=True)
-class Change:
-    """What one adapter does to the matrix: `outer @ inner`, and how much of it is wanted."""
-
-    weight: float
-    inner: Tensor
-    """(r, in), at least float32."""
-    outer: Tensor
-    """(out, r), the adapter's own scaling in it."""
-    scaling: float = 1.0
-    """That scaling."""
-
-    def dense(self) -> Tensor:
-        """`B A`, (out, in), unweighted."""
-        return self.outer @ self.inner
+from gossamer.linalg import LowRankPair
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The changes of one matrix by all adapters that have one there, in their order."""
+    """What is combined: the changes of one matrix by all adapters that have one there, in their order.
+
+    Attributes:
+        path: of the matrix.
+        pairs: each adapter's, in one dtype of at least float32.
+        weights: how much of each is wanted.
+        generator: seeded from `seed` and the path, so that the order of modules does not matter.
+    """
 
     path: str
-    changes: tuple[Change, ...]
+    pairs: Sequence[LowRankPair]
+    weights: Sequence[float]
     generator: torch.Generator
-    """Seeded from `seed` and the path, so that the order of modules does not matter."""
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(out, in)."""
-        return self.changes[0].outer.shape[0], self.changes[0].inner.shape[1]
+        return self.pairs[0].shape
 
     @property
     def rank(self) -> int:
         """Rank of the exact sum: that of all changes together, as far as the matrix has it."""
-        return min(sum(change.inner.shape[0] for change in self.changes), *self.shape)
+        return min(sum(pair.rank for pair in self.pairs), *self.shape)
 
-    def stacked(self) -> tuple[Tensor, Tensor]:
-        """The weighted sum as one pair: A's over each other, `weight * B`'s side by side."""
-        inner = torch.cat([change.inner for change in self.changes])
-        return inner, torch.cat([change.weight * change.outer for change in self.changes], 1)
+    def deltas(self) -> Iterator[tuple[float, Tensor]]:
+        """Each adapter's weight and whole change, (out, in), one at a time."""
+        return ((weight, pair.delta()) for weight, pair in zip(self.weights, self.pairs, strict=True))
+
+    def sum(self) -> LowRankPair:
+        """The weighted sum: factors side by side."""
+        scaled = [pair.scaled(weight) for weight, pair in zip(self.weights, self.pairs, strict=True)]
+        return LowRankPair.concatenated(scaled)
 
 
-Result = Tensor | tuple[Tensor, Tensor]
-"""The combined change: whole (out, in), or as A (r, in) and B (out, r)."""
+Result = Tensor | LowRankPair
+"""The combined change: whole (out, in), or a pair."""
 Way = Callable[..., Result]
 """A way of combining: `way(matrix, **options)`."""
 

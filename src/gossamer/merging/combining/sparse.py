@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -24,7 +25,7 @@ def ties(matrix: Matrix, *, density: float = 0.2) -> Result:
     Source: Yadav et al. 2023, arXiv:2306.01708, algorithm 1.
     """
     share(density, "density")
-    return agreeing((change.weight, largest(change.dense(), density)) for change in matrix.changes)
+    return agreeing((weight, largest(delta, density)) for weight, delta in matrix.deltas())
 
 
 @way("dare")
@@ -34,10 +35,7 @@ def dare(matrix: Matrix, *, density: float = 0.2) -> Result:
     Source: Yu et al. 2023, arXiv:2311.03099, equations 3 to 5; `density` is its 1 - p.
     """
     share(density, "density")
-    total = matrix.changes[0].inner.new_zeros(matrix.shape)
-    for change in matrix.changes:
-        total.add_(_dropped(change.dense(), density, matrix.generator), alpha=change.weight)
-    return total
+    return _total((weight, _dropped(delta, density, matrix.generator)) for weight, delta in matrix.deltas())
 
 
 @way("dare_ties")
@@ -47,7 +45,7 @@ def dare_ties(matrix: Matrix, *, density: float = 0.2) -> Result:
     Source: Yu et al. 2023, arXiv:2311.03099, section 4.3, with Yadav et al. 2023, arXiv:2306.01708.
     """
     share(density, "density")
-    return agreeing((change.weight, _dropped(change.dense(), density, matrix.generator)) for change in matrix.changes)
+    return agreeing((weight, _dropped(delta, density, matrix.generator)) for weight, delta in matrix.deltas())
 
 
 @way("magnitude_prune")
@@ -57,10 +55,7 @@ def magnitude_prune(matrix: Matrix, *, density: float = 0.2) -> Result:
     Source: Yadav et al. 2023, arXiv:2306.01708, algorithm 1, step 1.
     """
     share(density, "density")
-    total = matrix.changes[0].inner.new_zeros(matrix.shape)
-    for change in matrix.changes:
-        total.add_(largest(change.dense(), density), alpha=change.weight)
-    return total
+    return _total((weight, largest(delta, density)) for weight, delta in matrix.deltas())
 
 
 def largest(change: Tensor, density: float) -> Tensor:
@@ -96,4 +91,9 @@ def merged_as(name: str, parts: Iterable[tuple[float, Tensor]], density: float) 
         return agreeing((weight, largest(part, density)) for weight, part in parts)
     if name != "sum":
         raise UsageError("directions are merged by ties or sum", got=repr(name), expected="ties, sum")
-    return torch.stack([weight * part for weight, part in parts]).sum(0)
+    return _total(parts)
+
+
+def _total(parts: Iterable[tuple[float, Tensor]]) -> Tensor:
+    """The weighted sum, one part in memory at a time."""
+    return functools.reduce(lambda total, part: total.add_(part), (weight * part for weight, part in parts))

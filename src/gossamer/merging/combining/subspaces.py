@@ -23,18 +23,19 @@ def knots(matrix: Matrix, *, density: float = 0.2, inside: str = "ties", scaled:
     Source: Stoica et al. 2024, arXiv:2410.19735, section 4.
     """
     share(density, "density")
-    inners = [torch.linalg.qr(change.inner.T) for change in matrix.changes]  # A_k^T = Q_k R_k
-    outer = torch.cat([change.outer for change in matrix.changes], 1)
+    pairs = [pair.folded() for pair in matrix.pairs]
+    inners = [torch.linalg.qr(pair.lora_A.T) for pair in pairs]  # A_k^T = Q_k R_k
+    outer = torch.cat([pair.lora_B for pair in pairs], 1)
     left, values, turned = LowRankPair(torch.block_diag(*(core.T for _, core in inners)), outer).svd()
     keep = _rank(values, matrix.shape)
     sizes = [basis.shape[1] for basis, _ in inners]
     left, values = left[:, :keep], values[:keep]
     turned = values[:, None] * turned[:keep] if scaled else turned[:keep]
     directions = [
-        (change.weight, part @ basis.T)  # V_k^T, (rank, in)
-        for change, part, (basis, _) in zip(matrix.changes, turned.split(sizes, 1), inners, strict=True)
+        (weight, part @ basis.T)  # V_k^T, (rank, in)
+        for weight, part, (basis, _) in zip(matrix.weights, turned.split(sizes, 1), inners, strict=True)
     ]
-    return merged_as(inside, directions, density), left if scaled else left * values
+    return LowRankPair(merged_as(inside, directions, density), left if scaled else left * values)
 
 
 @way("iso_c")
@@ -47,8 +48,8 @@ def iso_c(matrix: Matrix) -> Result:
 
     Source: Marczak et al. 2025, arXiv:2502.04959, algorithm 1.
     """
-    left, values, right = _decomposed(*matrix.stacked(), matrix.shape)
-    return right, left * values.mean() if len(values) else left
+    left, values, right = _decomposed(matrix.sum())
+    return LowRankPair(right, left * values.mean() if len(values) else left)
 
 
 @way("iso_cts")
@@ -62,19 +63,19 @@ def iso_cts(matrix: Matrix, *, common: float = 0.8) -> Result:
     Source: Marczak et al. 2025, arXiv:2502.04959, algorithm 2.
     """
     share(common, "common")
-    left, values, right = _decomposed(*matrix.stacked(), matrix.shape)
-    own = int((len(values) - round(common * len(values))) / len(matrix.changes))
-    keep = len(values) - own * len(matrix.changes)
+    left, values, right = _decomposed(matrix.sum())
+    own = int((len(values) - round(common * len(values))) / len(matrix.pairs))
+    keep = len(values) - own * len(matrix.pairs)
     parts = [(left[:, :keep], values[:keep], right[:keep])]
-    for change in matrix.changes if own else ():
-        outer = change.weight * change.outer
+    for weight, pair in zip(matrix.weights, matrix.pairs, strict=True) if own else ():
+        outer = pair.scaled(weight).folded().lora_B
         rest = outer - left[:, :keep] @ (left[:, :keep].T @ outer)
-        first, size, second = LowRankPair(change.inner, rest).svd()
+        first, size, second = LowRankPair(pair.lora_A, rest).svd()
         parts.append((first[:, :own], size[:own], second[:own]))
     spectrum = torch.cat([values for _, values, _ in parts])
     outer = _orthonormal(torch.cat([one for one, _, _ in parts], 1))
     inner = _orthonormal(torch.cat([one.T for _, _, one in parts], 1)).T
-    return inner, outer * spectrum.mean() if len(spectrum) else outer
+    return LowRankPair(inner, outer * spectrum.mean() if len(spectrum) else outer)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
@@ -83,13 +84,13 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return left @ right
 
 
-def _decomposed(inner: Tensor, outer: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def _decomposed(pair: LowRankPair) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of `B A` without the directions that rounding alone gave it."""
-    left, values, right = LowRankPair(inner, outer).svd()
-    keep = _rank(values, shape)
+    left, values, right = pair.svd()
+    keep = _rank(values, pair.shape)
     return left[:, :keep], values[:keep], right[:keep]
 
 
-def _rank(values: Tensor, shape: tuple[int, int]) -> int:
+def _rank(values: Tensor, shape: tuple[int, ...]) -> int:
     """How many singular values are more than rounding; numpy's rule."""
     return int((values > values[:1] * max(shape) * torch.finfo(values.dtype).eps).sum())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gossamer.errors import UnsupportedError
+from gossamer.linalg import LowRankPair
 from gossamer.merging.combining.module import Matrix, Result, way
 
 
@@ -17,7 +20,7 @@ def exact(matrix: Matrix) -> Result:
 
     Source: task arithmetic, Ilharco et al. 2022, arXiv:2212.04089, section 2.
     """
-    return matrix.stacked()
+    return matrix.sum()
 
 
 @way("linear")
@@ -30,13 +33,12 @@ def linear(matrix: Matrix) -> Result:
     adapters must have one rank; whether a scaling is in B or shared between both, as in PEFT, changes the cross terms,
     so it is shared here as there.
     """
-    ranks = {change.inner.shape[0] for change in matrix.changes}
+    ranks = {pair.rank for pair in matrix.pairs}
     if len(ranks) > 1:
         raise UnsupportedError(
             "A and B can be summed apart at one rank only", where=matrix.path, got=f"ranks {sorted(ranks)}"
         )
-    roots = [abs(change.weight * change.scaling) ** 0.5 for change in matrix.changes]
-    signs = [1.0 if change.weight * change.scaling >= 0 else -1.0 for change in matrix.changes]
-    inner = [sign * root * change.inner for sign, root, change in zip(signs, roots, matrix.changes, strict=True)]
-    outer = [root / (change.scaling or 1.0) * change.outer for root, change in zip(roots, matrix.changes, strict=True)]
-    return torch.stack(inner).sum(0), torch.stack(outer).sum(0)
+    wanted = [(weight * pair.scaling, pair) for weight, pair in zip(matrix.weights, matrix.pairs, strict=True)]
+    inner = [math.copysign(abs(weight) ** 0.5, weight) * pair.lora_A for weight, pair in wanted]
+    outer = [abs(weight) ** 0.5 * pair.lora_B for weight, pair in wanted]
+    return LowRankPair(torch.stack(inner).sum(0), torch.stack(outer).sum(0))

@@ -17,7 +17,7 @@ from gossamer.methods.pairs import StoredPair, pairs_of
 BaseWeights = Mapping[str, Tensor] | nn.Module
 
 
-class Changes:
+class AdapterPairs:
     """The pairs of one adapter: all known at once where it holds factors, made one at a time where a base is needed.
 
     Args:
