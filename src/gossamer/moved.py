@@ -15,6 +15,8 @@ from typing import Any, cast
 
 MOVED = {
     "drawing": "pages.charts",
+    "files.foreign.changes": "files.foreign.factors",
+    "merging.combining.changes": "merging.combining.pairs",
     "models.blocks": "running.blocks",
     "models.cached": "running.cached",
     "models.catalog": "catalog.catalog",
@@ -50,6 +52,8 @@ MOVED = {
 """Earlier name -> name, both without `gossamer.`."""
 
 RENAMED: dict[str, dict[str, str]] = {
+    "files.foreign.changes": {"Change": "Factors", "changes_of": "factors_of"},
+    "merging.combining.changes": {"Changes": "AdapterPairs"},
     "serving.guidance": {"Guide": "Grammar"},
     "serving.request": {"Request": "Sequence"},
     "serving.text": {"Writer": "Detokenizer"},

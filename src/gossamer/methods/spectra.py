@@ -2,8 +2,8 @@
 
     delta = scaling * (B A - B0 A0)        LoRA with any start; (out, in), never formed
 
-Of other methods the change depends on the base's own weight (DoRA, IA3, a cut of shared projections, parameters that are
-trained whole) or is none of a weight (bottlenecks, virtual tokens): of these nothing is said, rather than what B A
+Of other methods the change depends on the base's own weight (DoRA, IA3, a cut of shared projections, parameters that
+are trained whole) or is none of a weight (bottlenecks, virtual tokens): of these nothing is said, rather than what B A
 would be.
 """
 
