@@ -12,7 +12,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 from starlette.testclient import TestClient
 
 from gossamer.serving.api import requests
-from gossamer.serving.api.fields import (
+from gossamer.serving.api.requests import (
     UNSUPPORTED,
     RequestBody,
     UnsupportedOfChats,
@@ -87,7 +87,7 @@ ASKING: dict[str, list[Any]] = {
 @pytest.mark.parametrize("model", PARAMETERS)
 def test_every_field_of_openais_has_its_place(model: type[RequestBody]) -> None:
     theirs = {name for one in PARAMETERS[model] for name in typing.get_type_hints(one)}
-    assert theirs - {*model.model_fields} == set(), "put it among what is honoured, or into fields.py"
+    assert theirs - {*model.model_fields} == set(), "put it among what is honoured, or among the unsupported"
 
 
 def test_what_is_idle_is_all_there() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from gossamer import __version__
 from gossamer.errors import GossamerError
 from gossamer.serving.api.backends import CompletionBackend
 from gossamer.serving.api.faults import ClientGone, Refusal, refusal
-from gossamer.serving.api.fields import why_unsupported
 from gossamer.serving.api.keys import Keyring
 from gossamer.serving.api.limits import Gate, HttpLimits
 from gossamer.serving.api.metrics import Metrics
@@ -88,9 +86,8 @@ def create_app(
     app = FastAPI(title="Gossamer", version=__version__, docs_url=None, redoc_url=None, lifespan=life, responses=ERRORS)
     app.include_router(router)
     app.add_middleware(Gate, keyring=ring, limits=limits, count=metrics.answered)
-    handlers = {GossamerError: _known, Refusal: _known, RequestValidationError: _invalid, HTTPException: _plain}
-    for kind, handler in (handlers | {ClientGone: _gone}).items():
-        app.add_exception_handler(kind, handler)
+    for kind in (GossamerError, Refusal, ClientGone, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _failed)
     return app
 
 
@@ -105,38 +102,13 @@ async def _loaded(service: Service) -> None:
         check_names(service.completions.name, worker.names, vectors.name, vectors.names)
 
 
-async def _known(_: HttpRequest, error: Exception) -> Response:
-    return refusal(error).response()
-
-
-async def _gone(request: HttpRequest, _: Exception) -> Response:
-    """Nobody hears it; the metrics count it."""
-    request.app.state.service.metrics.cancelled.inc()
-    return Response(status_code=499)
-
-
-async def _invalid(request: HttpRequest, error: Exception) -> Response:
-    """The first fault of a body: which field, and what is wrong with it; not what was in it."""
-    assert isinstance(error, RequestValidationError)
+async def _failed(request: HttpRequest, error: Exception) -> Response:
+    """The answer to a request that raised."""
+    if isinstance(error, ClientGone):
+        request.app.state.service.metrics.cancelled.inc()
+        return Response(status_code=499)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
+    if isinstance(error, RequestValidationError) and kind != "application/json" and not kind.endswith("+json"):
         message = "Bodies are JSON: send the header Content-Type: application/json."
-        return Refusal(415, message, "unsupported_media_type").response()
-    faults = error.errors()
-    # of the members of a union the one that was followed furthest says what is meant
-    first = max((one for one in faults if one["loc"][:2] == faults[0]["loc"][:2]), key=lambda one: len(one["loc"]))
-    # what pydantic calls the members of a union is no part of the field's name
-    parts = [str(part) for part in first["loc"][1:] if isinstance(part, int) or re.fullmatch(r"\w{1,64}", part)]
-    place = ".".join(parts)[:256]
-    message = "This field is not known." if first["type"] == "extra_forbidden" else first["msg"]
-    if why := why_unsupported(place):
-        message = f"This is not supported: {why}."
-    return Refusal(400, f"{place or 'body'}: {message}"[:512], "invalid_request", param=place or None).response()
-
-
-async def _plain(_: HttpRequest, error: Exception) -> Response:
-    """FastAPI's own: no such route, a method that a route has not, a body that is no JSON."""
-    assert isinstance(error, HTTPException)
-    words = {404: "There is no such route.", 405: "This route has other methods.", 400: "The body is not JSON."}
-    status = error.status_code
-    return Refusal(status, words.get(status, "This cannot be answered."), f"http_{status}").response()
+        error = Refusal(415, message, "unsupported_media_type")
+    return refusal(error).response()

@@ -22,20 +22,16 @@ from gossamer.serving.chat_format import ChatFormat, common_format
 from gossamer.serving.engine import Engine
 from gossamer.serving.folder import Folder
 from gossamer.serving.hub import Hub
-from gossamer.serving.vocabulary import encoded
 
 Value = TypeVar("Value")
 
 
 class Backend(ABC):
-    """A base and its adapters.
-
-    Attributes:
-        name: of the base, for clients.
-    """
+    """A base and its adapters; `name` is what clients call the base."""
 
     def __init__(self, name: str) -> None:
         self.name, self.created = name, int(time.time())
+        self.thread = ThreadPoolExecutor(1, "texts")  # neither a tokenizer nor an embedder is for several at a time
 
     @property
     @abstractmethod
@@ -67,6 +63,10 @@ class Backend(ABC):
     def close(self) -> None:
         """Begin nothing more."""
 
+    async def aside(self, function: Callable[..., Value], *arguments: Any) -> Value:
+        """What a function gives in the base's own thread for texts."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
+
     def fault_of(self, name: str) -> GossamerError | None:
         """Why what a name stands for could not be used, if so."""
         return None
@@ -87,7 +87,7 @@ class Backend(ABC):
         return found
 
     def resolve(self, tenant: Tenant, model: str, mix: Sequence[WeightedAdapter] | None = None) -> dict[str, float]:
-        """The same, if all are known. An unknown one and one of another tenant are told alike. Raises `Refusal`."""
+        """The same, if all are known. An unknown one and one of another tenant are the same `Refusal`."""
         found = self.wanted(model, mix)
         for name in found:
             if not tenant.may(name) or name not in self.names:
@@ -125,7 +125,6 @@ class CompletionBackend(Backend):
         self.worker, self.shelf, self.other = worker, shelf, other
         self.fetching = Fetching(hub, worker) if hub else None
         self.forgotten: set[str] = set()  # names that were unloaded, whatever their subfolders hold
-        self.texts = ThreadPoolExecutor(1, "texts")  # a tokenizer is not for several threads at a time
 
     @property
     def folder(self) -> Folder | None:
@@ -144,11 +143,9 @@ class CompletionBackend(Backend):
         return self.worker.engine and self.worker.engine.store.fault_of(name)
 
     async def register(self, name: str, folder: Path) -> str:
-        store = self.engine.store
-        loaded = await asyncio.wrap_future(store.reader.submit(store.prepare, name, folder))
-        await self.worker.call(lambda engine: engine.store.put(loaded), renames=True)
+        digest = await self.worker.register(name, folder)
         self.forgotten.discard(name)
-        return loaded.digest
+        return digest
 
     async def unregister(self, name: str) -> None:
         await self.worker.call(lambda engine: engine.store.unregister(name), renames=True)
@@ -181,10 +178,7 @@ class CompletionBackend(Backend):
         return self.card(name, about["digest"], gossamer=state)
 
     async def discover(self, tenant: Tenant, model: str, mix: Sequence[WeightedAdapter] | None = None) -> None:
-        """Make known what a request asks for that came after the start: subfolders, or ids of the hub.
-
-        Raises: Refusal.
-        """
+        """Make known what a request asks for that came later: subfolders, or ids of the hub. Raises `Refusal`."""
         wanted = self.wanted(model, mix).keys()
         for name in sorted(wanted - set(self.names)):
             if tenant.may(name) and name not in self.forgotten and not (self.other and self.other.knows(name)):
@@ -205,26 +199,16 @@ class CompletionBackend(Backend):
             await self.worker.call(offer, renames=True)
 
     def close(self) -> None:
-        self.texts.shutdown(wait=False)
+        self.thread.shutdown(wait=False)
         if self.fetching:
             self.fetching.close()
 
     # Texts -----------------------------------------------------------------------------------------------------
 
-    @property
-    def tokenizer(self) -> Any:
-        """The engine's."""
-        return self.engine.tokenizer
-
     async def encode(self, text: str, special: bool = True, *, bounded: bool = True) -> tuple[int, ...]:
-        """Token ids of a text, with what the tokenizer puts around texts if `special`.
-
-        Raises: Refusal for one that is `bounded` and far over the context.
-        """
-        tokenizer, context = self.tokenizer, self.context
-        if bounded:
-            return await self._aside(lambda: within(tokenizer, text, special, context))
-        return await self._aside(lambda: encoded(tokenizer, text, special))
+        """Token ids of a text, with what the tokenizer puts around texts if `special`. Raises as `within`."""
+        tokenizer, context = self.engine.tokenizer, self.context if bounded else None
+        return await self.aside(within, tokenizer, text, special, context)
 
     async def encode_chat(
         self, messages: Sequence[ChatMessage], how: TemplateOptions, adapters: Iterable[str], *, bounded: bool = True
@@ -233,8 +217,8 @@ class CompletionBackend(Backend):
 
         Raises: UsageError; Refusal.
         """
-        tokenizer = self.tokenizer
-        text = await self._aside(lambda: rendered(tokenizer, messages, how, self._chat_format(adapters)))
+        tokenizer = self.engine.tokenizer
+        text = await self.aside(lambda: rendered(tokenizer, messages, how, self._chat_format(adapters)))
         return await self.encode(text, False, bounded=bounded)
 
     def _chat_format(self, adapters: Iterable[str]) -> ChatFormat:
@@ -249,14 +233,11 @@ class CompletionBackend(Backend):
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids. Raises `UsageError` for what is none."""
-        tokenizer = self.tokenizer
+        tokenizer = self.engine.tokenizer
         if tokens and max(tokens) >= len(tokenizer):
             expected = f"below {len(tokenizer):,}"
             raise UsageError("no such token", where="tokens", got=str(max(tokens)), expected=expected)
-        return await self._aside(lambda: tokenizer.decode(tokens))
-
-    async def _aside(self, function: Callable[[], Value]) -> Value:
-        return await asyncio.get_running_loop().run_in_executor(self.texts, function)
+        return await self.aside(tokenizer.decode, tokens)
 
     @property
     def context(self) -> int:

@@ -13,6 +13,7 @@ from gossamer.serving.api.responses import (
     AdapterUses,
     ChatCompletion,
     ChatCompletionChunk,
+    CompletionUsage,
     ResponseBody,
     TextCompletion,
     TextCompletionChunk,
@@ -43,7 +44,7 @@ class ResponseBuilder(ABC):
     """Builds the responses to one request.
 
     Args:
-        model: as the client named it. scales: adapter -> weight that it asked for.
+        model: as the client named it. scales: adapter -> weight of the request.
         tokenizer: for the texts of tokens. logprobs: whether their logarithms are wanted.
     """
 
@@ -71,7 +72,7 @@ class ResponseBuilder(ABC):
     def logarithms(self, places: Places) -> dict[str, Any]:
         """The logarithms of a choice's tokens."""
 
-    def whole(self, replies: Iterable[Reply], usage: Mapping[str, Any], digests: Mapping[str, str]) -> ResponseBody:
+    def whole(self, replies: Iterable[Reply], usage: CompletionUsage, digests: Mapping[str, str]) -> ResponseBody:
         """The response in one piece."""
         choices = [self._choice(index, one, one.finish, whole=True) for index, one in enumerate(replies)]
         return self.completion(choices=choices, usage=usage, gossamer=adapter_uses(self.scales, digests))
@@ -87,7 +88,7 @@ class ResponseBuilder(ABC):
         if new.finish:
             yield self.chunk(choices=[self._choice(index, Reply(), new.finish)], **usage, **uses)
 
-    def last(self, usage: Mapping[str, Any], digests: Mapping[str, str]) -> ResponseBody:
+    def last(self, usage: CompletionUsage, digests: Mapping[str, str]) -> ResponseBody:
         """The chunk that tells the usage, after all others."""
         return self.chunk(choices=[], usage=usage, gossamer=adapter_uses(self.scales, digests))
 

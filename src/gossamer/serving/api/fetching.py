@@ -1,4 +1,4 @@
-"""Adapters of the hub that are asked for by their id: fetched once, then known like all others."""
+"""Adapters that requests name by their id on the hub: fetched once, then known like all others."""
 
 from __future__ import annotations
 
@@ -17,19 +17,11 @@ MEMORY = 60.0
 
 
 class Fetching:
-    """Brings adapters from the hub into an engine's store.
-
-    Args:
-        hub: what may be fetched, and how.
-        worker: has the engine.
-
-    Attributes:
-        revisions: name -> the commit that it stands for.
-    """
+    """Brings adapters from the hub into an engine's store; `revisions` are the commits that their names stand for."""
 
     def __init__(self, hub: Hub, worker: Worker) -> None:
         self.hub, self.worker = hub, worker
-        self.threads = ThreadPoolExecutor(2, "hub")  # not the store's: nobody else waits for the network
+        self.threads = ThreadPoolExecutor(2, "hub")  # not the store's: other adapters do not wait for the network
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.revisions: dict[str, str] = {}
 
@@ -38,7 +30,7 @@ class Fetching:
         self.threads.shutdown(wait=False, cancel_futures=True)
 
     async def fetch(self, name: str) -> None:
-        """Until an allowed id is known to the store; goes on when whoever asked leaves. Raises `Refusal`."""
+        """Make an allowed id known to the store, and go on if the client leaves. Raises `Refusal`."""
         if name not in self.tasks:
             if len(self.tasks) >= WAITING:
                 raise Refusal(429, "Too many adapters are being fetched.", "queue_full", after=5)
@@ -49,16 +41,14 @@ class Fetching:
     async def _fetch(self, name: str) -> None:
         try:
             found = await asyncio.get_running_loop().run_in_executor(self.threads, self.hub.fetch, name)
-            if found is None or self.worker.engine is None:
+            if found is None:
                 raise missing(name)
-            store = self.worker.engine.store
-            loaded = await asyncio.wrap_future(store.reader.submit(store.prepare, name, found.folder))
+            await self.worker.register(name, found.folder)
         except DownloadError:
             raise Refusal(503, "The hub does not answer.", "hub_unreachable", after=int(MEMORY)) from None
         except (ArtefactError, NonFiniteError, UsageError) as error:
             raise unusable(name, error) from None
         self.revisions[name] = found.revision
-        await self.worker.call(lambda engine: engine.store.put(loaded), renames=True)
 
     def _forget(self, name: str, done: asyncio.Task[None]) -> None:
         failed = not done.cancelled() and done.exception()

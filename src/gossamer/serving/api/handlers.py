@@ -20,16 +20,17 @@ from starlette.types import Receive, Scope, Send
 from gossamer.errors import NonFiniteError
 from gossamer.serving.api.builders import ChatBuilder, ResponseBuilder, TextBuilder, adapter_header, adapter_uses
 from gossamer.serving.api.faults import Refusal, refusal, unusable
-from gossamer.serving.api.fields import RequestBody
-from gossamer.serving.api.keys import Tenant, Visit
+from gossamer.serving.api.keys import Tenant
 from gossamer.serving.api.requests import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
     GenerationRequest,
+    RequestBody,
     StreamOptions,
+    several,
 )
-from gossamer.serving.api.responses import EmbeddingList
+from gossamer.serving.api.responses import CompletionUsage, EmbeddingList
 from gossamer.serving.api.service import Service
 from gossamer.serving.api.worker import SequenceGroup
 from gossamer.serving.grammar import check_schema
@@ -41,8 +42,6 @@ GenerationBody = TypeVar("GenerationBody", bound=GenerationRequest)
 
 class RequestHandler(ABC, Generic[Body]):
     """One request that a model answers."""
-
-    visit: Visit
 
     def __init__(self, request: HttpRequest, body: Body) -> None:
         self.request, self.body = request, body
@@ -82,21 +81,20 @@ class GenerationHandler(RequestHandler[GenerationBody]):
     """A request for completions."""
 
     builder_type: ClassVar[type[ResponseBuilder]]
-
-    sequences: list[Sequence]
-    builder: ResponseBuilder
-    adapters: dict[str, float]
+    default_tokens: ClassVar[int | None] = None
+    """Of an answer where the request does not say how many; None for as many as the context has room for."""
 
     def __init__(self, request: HttpRequest, body: GenerationBody) -> None:
         super().__init__(request, body)
         self.base = self.service.completions
+        self.sequences: list[Sequence] = []
         self.group: SequenceGroup | None = None
         self.heard: dict[int, float] = {}  # sequence -> when something new of it came last
-        self.digests: Mapping[str, str] = {}
-        self.sampled = self.reused = 0
+        self.digests: dict[str, str] = {}
+        self.prompted = self.sampled = self.reused = 0
 
     @abstractmethod
-    async def encode(self) -> list[tuple[int, ...]]:
+    async def encode(self, adapters: Mapping[str, float]) -> list[tuple[int, ...]]:
         """Its prompts in tokens. Raises `Refusal`."""
 
     async def prepare(self) -> int:
@@ -104,45 +102,42 @@ class GenerationHandler(RequestHandler[GenerationBody]):
         self.service.check_ready()
         if base.wanted(body.model, body.lora).keys() - base.names:
             await self.service.until_gone(self.request, base.discover(self.tenant, body.model, body.lora))
-        self.adapters = base.resolve(self.tenant, body.model, body.lora)
-        prompts = await self.encode()
+        adapters = base.resolve(self.tenant, body.model, body.lora)
+        prompts = await self.encode(adapters)
         if body.response_format and (schema := body.response_format.schema_text):
-            await asyncio.to_thread(check_schema, schema)  # it may take a second, and the engine waits for nobody
-        room = base.room(max(map(len, prompts)))
-        if body.limit is not None and body.limit > room:
-            message = f"The context has {base.context:,} tokens; the prompt leaves {room:,}, not {body.limit:,}."
+            await asyncio.to_thread(check_schema, schema)  # it may take a second, which the engine does not wait for
+        room, said = base.room(max(map(len, prompts))), body.max_tokens
+        if said is not None and said > room:
+            message = f"The context has {base.context:,} tokens; the prompt leaves {room:,}, not {said:,}."
             raise Refusal(400, message, "context_length_exceeded", param="max_tokens")
-        most = body.limit or min(body.most_by_default or room, room)
-        self.sequences = [
-            Sequence(prompt, self.adapters, body.sampling(most, number), self.tenant.name)
-            for prompt in prompts
-            for number in range(body.n or 1)
-        ]
-        self.prompt_tokens = sum(map(len, prompts))
-        self.builder = self.builder_type(body.model, self.adapters, base.tokenizer, body.likeliest is not None)
+        most = said or min(self.default_tokens or room, room)
+        for prompt in prompts:
+            drawn = (body.sampling(most, number) for number in range(body.n or 1))
+            self.sequences += [Sequence(prompt, adapters, one, self.tenant.name) for one in drawn]
+        self.prompted = sum(map(len, prompts))
+        self.builder = self.builder_type(body.model, adapters, base.engine.tokenizer, body.likeliest is not None)
         return sum(len(one.prompt) + most for one in self.sequences)
 
     async def respond(self) -> Response:
-        self.began = time.monotonic()
-        news = self.news()
-        first = await self.service.until_gone(self.request, anext(news))  # then the adapters' digests are known
+        news = self._news()
         if self.body.stream:
+            first = await self.service.until_gone(self.request, anext(news))  # then the adapters' digests are known
             return EventStream(self, first, news, self.body.stream_options or StreamOptions())
         await self.service.until_gone(self.request, _exhaust(news))
         replies = [reply for one in self.sequences if (reply := one.reply)]
         return self.builder.whole(replies, self.usage, self.digests).response(headers=adapter_header(self.digests))
 
-    async def news(self) -> AsyncIterator[tuple[int, Reply]]:
+    async def _news(self) -> AsyncIterator[tuple[int, Reply]]:
         """Hand it to the engine; gives what comes: which sequence, and what is new of it."""
-        metrics = self.service.metrics
+        metrics, began = self.service.metrics, time.monotonic()
         self.group = await self.base.worker.submit(self.sequences)
-        metrics.count_sequences(self.adapters, len(self.sequences))
+        metrics.count_sequences(self.sequences[0].adapters, len(self.sequences))
         async for index, new in self.group:
             now = time.monotonic()
             if index not in self.heard:
-                self.digests = {**self.digests, **new.digests}
+                self.digests |= new.digests
                 self.reused += new.reused
-                metrics.first.observe(now - self.began)
+                metrics.first.observe(now - began)
                 metrics.reused.inc(new.reused)
             elif new.tokens:
                 metrics.between.observe((now - self.heard[index]) / len(new.tokens))
@@ -151,12 +146,12 @@ class GenerationHandler(RequestHandler[GenerationBody]):
             yield index, new
 
     @property
-    def usage(self) -> dict[str, Any]:
-        """Tokens so far, as OpenAI names them."""
+    def usage(self) -> CompletionUsage:
+        """Tokens so far."""
         return {
-            "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens": self.prompted,
             "completion_tokens": self.sampled,
-            "total_tokens": self.prompt_tokens + self.sampled,
+            "total_tokens": self.prompted + self.sampled,
             "prompt_tokens_details": {"cached_tokens": self.reused},
         }
 
@@ -169,7 +164,7 @@ class GenerationHandler(RequestHandler[GenerationBody]):
         return read + self.sampled
 
 
-async def _exhaust(news: AsyncIterator[Any]) -> None:
+async def _exhaust(news: AsyncIterator[object]) -> None:
     async for _ in news:
         pass
 
@@ -179,18 +174,18 @@ class ChatHandler(GenerationHandler[ChatRequest]):
 
     builder_type = ChatBuilder
 
-    async def encode(self) -> list[tuple[int, ...]]:
-        return [await self.base.encode_chat(self.body.messages, self.body, self.adapters)]
+    async def encode(self, adapters: Mapping[str, float]) -> list[tuple[int, ...]]:
+        return [await self.base.encode_chat(self.body.messages, self.body, adapters)]
 
 
 class CompletionHandler(GenerationHandler[CompletionRequest]):
     """/v1/completions"""
 
     builder_type = TextBuilder
+    default_tokens = 16
 
-    async def encode(self) -> list[tuple[int, ...]]:
-        special = self.body.add_special_tokens is not False
-        texts = self.body.prompts
+    async def encode(self, adapters: Mapping[str, float]) -> list[tuple[int, ...]]:
+        special, texts = self.body.add_special_tokens is not False, several(self.body.prompt)
         return [await self.base.encode(one, special) if isinstance(one, str) else tuple(one) for one in texts]
 
 
@@ -210,7 +205,7 @@ class EmbeddingHandler(RequestHandler[EmbeddingRequest]):
     async def respond(self) -> Response:
         body, adapter = self.body, next(iter(self.adapters), None)
         try:
-            work = self.base.embed(body.texts, adapter, body.dimensions)
+            work = self.base.embed(several(body.input), adapter, body.dimensions)
             found = await self.service.until_gone(self.request, work)
         except NonFiniteError as error:
             if adapter is None:
@@ -247,9 +242,7 @@ class EventStream(StreamingResponse):
         rest: AsyncIterator[tuple[int, Reply]],
         options: StreamOptions,
     ) -> None:
-        self.handler, self.first, self.rest = handler, first, rest
-        self.usage = bool(options.include_usage)
-        self.each = self.usage and bool(options.continuous_usage_stats)
+        self.handler, self.first, self.rest, self.options = handler, first, rest, options
         super().__init__(self._events(), media_type="text/event-stream", headers=adapter_header(handler.digests))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -270,12 +263,13 @@ class EventStream(StreamingResponse):
             yield self._chunks(*self.first)
             async for index, new in self.rest:
                 yield self._chunks(index, new)
-            if self.usage:
+            if self.options.include_usage:
                 yield handler.builder.last(handler.usage, handler.digests).event
             yield b"data: [DONE]\n\n"
         except Exception as error:  # the status is sent: what is left is to say it in the stream
             yield refusal(error).body.event
 
     def _chunks(self, index: int, new: Reply) -> bytes:
-        usage = {"usage": self.handler.usage if self.each else None} if self.usage else {}
-        return b"".join(one.event for one in self.handler.builder.chunks(index, new, **usage))
+        options, handler = self.options, self.handler
+        usage = {"usage": handler.usage if options.continuous_usage_stats else None} if options.include_usage else {}
+        return b"".join(one.event for one in handler.builder.chunks(index, new, **usage))

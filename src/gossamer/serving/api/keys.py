@@ -126,7 +126,7 @@ class Tenant:
 
 
 class Keyring:
-    """All keys, and who has them. Without keys, whoever can reach the server is its owner."""
+    """All keys, and who has them. Without keys, every client that can reach the server is its owner."""
 
     def __init__(self, keys: Sequence[Key] = (), clock: Callable[[], float] = time.monotonic) -> None:
         self.open = not keys

@@ -17,6 +17,7 @@ OPEN = frozenset({"/health", "/"})
 """Answered without a key: that the server lives, and the page, which is the same file for all."""
 
 STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
+LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 BRACKETS = re.compile(rb"[\[\]{}]")
 NUMBER = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 """What a client may call its request."""
@@ -57,52 +58,41 @@ class Gate:
         self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
             return
-        parts: list[bytes] = []
-        given, method = scope["path"], scope["method"]
-        path = re.sub("/+", "/", given).rstrip("/") or "/"
+        given, method, parts, route = scope["path"], scope["method"], list[bytes](), "(refused)"
         # HEAD asks for what GET answers, less the body, which the server leaves out by the scope that it keeps
-        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
-        answer = _Answer(send, _number(scope), method == "HEAD")
+        path, bare = re.sub("/+", "/", given).rstrip("/") or "/", method == "HEAD"
+        scope = {**scope, "path": path, "method": "GET" if bare else method}
+        answer = _Answer(send, _number(scope), bare)
         try:
-            route = await self._answer(scope, receive, answer, parts, given)
-            if answer.status:
-                self.count(route, answer.status)
-                log.info("request %s: %s %s %d", answer.number or "-", method, route, answer.status)
+            self._check(scope, given)
+            body, route = await self._read(receive, parts), "(none)"
+            await self.app(scope, _again(body, receive), answer)
+        except ClientGone:
+            return
+        except Exception as error:
+            said = error if isinstance(error, Refusal) else unexpected(error)
+            if answer.status == 0:
+                await said.response()(scope, receive, answer)
         finally:
             self.held -= sum(map(len, parts))
+        if answer.status:
+            route = getattr(scope.get("route"), "path", route)
+            self.count(route, answer.status)
+            log.info("request %s: %s %s %d", answer.number or "-", method, route, answer.status)
 
-    async def _answer(self, scope: Scope, receive: Receive, answer: _Answer, parts: list[bytes], given: str) -> str:
-        """Have the app answer; gives the route for the metrics and the log."""
-        try:
-            self._look(scope, given)
-            body = await self._read(receive, parts)
-        except Refusal as refused:
-            await refused.response()(scope, receive, answer)
-            return "(refused)"
-        except ClientGone:
-            return "(gone)"
-        try:
-            await self.app(scope, _again(body, receive), answer)
-        except Exception as error:  # a fault of ours: its text is for nobody
-            said = unexpected(error).response()
-            if answer.status == 0:
-                await said(scope, receive, answer)
-        return getattr(scope.get("route"), "path", "(none)")
-
-    def _look(self, scope: Scope, given: str) -> None:
+    def _check(self, scope: Scope, given: str) -> None:
         """Find the tenant, and check the headers. Raises `Refusal`."""
         if len(scope["headers"]) > self.limits.headers:
             raise Refusal(431, f"At most {self.limits.headers} headers.", "too_many_headers")
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if self.keyring.open and not _local(headers.get(b"host", "")):
-            # a page from elsewhere whose name was made to mean this machine
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        if self.keyring.open and not LOCAL.fullmatch(host):  # a page whose name was made to mean this machine
             raise Refusal(403, "Without keys, this server answers its own machine only.", "not_local")
-        origin = headers.get(b"origin")
-        if self.keyring.open and origin and origin.partition("://")[2] != headers.get(b"host", ""):
+        if self.keyring.open and origin and origin.partition("://")[2] != host:
             raise Refusal(403, "Pages of other origins may not use this server.", "foreign_origin")
         tenant = self.keyring.whose(headers.get(b"authorization", ""))
         if tenant is None and given not in OPEN:
@@ -124,10 +114,9 @@ class Gate:
                     if message["type"] == "http.disconnect":
                         raise ClientGone
                     parts.append(message.get("body", b""))
-                    size += len(parts[-1])
                     self.held += len(parts[-1])
                     more = message.get("more_body", False)
-                    if size > self.limits.body:
+                    if (size := size + len(parts[-1])) > self.limits.body:
                         raise Refusal(413, f"At most {self.limits.body:,} bytes.", "body_too_large")
                     if self.held > self.limits.bodies:
                         raise Refusal(429, "Too much is being sent at a time.", "server_full", after=1)
@@ -153,11 +142,6 @@ def _number(scope: Scope) -> str:
     """The client's own number of its request, if it has one that may stand in a log."""
     given = next((value for name, value in scope["headers"] if name.lower() == b"x-request-id"), b"")
     return given.decode() if NUMBER.fullmatch(given) else ""
-
-
-def _local(host: str) -> bool:
-    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
-    return name.lower() in ("localhost", "127.0.0.1", "[::1]")
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

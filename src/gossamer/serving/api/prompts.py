@@ -1,4 +1,4 @@
-"""From what was asked to the tokens of a prompt: as the chat template writes it, and no longer than the context."""
+"""From a request to the tokens of a prompt: as the chat template writes it, and no longer than the context."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def _check_variables(tokenizer: Any, template: Any, variables: Mapping[str, Any]
             raise UsageError("the chat template has no such variable", where="chat_template_kwargs", got=name[:64])
 
 
-def within(tokenizer: Any, text: str, special: bool, context: int) -> tuple[int, ...]:
-    """Token ids of a text; one far over the context is refused by its beginning. Raises `Refusal`."""
-    size = context * _LETTERS
-    while size < len(text):
+def within(tokenizer: Any, text: str, special: bool, context: int | None) -> tuple[int, ...]:
+    """Token ids of a text; one far over the context, if there is one, is refused by its beginning. Raises `Refusal`."""
+    size = context * _LETTERS if context else len(text)
+    while context and size < len(text):
         least = len(encoded(tokenizer, text[:size], special)) - _SEAM
         if least >= context:
             raise too_long(f"at least {least:,}", context)

@@ -1,42 +1,126 @@
-"""What may be asked, field by field, each within bounds. A field that is not here is refused, never ignored.
+"""Requests, field by field, each within bounds. A field that is not here is refused, never ignored.
 
 A field that is not required may be null as well, which clients write for what is not set; but a weight in a mix is a
-number.
+number. OpenAI's own fields that nothing here honours are taken at the values that ask for nothing, which clients write
+out, and else refused with the reason beside them; a test holds all of them against the parameters of `openai`.
 """
 
 from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from gossamer.serving.api.fields import (
-    MOST_IDS,
-    WHOLE,
-    Digits,
-    Flag,
-    Likeliest,
-    Name,
-    NewTokens,
-    Note,
-    Number,
-    RequestBody,
-    StopText,
-    Text,
-    TokenId,
-    TokenIds,
-    UnsupportedOfChats,
-    UnsupportedOfCompletions,
-    UnsupportedOfMessages,
-    all_whole,
-)
 from gossamer.serving.sampling import Sampling
 
+MOST_TEXT = 2_000_000
+MOST_IDS = 262_144
 MOST_PROMPTS = 64
 MOST_SEQUENCES = 128
 """Of one request: prompts times `n`."""
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _all_whole(value: Any) -> Any:
+    return [_whole(one) for one in value] if type(value) is list else value
+
+
+WHOLE = BeforeValidator(_whole)
+"""A whole number may be written with a point, as JSON schema has it. Stands behind the bounds, or hides them."""
+Name = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)]
+Note = Annotated[str, StringConstraints(strict=True, max_length=256)]
+PromptText = Annotated[str, StringConstraints(strict=True, max_length=MOST_TEXT)]
+StopText = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)]
+Digits = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
+Flag = Annotated[bool, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_IDS), BeforeValidator(_all_whole)]
+NewTokens = Annotated[int, Field(strict=True, ge=1, le=1_000_000), WHOLE]
+Likeliest = Annotated[int, Field(strict=True, ge=0, le=20), WHOLE]
+EmptyList = Annotated[list[Any], Field(max_length=0)]
+
+
+class RequestBody(BaseModel):
+    """Base of all bodies of requests."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+
+def unsupported(reason: str) -> Any:
+    """A field that is taken where it asks for nothing, and why it is refused where it does not."""
+    return Field(None, description=reason)
+
+
+_TEXTS, _FUNCTIONS, _TOOLS = "answers are texts", "functions are not called here", "tools are not called here"
+
+
+class UnsupportedOfChats(RequestBody):
+    """Of a chat."""
+
+    audio: None = unsupported(_TEXTS)
+    function_call: Literal["none", "auto"] | None = unsupported(_FUNCTIONS)
+    functions: EmptyList | None = unsupported(_FUNCTIONS)
+    metadata: Annotated[dict[str, Any], Field(max_length=0)] | None = unsupported(
+        "nothing is kept of a request, so nothing can be noted beside it"
+    )
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = unsupported(_TEXTS)
+    moderation: None = unsupported("nothing is moderated here")
+    parallel_tool_calls: Flag | None = None
+    prediction: None = unsupported("there is no speculation on what an answer will be")
+    prompt_cache_key: Note | None = None
+    prompt_cache_options: None = unsupported("what prompts begin with is reused by itself, and there is nothing to set")
+    prompt_cache_retention: None = unsupported("how long the beginning of a prompt is kept cannot be asked")
+    reasoning_effort: Literal["none"] | None = unsupported(
+        "how a model thinks is its chat template's affair; see chat_template_kwargs"
+    )
+    safety_identifier: Note | None = None
+    service_tier: Literal["auto", "default"] | None = unsupported("there is one tier")
+    store: Literal[False] | None = unsupported("nothing is kept of a request")
+    tool_choice: Literal["none", "auto"] | None = unsupported(_TOOLS)
+    tools: EmptyList | None = unsupported(_TOOLS)
+    verbosity: Literal["medium"] | None = unsupported("how long an answer is cannot be asked but by max_tokens")
+    web_search_options: None = unsupported("nothing is searched here")
+
+
+class UnsupportedOfCompletions(RequestBody):
+    """Of a plain completion."""
+
+    best_of: Annotated[int, Field(strict=True, ge=1, le=1), WHOLE] | None = unsupported(
+        "every sequence that is drawn is told; ask for n"
+    )
+    echo: Literal[False] | None = unsupported("prompts are neither told again nor scored")
+    suffix: None = unsupported("texts are gone on with, not filled in")
+
+
+class UnsupportedOfMessages(RequestBody):
+    """Of a message: what answers are written out with when they come back as turns."""
+
+    annotations: EmptyList | None = None
+    audio: None = unsupported(_TEXTS)
+    function_call: None = unsupported(_FUNCTIONS)
+    refusal: None = None
+    tool_call_id: None = unsupported(_TOOLS)
+    tool_calls: EmptyList | None = unsupported(_TOOLS)
+
+
+UNSUPPORTED: dict[str, str] = {
+    name: field.description
+    for model in (UnsupportedOfChats, UnsupportedOfCompletions, UnsupportedOfMessages)
+    for name, field in model.model_fields.items()
+    if field.description
+}
+"""Why a field is refused, in words that follow its name."""
+
+
+def why_unsupported(place: str) -> str | None:
+    """Why the field at a place, as `messages.0.tool_calls`, is refused; None where its value is out of bounds."""
+    return UNSUPPORTED.get(next((part for part in reversed(place.split(".")) if not part.isdecimal()), ""))
 
 
 class WeightedAdapter(RequestBody):
@@ -108,9 +192,6 @@ class GenerationRequest(RequestBody):
     response_format: ResponseFormat | None = None
     user: Note | None = None
 
-    most_by_default: ClassVar[int | None]
-    """Tokens of an answer where the request does not say how many; None for as many as the context has room for."""
-
     @model_validator(mode="after")
     def _options_of_streams(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
@@ -121,11 +202,6 @@ class GenerationRequest(RequestBody):
     @abstractmethod
     def likeliest(self) -> int | None:
         """How many of the likeliest tokens are wanted at each place; None where no logarithms are."""
-
-    @property
-    @abstractmethod
-    def limit(self) -> int | None:
-        """How many tokens an answer may have, where it is said."""
 
     def sampling(self, max_tokens: int, number: int) -> Sampling:
         """For sequence `number` of a request. A seed gives each its own numbers. Raises `UsageError`."""
@@ -152,7 +228,7 @@ class TextPart(RequestBody):
     """A part of a message: text is all that these models read."""
 
     type: Literal["text"]
-    text: Text
+    text: PromptText
 
     @model_validator(mode="before")
     @classmethod
@@ -167,7 +243,7 @@ class ChatMessage(UnsupportedOfMessages):
     """Who said what. A name is for chat templates that write it."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=256)]
+    content: PromptText | Annotated[list[TextPart], Field(min_length=1, max_length=256)]
     name: Name | None = None
 
     def plain(self, named: bool = True) -> dict[str, str]:
@@ -205,26 +281,21 @@ class ChatRequest(GenerationRequest, TemplateOptions, UnsupportedOfChats):
     logprobs: Flag | None = None
     top_logprobs: Likeliest | None = None
 
-    most_by_default = None
-
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_tokens or max_completion_tokens")
+        self.max_tokens = self.max_tokens or self.max_completion_tokens
         return self
 
     @property
     def likeliest(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    @property
-    def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
-
-def _several(given: Any) -> list[Any]:
+def several(given: Any) -> list[Any]:
     """Texts or lists of token ids, of what may be one of them or several."""
     return [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
 
@@ -233,37 +304,26 @@ class CompletionRequest(GenerationRequest, UnsupportedOfCompletions):
     """/v1/completions"""
 
     prompt: (
-        Text
+        PromptText
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[PromptText], Field(min_length=1, max_length=MOST_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
     )
     logprobs: Likeliest | None = None
     add_special_tokens: Flag | None = None
     """Whether the tokenizer puts around a text what it puts around texts; so where it is not given."""
 
-    most_by_default = 16
-
     @model_validator(mode="after")
     def _not_too_many(self) -> CompletionRequest:
         if self.best_of and (self.n or 1) > 1:
             raise ValueError("best_of is n at least")
-        if len(self.prompts) * (self.n or 1) > MOST_SEQUENCES:
+        if len(several(self.prompt)) * (self.n or 1) > MOST_SEQUENCES:
             raise ValueError(f"at most {MOST_SEQUENCES} sequences: prompts times n")
         return self
 
     @property
-    def prompts(self) -> list[Any]:
-        """One or several, as texts or token ids."""
-        return _several(self.prompt)
-
-    @property
     def likeliest(self) -> int | None:
         return self.logprobs
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_tokens
 
 
 class EmbeddingRequest(RequestBody):
@@ -271,9 +331,9 @@ class EmbeddingRequest(RequestBody):
 
     model: Name
     input: (
-        Text
+        PromptText
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+        | Annotated[list[PromptText], Field(min_length=1, max_length=2048)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
     )
     encoding_format: Literal["float", "base64"] | None = None
@@ -281,14 +341,9 @@ class EmbeddingRequest(RequestBody):
     user: Note | None = None
 
     @property
-    def texts(self) -> list[Any]:
-        """One or several, as texts or token ids."""
-        return _several(self.input)
-
-    @property
     def most(self) -> int:
         """Tokens at most: no token is shorter than a byte; two are added around a text."""
-        return sum(len(one.encode() if isinstance(one, str) else one) + 2 for one in self.texts)
+        return sum(len(one.encode() if isinstance(one, str) else one) + 2 for one in several(self.input))
 
 
 class LoadAdapterRequest(RequestBody):
@@ -309,7 +364,7 @@ class TokenizeRequest(TemplateOptions):
     """/tokenize"""
 
     model: Name | None = None
-    prompt: Text | None = None
+    prompt: PromptText | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)] | None = None
     add_special_tokens: Flag | None = None
 
@@ -326,4 +381,4 @@ class DetokenizeRequest(RequestBody):
     """/detokenize"""
 
     model: Name | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MOST_IDS), BeforeValidator(all_whole)]
+    tokens: Annotated[list[TokenId], Field(max_length=MOST_IDS), BeforeValidator(_all_whole)]

@@ -1,7 +1,8 @@
-"""What is answered: /openapi.json promises these types, and every answer is an instance of one, validated when made.
+"""Responses: /openapi.json promises these types, and every answer is an instance of one, validated when made.
 
 OpenAI's shapes, and `gossamer` beside their fields. A field that is not given to an instance is left out of the JSON.
 """
+# ruff: noqa: UP013  (what answers are made of stands here as a table, a line a shape)
 
 from __future__ import annotations
 
@@ -38,13 +39,88 @@ class ResponseBody(BaseModel):
         return Response(self.json_bytes, status, headers, "application/json")
 
 
-class ErrorDetail(TypedDict):
-    """What went wrong: in words, and as a stable word for programs."""
+# What answers are made of -------------------------------------------------------------------------------------------
 
-    message: str
-    type: str
-    param: str | None
-    code: str
+ErrorDetail = TypedDict("ErrorDetail", {"message": str, "type": str, "param": str | None, "code": str})
+"""What went wrong: in words, and as a stable word for programs."""
+
+AdapterUse = TypedDict("AdapterUse", {"id": str, "scale": float, "digest": str})
+"""An adapter that made an answer, and the digest of its value."""
+
+AdapterUses = TypedDict("AdapterUses", {"adapters": list[AdapterUse]})
+"""All that did; none for the base alone."""
+
+AdapterState = TypedDict(
+    "AdapterState",
+    {
+        "digest": str | None,
+        "rank": int | None,
+        "method": str | None,
+        "state": Literal["disk", "memory", "in use"],
+        "requests": int,
+        "bytes": int | None,
+        "revision": NotRequired[str],
+    },
+)
+"""What is known of an adapter: digest, rank, method and bytes once it was read; of the hub's also the commit."""
+
+CachedTokens = TypedDict("CachedTokens", {"cached_tokens": int})
+"""Tokens of a prompt that were not read again."""
+
+CompletionUsage = TypedDict(
+    "CompletionUsage",
+    {"prompt_tokens": int, "completion_tokens": int, "total_tokens": int, "prompt_tokens_details": CachedTokens},
+)
+EmbeddingUsage = TypedDict("EmbeddingUsage", {"prompt_tokens": int, "total_tokens": int})
+
+AssistantMessage = TypedDict("AssistantMessage", {"role": Literal["assistant"], "content": str})
+MessageDelta = TypedDict("MessageDelta", {"role": NotRequired[Literal["assistant"]], "content": str})
+"""What is new of the assistant's turn; its first has the role."""
+
+TopLogprob = TypedDict("TopLogprob", {"token": str, "logprob": float, "bytes": list[int] | None})
+"""A token that was likely in a place."""
+
+TokenLogprob = TypedDict(
+    "TokenLogprob", {"token": str, "logprob": float, "bytes": list[int] | None, "top_logprobs": list[TopLogprob]}
+)
+"""A token that was drawn, and the likeliest ones in its place."""
+
+ChatLogprobs = TypedDict("ChatLogprobs", {"content": list[TokenLogprob], "refusal": None})
+TextLogprobs = TypedDict(
+    "TextLogprobs",
+    {
+        "tokens": list[str],
+        "token_logprobs": list[float],
+        "top_logprobs": list[dict[str, float]],
+        "text_offset": list[int],
+    },
+)
+
+ChatChoice = TypedDict(
+    "ChatChoice",
+    {"index": int, "message": AssistantMessage, "logprobs": ChatLogprobs | None, "finish_reason": FinishReason},
+)
+"""One of the sequences of a chat."""
+
+ChatChunkChoice = TypedDict(
+    "ChatChunkChoice",
+    {"index": int, "delta": MessageDelta, "logprobs": ChatLogprobs | None, "finish_reason": FinishReason | None},
+)
+TextChoice = TypedDict(
+    "TextChoice", {"index": int, "text": str, "logprobs": TextLogprobs | None, "finish_reason": FinishReason}
+)
+"""One of the sequences of a plain completion."""
+
+TextChunkChoice = TypedDict(
+    "TextChunkChoice",
+    {"index": int, "text": str, "logprobs": TextLogprobs | None, "finish_reason": FinishReason | None},
+)
+EmbeddingItem = TypedDict(
+    "EmbeddingItem", {"object": Literal["embedding"], "index": int, "embedding": list[float] | str}
+)
+"""Of one text: numbers, or float32 in base64."""
+
+# Answers -----------------------------------------------------------------------------------------------------------
 
 
 class ErrorResponse(ResponseBody):
@@ -88,33 +164,6 @@ class DetokenizeResponse(ResponseBody):
     prompt: str
 
 
-class AdapterUse(TypedDict):
-    """An adapter that made an answer, and the digest of its value."""
-
-    id: str
-    scale: float
-    digest: str
-
-
-class AdapterUses(TypedDict):
-    """All that did; none for the base alone."""
-
-    adapters: list[AdapterUse]
-
-
-class AdapterState(TypedDict):
-    """What is known of an adapter; digest, rank, method and bytes once it was read."""
-
-    digest: str | None
-    rank: int | None
-    method: str | None
-    state: Literal["disk", "memory", "in use"]
-    requests: int
-    bytes: int | None
-    revision: NotRequired[str]
-    """The commit of the hub that its name stands for."""
-
-
 class ModelCard(ResponseBody):
     """A base, or an adapter of one."""
 
@@ -132,104 +181,6 @@ class ModelList(ResponseBody):
 
     object: Literal["list"]
     data: list[ModelCard]
-
-
-class CachedTokens(TypedDict):
-    """Tokens that were not read again."""
-
-    cached_tokens: int
-
-
-class CompletionUsage(TypedDict):
-    """Tokens of a request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: CachedTokens
-
-
-class AssistantMessage(TypedDict):
-    """The assistant's turn."""
-
-    role: Literal["assistant"]
-    content: str
-
-
-class MessageDelta(TypedDict):
-    """What is new of the assistant's turn; its first has the role."""
-
-    role: NotRequired[Literal["assistant"]]
-    content: str
-
-
-class TopLogprob(TypedDict):
-    """A token that was likely in a place."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class TokenLogprob(TypedDict):
-    """A token that was drawn, and the likeliest ones in its place."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(TypedDict):
-    """Of a chat's tokens."""
-
-    content: list[TokenLogprob]
-    refusal: None
-
-
-class TextLogprobs(TypedDict):
-    """Of a plain completion's tokens."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class ChatChoice(TypedDict):
-    """One of the sequences of a chat."""
-
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
-
-
-class ChatChunkChoice(TypedDict):
-    """What is new of one."""
-
-    index: int
-    delta: MessageDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
-
-
-class TextChoice(TypedDict):
-    """One of the sequences of a plain completion."""
-
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: FinishReason
-
-
-class TextChunkChoice(TypedDict):
-    """What is new of one."""
-
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: FinishReason | None
 
 
 class CompletionOf(ResponseBody, Generic[Kind, ChoiceKind]):
@@ -270,21 +221,6 @@ class TextCompletion(CompletionOf[Literal["text_completion"], TextChoice]):
 
 class TextCompletionChunk(ChunkOf[Literal["text_completion"], TextChunkChoice]):
     """A piece of its stream."""
-
-
-class EmbeddingItem(TypedDict):
-    """Of one text: numbers, or float32 in base64."""
-
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class EmbeddingUsage(TypedDict):
-    """Tokens of the texts."""
-
-    prompt_tokens: int
-    total_tokens: int
 
 
 class EmbeddingList(ResponseBody):

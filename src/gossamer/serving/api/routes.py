@@ -7,6 +7,7 @@ import hashlib
 import re
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
@@ -17,7 +18,6 @@ from gossamer import __version__
 from gossamer.serving.api import responses
 from gossamer.serving.api.faults import Refusal
 from gossamer.serving.api.handlers import ChatHandler, CompletionHandler, EmbeddingHandler
-from gossamer.serving.api.metrics import of_store
 from gossamer.serving.api.requests import (
     ChatRequest,
     CompletionRequest,
@@ -28,6 +28,7 @@ from gossamer.serving.api.requests import (
     UnloadAdapterRequest,
 )
 from gossamer.serving.api.service import Service
+from gossamer.serving.engine import Engine
 
 router = APIRouter()
 
@@ -36,9 +37,6 @@ def _service(request: HttpRequest, *, admin: bool = False) -> Service:
     if admin and not request.state.tenant.admin:
         raise Refusal(403, "This key may not do that.", "not_admin")
     return request.app.state.service
-
-
-# What models answer ------------------------------------------------------------------------------------------------
 
 
 @router.post("/v1/chat/completions", response_model=responses.ChatCompletion, responses=responses.STREAMS)
@@ -59,12 +57,9 @@ async def embeddings(body: EmbeddingRequest, request: HttpRequest) -> Response:
     return await EmbeddingHandler(request, body).answer()
 
 
-# Adapters ----------------------------------------------------------------------------------------------------------
-
-
 @router.get("/v1/models", response_model=responses.ModelList)
 async def models(request: HttpRequest) -> Response:
-    """The bases, and the adapters that whoever asks may use."""
+    """The bases, and the adapters that the key may use."""
     tenant = request.state.tenant
     data = [card for one in _service(request).backends for card in await one.cards(tenant)]
     return responses.ModelList(object="list", data=data).response()
@@ -73,25 +68,19 @@ async def models(request: HttpRequest) -> Response:
 @router.get("/v1/models/{name:path}", response_model=responses.ModelCard)
 async def model(name: str, request: HttpRequest) -> Response:
     """One of them."""
-    card = await _service(request).backend_of(name).find(request.state.tenant, name)
-    return card.response()
+    return (await _service(request).backend_of(name).find(request.state.tenant, name)).response()
 
 
 @router.post("/v1/load_lora_adapter", response_model=responses.AdapterChangeResponse)
 async def load(body: LoadAdapterRequest, request: HttpRequest) -> Response:
     """Read, check and offer an adapter from the server's folder. A failed load leaves what was there."""
-    changed = await _service(request, admin=True).load(body)
-    return changed.response()
+    return (await _service(request, admin=True).load(body)).response()
 
 
 @router.post("/v1/unload_lora_adapter", response_model=responses.AdapterChangeResponse)
 async def unload(body: UnloadAdapterRequest, request: HttpRequest) -> Response:
     """Forget an adapter. Requests that use it go on with it."""
-    changed = await _service(request, admin=True).unload(body.lora_name)
-    return changed.response()
-
-
-# Tokens ------------------------------------------------------------------------------------------------------------
+    return (await _service(request, admin=True).unload(body.lora_name)).response()
 
 
 @router.post("/tokenize", response_model=responses.TokenizeResponse)
@@ -118,9 +107,6 @@ async def detokenize(body: DetokenizeRequest, request: HttpRequest) -> Response:
     return responses.DetokenizeResponse(prompt=await service.completions.decode(body.tokens)).response()
 
 
-# The server --------------------------------------------------------------------------------------------------------
-
-
 @router.get("/health", response_model=responses.StatusResponse)
 async def health() -> Response:
     """That the server lives; `/ready` says whether it serves."""
@@ -145,30 +131,25 @@ async def metrics(request: HttpRequest) -> Response:
     """For Prometheus. Names adapters of all tenants, hence for admins."""
     service = _service(request, admin=True)
     worker = service.worker
-    values: dict[str, float] = {"requests_running": worker.running, "requests_waiting": worker.waiting}
-    if worker.ready:
-        values |= await worker.call(
-            lambda engine: of_store([engine.store.describe(name) for name in engine.store.names()])
-        )
-    return Response(service.metrics.write(values), media_type=CONTENT_TYPE_LATEST)
+    described = await worker.call(_described) if worker.ready else None
+    text = service.metrics.write(worker.running, worker.waiting, described)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _described(engine: Engine) -> list[dict[str, Any]]:
+    return [engine.store.describe(name) for name in engine.store.names()]
 
 
 @router.get("/", response_class=HTMLResponse, responses=responses.ERRORS_OF_TEXTS)
 async def page() -> HTMLResponse:
     """A page to try adapters side by side. It talks to the routes above, with the key that is typed into it."""
-    text, policy = _page()
-    headers = {
-        "content-security-policy": policy,
-        "referrer-policy": "no-referrer",
-        "x-frame-options": "DENY",
-        "cross-origin-opener-policy": "same-origin",
-    }
+    text, headers = _page()
     return HTMLResponse(text, headers=headers)
 
 
 @cache
-def _page() -> tuple[str, str]:
-    """The file, and the policy under which nothing but its own script and style runs."""
+def _page() -> tuple[str, dict[str, str]]:
+    """The file, and headers under which nothing but its own script and style runs."""
     text = files("gossamer.serving.api").joinpath("page.html").read_text(encoding="utf-8")
 
     def allowed(name: str) -> str:
@@ -180,4 +161,5 @@ def _page() -> tuple[str, str]:
         f"default-src 'none'; script-src {allowed('script')}; style-src {allowed('style')}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return text, policy
+    headers = {"content-security-policy": policy, "referrer-policy": "no-referrer", "x-frame-options": "DENY"}
+    return text, headers | {"cross-origin-opener-policy": "same-origin"}

@@ -53,33 +53,16 @@ def check_host(host: str, keyed: bool) -> None:
     except ValueError:
         loopback = False
     if not loopback and not keyed:
-        raise UsageError(
-            "without keys the server is for this machine only",
-            where="--host",
-            got=host,
-            expected="127.0.0.1, ::1 or localhost",
-            hint="give --keys FILE",
-        )
+        what, expected = "without keys the server is for this machine only", "127.0.0.1, ::1 or localhost"
+        raise UsageError(what, where="--host", got=host, expected=expected, hint="give --keys FILE")
 
 
 def server_of(app: FastAPI, host: str, port: int) -> uvicorn.Server:
     """A server that bounds what a connection may send before the app sees it."""
-    config = uvicorn.Config(
-        app,
-        host,
-        port,
-        http=_Protocol,
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        h11_max_incomplete_event_size=32 * 1024,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
-        limit_concurrency=4096,
-    )
-    return _Server(config)
+    quiet: Any = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
+    limits: Any = {"h11_max_incomplete_event_size": 32 * 1024, "limit_concurrency": 4096}
+    timeouts: Any = {"timeout_keep_alive": 30, "timeout_graceful_shutdown": 5}
+    return _Server(uvicorn.Config(app, host, port, http=_Protocol, ws="none", **quiet, **limits, **timeouts))
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -107,8 +90,7 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT; then take nothing new, and give those that run `drain` seconds to finish.
 
-    Args:
-        at: a socket of `bound` to serve at, in place of one for host and port.
+    `at` is a socket of `bound`, in place of one for host and port.
 
     Raises: what loading the engine raised; UsageError if the address cannot be had.
     """
@@ -131,13 +113,13 @@ async def _serve(server: uvicorn.Server, app: FastAPI, at: socket.socket, drain:
             signal.signal(one, lambda *_: loop.call_soon_threadsafe(stopping.set))
     serving = asyncio.ensure_future(_quietly(server, at))
     watching = asyncio.ensure_future(_until_fault(server, app))
-    asked = asyncio.ensure_future(stopping.wait())
-    await asyncio.wait({serving, watching, asked}, return_when="FIRST_COMPLETED")
-    if asked.done() and not serving.done():
+    stopped = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait({serving, watching, stopped}, return_when="FIRST_COMPLETED")
+    if stopped.done() and not serving.done():
         await _drained(app.state.service, drain)
     server.should_exit = True
     await serving
-    for task in (watching, asked):
+    for task in (watching, stopped):
         task.cancel()
     return watching.exception() if watching.done() and not watching.cancelled() else None
 

@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 
 from gossamer.errors import ArtefactError, NonFiniteError, UsageError
 from gossamer.serving.api.backends import Backend, CompletionBackend
-from gossamer.serving.api.faults import ClientGone, Refusal, missing, unusable
+from gossamer.serving.api.faults import ClientGone, Refusal, missing, not_ready, unusable
 from gossamer.serving.api.keys import Tenant, Visit
 from gossamer.serving.api.limits import HttpLimits
 from gossamer.serving.api.metrics import Metrics
@@ -25,11 +25,11 @@ Answer = TypeVar("Answer")
 
 
 class Service:
-    """One server: its bases, and who is being answered.
+    """One server.
 
     Attributes:
         draining: nothing new is taken.
-        visits: requests that count against their tenants' limits now.
+        visits: requests under way, which count against their tenants' limits.
         loading: done when everything is there, or with what went wrong.
     """
 
@@ -57,7 +57,7 @@ class Service:
         """Raise `Refusal` unless new requests are taken."""
         self.check_stopping()
         if not self.worker.ready or (self.vectors and not self.vectors.embedder):
-            raise Refusal(503, "The model is not there.", "not_ready", after=5)
+            raise not_ready()
 
     def check_stopping(self) -> None:
         """Raise `Refusal` when nothing new is taken."""
@@ -76,10 +76,7 @@ class Service:
         self.visits.discard(visit)
 
     async def until_gone(self, request: HttpRequest, work: Awaitable[Answer]) -> Answer:
-        """Do something for a client who may leave meanwhile, or wait in vain.
-
-        Raises: ClientGone; Refusal when it takes too long; what the work raises.
-        """
+        """Do something for a client that may leave. Raises `ClientGone`; `Refusal` when it takes too long."""
         doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
         try:
             await asyncio.wait({doing, leaving}, timeout=self.limits.answering, return_when="FIRST_COMPLETED")
@@ -94,17 +91,12 @@ class Service:
                 doing.cancel()
                 await asyncio.wait({doing})
 
-    # Adapters that come and go ---------------------------------------------------------------------------------
-
     def backend_of(self, model: str) -> Backend:
         """The base that a client's word for a model is of: that of completions where none knows it."""
         return self.vectors if self.vectors and self.vectors.knows(model) else self.completions
 
     async def load(self, wanted: LoadAdapterRequest) -> AdapterChangeResponse:
-        """Read, check and offer an adapter from the server's folder. A failed load leaves what was there.
-
-        Raises: Refusal.
-        """
+        """Read, check and offer an adapter from the server's folder. Raises `Refusal`, and leaves what was there."""
         self.check_ready()
         name = wanted.lora_name
         if name in [one.name for one in self.backends]:
@@ -136,11 +128,8 @@ class Service:
 
     def _found(self, path: str) -> tuple[Backend, Folder, Path]:
         """The adapter at a path, and the base in whose folder it lies. Raises `Refusal`: the same for other places."""
-        found = [
-            (one, one.folder, place)
-            for one in self.backends
-            if one.folder and (place := one.folder.inside(path))
-        ]  # fmt: skip
+        shelves = [(one, one.folder) for one in self.backends if one.folder]
+        found = [(one, shelf, place) for one, shelf in shelves if (place := shelf.inside(path))]
         if len({place for _, _, place in found}) > 1:
             message = "Both bases have an adapter there; give the whole path."
             raise Refusal(400, message, "two_choices", param="lora_path")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,12 @@ class Vectors(Backend):
     def __init__(self, name: str, make: Callable[[], Embedder]) -> None:
         super().__init__(name)
         self.make = make
-        self.thread = ThreadPoolExecutor(1, "vectors")
         self.embedder: Embedder | None = None
         self.waiting = 0
 
     async def start(self) -> None:
         """Load it. Raises what loading raises."""
-        self.embedder = await self._aside(self.make)
+        self.embedder = await self.aside(self.make)
 
     @property
     def digests(self) -> Mapping[str, str]:
@@ -53,12 +50,12 @@ class Vectors(Backend):
 
     async def register(self, name: str, folder: Path) -> str:
         assert self.embedder
-        await self._aside(self.embedder.register, name, folder)
+        await self.aside(self.embedder.register, name, folder)
         return self.digests[name]
 
     async def unregister(self, name: str) -> None:
         assert self.embedder
-        await self._aside(self.embedder.unregister, name)
+        await self.aside(self.embedder.unregister, name)
 
     async def cards(self, tenant: Tenant) -> list[ModelCard]:
         if self.embedder is None:
@@ -78,9 +75,6 @@ class Vectors(Backend):
             raise Refusal(429, "Too many requests wait.", "queue_full", after=1)
         embedder, self.waiting = self.embedder, self.waiting + 1
         try:
-            return await self._aside(lambda: embedder.embed(texts, adapter, dimensions=dimensions))
+            return await self.aside(lambda: embedder.embed(texts, adapter, dimensions=dimensions))
         finally:
             self.waiting -= 1
-
-    async def _aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)

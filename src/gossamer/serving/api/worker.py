@@ -11,10 +11,11 @@ import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 from gossamer.errors import GossamerError, NonFiniteError, UsageError
-from gossamer.serving.api.faults import Refusal, missing, unexpected, unusable
+from gossamer.serving.api.faults import Refusal, missing, not_ready, unexpected, unusable
 from gossamer.serving.engine import Engine
 from gossamer.serving.sequence import Reply, Sequence
 
@@ -50,13 +51,11 @@ class SequenceGroup:
 class Worker:
     """Runs an engine in a thread of its own.
 
-    Args:
-        make: gives the engine; called in that thread, as it may take a while.
-
     Attributes:
+        make: gives the engine; called in that thread, as it may take a while.
         names: the adapters that are known, as of now. Only the thread changes what it refers to.
         waiting, running: sequences, as of the last step.
-        watched: sequences that somebody waits for: the group, and its number there.
+        watched: sequences whose news are wanted: the group, and the number there.
         fault: why there is no engine, or none any more.
     """
 
@@ -88,15 +87,11 @@ class Worker:
     def present(self) -> Engine:
         """The engine. Raises `Refusal` where there is none yet, or none any more."""
         if self.engine is None or self.fault:
-            raise Refusal(503, "The model is not there.", "not_ready", after=5)
+            raise not_ready()
         return self.engine
 
     async def call(self, function: Callable[[Engine], Value], *, renames: bool = False) -> Value:
-        """Run a function with the engine between two steps, and give what it gives or raises.
-
-        Args:
-            renames: the function changes which adapters are known.
-        """
+        """What a function gives or raises with the engine between two steps; `renames`: it changes which are known."""
         engine, answer = self.present, self.loop.create_future()
 
         def run() -> None:
@@ -111,6 +106,13 @@ class Worker:
 
         self.mail.put(run)
         return await answer
+
+    async def register(self, name: str, folder: Path) -> str:
+        """Let a name mean the adapter in a folder, which another thread reads; gives its digest."""
+        store = self.present.store
+        loaded = await asyncio.wrap_future(store.reader.submit(store.prepare, name, folder))
+        await self.call(lambda engine: engine.store.put(loaded), renames=True)
+        return loaded.digest
 
     async def submit(self, sequences: list[Sequence]) -> SequenceGroup:
         """Let the engine take all of these, or none. Raises what `Engine.submit` raises, and `Refusal`."""
@@ -165,7 +167,7 @@ class Worker:
                 self._read_mail()
                 if self.engine and self.engine.busy and not self.fault:
                     self._step(self.engine)
-            except Exception as error:  # a fault of ours: nobody can tell what state the rows are in
+            except Exception as error:  # a fault of ours: what state the rows are in is not known
                 self.fault = unexpected(error)
                 self._fail(self.fault)
         if self.engine:
@@ -173,7 +175,7 @@ class Worker:
         self._fail(Refusal(503, "The server was stopped.", "stopped"))
 
     def _read_mail(self) -> None:
-        """Do what came in; wait for something when nobody is there."""
+        """Do what came in; wait for something when no sequence runs."""
         idle = self.engine is None or self.fault is not None or not self.engine.busy
         with contextlib.suppress(queue.Empty):
             self.mail.get(block=idle)()
@@ -202,7 +204,7 @@ class Worker:
 
 
 def _news(sequence: Sequence) -> Reply | BaseException | None:
-    """What is new of a sequence, or why it failed: an adapter's fault is told as that."""
+    """What is new of a sequence, or why it failed: an adapter's fault as one of the adapter's."""
     if (fault := sequence.fault) is None:
         return sequence.news()
     of = [one.name for one in sequence.held if one.fault is fault]
