@@ -56,9 +56,9 @@ class Method(Spec):
     ) -> tuple[Method, Tensors, dict[str, float], float]:
         """Spec and tensors at a lower rank, the relative error at each path, and that of all; see `Adapter.resize`."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields together with the method's registered name."""
-        return {"name": self.name} | super().to_dict()
+    def heading(self) -> dict[str, Any]:
+        """The method's registered name."""
+        return {"name": self.name}
 
 
 @dataclass(frozen=True, eq=False)

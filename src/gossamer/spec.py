@@ -49,7 +49,11 @@ class Spec(BaseModel, metaclass=_Teaching):
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` reads back to an equal value."""
-        return self.model_dump(mode="json")
+        return self.heading() | self.model_dump(mode="json")
+
+    def heading(self) -> dict[str, Any]:
+        """What `to_dict` says before the fields."""
+        return {}
 
     @classmethod
     def from_dict(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from gossamer.attachment import walk
 from gossamer.attachment.match import Selection
-from gossamer.attachment.read_site import ReadSite
 from gossamer.attachment.site import Active, Site
 from gossamer.errors import StateError, nearest
 from gossamer.kernels.routing import Routing
@@ -100,12 +99,11 @@ class Host:
             if not attached.trainable:
                 layer.requires_grad_(False)
             layer.train(modules[path].training)
-            bypass = attached.selection.bypass.get(path)
-            if path not in self.sites and bypass:
-                self.sites[path] = ReadSite(shape, modules[path], self, [*bypass.readers.values()])
-            elif path not in self.sites:
-                bypassed = any(path.startswith(f"{around}." if around else "") for around in bypassing)
-                self.sites[path] = Site(shape, modules[path], self, bypassed)
+            if path not in self.sites:
+                read = attached.selection.bypass.get(path)
+                bypassed = not read and any(path.startswith(f"{around}." if around else "") for around in bypassing)
+                readers = [*read.readers.values()] if read else []
+                self.sites[path] = Site(shape, modules[path], self, bypassed, readers)
             self.sites[path].add(name, layer)
         self.adapters[name] = attached
 

@@ -19,11 +19,11 @@ from gossamer.methods.base import wide
 from gossamer.methods.slots import check_slots
 from gossamer.methods.tokens import SLOT, TokenRows
 
-Layers = dict[str, tuple[Shape, Layer]]
+MadeLayers = dict[str, tuple[Shape, Layer]]
 """Canonical path -> the module's shape and the layer made for it."""
 
 
-def new_layers(model: nn.Module, spec: TargetedMethod, selection: Selection, seed: int) -> Layers:
+def new_layers(model: nn.Module, spec: TargetedMethod, selection: Selection, seed: int) -> MadeLayers:
     """Fresh layers for a spec. Each starts from (seed, path), so neither order nor other modules change it."""
     modules, shapes = selection.modules, selection.shapes
     tensors: dict[str, Mapping[str, Tensor]] = {}
@@ -40,7 +40,7 @@ def new_layers(model: nn.Module, spec: TargetedMethod, selection: Selection, see
     return _built(model, spec, selection, tensors)
 
 
-def stored_layers(model: nn.Module, adapter: Adapter) -> tuple[Selection, Layers]:
+def stored_layers(model: nn.Module, adapter: Adapter) -> tuple[Selection, MadeLayers]:
     """Layers that hold an adapter's tensors. Raises `AdapterFileError` unless tensors and spec name the same."""
     spec = adapter.spec
     assert isinstance(spec, TargetedMethod)
@@ -87,8 +87,8 @@ def _whole(path: str, selection: Selection) -> list[str]:
     return ["bias"] if path in selection.biased else sorted(selection.shapes[path].parameters)
 
 
-def _built(model: nn.Module, spec: TargetedMethod, selection: Selection, tensors: Tensors) -> Layers:
-    layers: Layers = {}
+def _built(model: nn.Module, spec: TargetedMethod, selection: Selection, tensors: Tensors) -> MadeLayers:
+    layers: MadeLayers = {}
     common = spec.common([selection.shapes[path] for path in selection.targets], tensors.get("", {}))
     if common is None and "" in tensors and "" not in selection.paths:
         raise AdapterFileError("tensors without a module, which this method has no use for", got=str([*tensors[""]]))
@@ -111,9 +111,9 @@ def _built(model: nn.Module, spec: TargetedMethod, selection: Selection, tensors
     return layers | _tied_rows(model, selection, layers)
 
 
-def _tied_rows(model: nn.Module, selection: Selection, layers: Layers) -> Layers:
+def _tied_rows(model: nn.Module, selection: Selection, layers: MadeLayers) -> MadeLayers:
     """Layers at the heads that store their weight in an embedding of which rows are trained."""
-    found: Layers = {}
+    found: MadeLayers = {}
     modules = walk.modules(model) if selection.tokens else {}
     for path, rows in selection.tokens.items():
         weight = modules[path]._parameters["weight"]

@@ -23,7 +23,7 @@ Path = tuple[str, ...]
 """Attributes from the reading module on; ANY stands for an index or a key."""
 Guards = tuple[tuple[ast.expr, str, bool], ...]
 """Conditions around a piece of code: the test, what its function calls the module itself, and which way it must go."""
-Read = tuple[Path, str, Guards]
+ParameterRead = tuple[Path, str, Guards]
 """A module below the reading one, the parameter of it that is read, and under which conditions."""
 
 ANY = "*"
@@ -35,13 +35,13 @@ _ABOUT = frozenset(
 """What may be asked of a weight without using its numbers."""
 _QUESTIONS = frozenset({"isinstance", "hasattr", "type", "id", "callable"})
 _DEEPEST, _FURTHEST = 6, 4
-_known: WeakKeyDictionary[type[nn.Module], frozenset[Read]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[type[nn.Module], frozenset[ParameterRead]] = WeakKeyDictionary()
 
 
-def reads(kind: type[nn.Module]) -> frozenset[Read]:
+def reads(kind: type[nn.Module]) -> frozenset[ParameterRead]:
     """What the forward of a class reads of the modules below it."""
     if kind not in _known:
-        found: set[Read] = set()
+        found: set[ParameterRead] = set()
         for function in _reached(kind):
             if _names(function.__code__) & _PARAMETERS or _hands_on(function, kind):
                 first = function.__code__.co_varnames[:1] if function.__code__.co_argcount else ()
@@ -112,7 +112,12 @@ def _mentioned(function: FunctionType, kind: type) -> Iterator[FunctionType]:
 
 
 def _look(
-    kind: type, function: FunctionType, bound: dict[str, set[Path]], found: set[Read], guards: Guards, far: int = 0
+    kind: type,
+    function: FunctionType,
+    bound: dict[str, set[Path]],
+    found: set[ParameterRead],
+    guards: Guards,
+    far: int = 0,
 ) -> None:
     """Add what a function reads of the modules that its arguments are."""
     tree = _parsed(function)
@@ -132,7 +137,7 @@ def _parsed(function: FunctionType) -> ast.AST | None:
         return None
 
 
-def _in_bytecode(code: CodeType) -> Iterator[Read]:
+def _in_bytecode(code: CodeType) -> Iterator[ParameterRead]:
     """Reads of the form `self.a.b.weight`."""
     way: list[str] = []
     steps = [*dis.get_instructions(code)]
@@ -157,7 +162,7 @@ class _Reader(ast.NodeVisitor):
         kind: type,
         function: FunctionType,
         bound: dict[str, set[Path]],
-        found: set[Read],
+        found: set[ParameterRead],
         guards: Guards,
         far: int,
     ) -> None:

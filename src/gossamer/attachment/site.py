@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.attachment.frozen import Frozen, Stacked, owner, parameters_of
+from gossamer.attachment.in_place import InPlace
 from gossamer.attachment.walk import CONTAINER
 from gossamer.errors import StateError
 from gossamer.kernels.routing import Routing
@@ -32,9 +33,12 @@ Active = tuple[str, ...]
 class Site:
     """A module, the layers that stand at it, and the frozen call they stand beside."""
 
-    def __init__(self, shape: Shape, module: nn.Module, host: Host, bypassed: bool = False) -> None:
+    def __init__(
+        self, shape: Shape, module: nn.Module, host: Host, bypassed: bool = False, readers: Sequence[nn.Module] = ()
+    ) -> None:
         self.path, self.shape, self.module, self.host = shape.path, shape, module, host
         self.frozen = Frozen(shape, module)
+        self.in_place = InPlace(self, readers)
         self.bypassed, self.hook = bypassed, None
         self.layers = nn.ModuleDict()
         vars(self.layers)["outer"] = self.frozen.outer  # for whoever asks what this module's forward does
@@ -50,6 +54,7 @@ class Site:
         self.module.forward = self.run if self.shape.kind in AFFINE_KINDS else self._with_signature()
         if self.bypassed:  # torch's encoder layer reads weights of parts it does not call, unless a part has a hook
             self.hook = self.module.register_forward_pre_hook(lambda *_: None)
+        self.in_place.enable()
 
     def _with_signature(self) -> Callable[..., Any]:
         """`run` with the module's own signature, which transformers reads to know what a model takes."""
@@ -73,6 +78,7 @@ class Site:
             self.module.__dict__.pop("forward", None)
         else:
             self.module.forward = self.frozen.outer
+        self.in_place.disable()
 
     def remove(self) -> None:
         """Leave the module as it was found."""

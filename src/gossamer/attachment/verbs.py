@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gossamer.adapter import Adapter
 from gossamer.attachment import walk
 from gossamer.attachment.host import BASE_ALONE, Attached, Host, find_host, make_host, require_host
-from gossamer.attachment.layers import Layers, new_layers, stored_layers
+from gossamer.attachment.layers import MadeLayers, new_layers, stored_layers
 from gossamer.attachment.match import select
 from gossamer.attachment.merge import unmerge
 from gossamer.attachment.remarks import described, idle_note, warn_of_other_base
@@ -96,7 +96,7 @@ def _check_base(here: dict[str, str], adapter: Adapter, force: bool) -> None:
         )
 
 
-def _report(host: Host, name: str, attached: Attached, layers: Layers) -> InjectionReport:
+def _report(host: Host, name: str, attached: Attached, layers: MadeLayers) -> InjectionReport:
     rows, notes = [], [*attached.selection.notes]
     notes += [
         f"note: {path} carries a change of zero, and no other: {why}" for path, why in attached.selection.idle.items()

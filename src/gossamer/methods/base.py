@@ -125,9 +125,9 @@ class Layer(nn.Module):
     innermost: ClassVar[bool] = False
     """Whether it stands for parameters of the module itself, so that layers of other adapters go around it."""
 
+    @abstractmethod
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         """The adapted output; `base(*args, **kwargs)` is the frozen one."""
-        raise NotImplementedError
 
     @abstractmethod
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -27,6 +28,9 @@ class Bottleneck(TargetedMethod):
         f"{part}.{name}" for part in ("down", "up", "norm") for name in ("weight", "bias")
     )
 
+    normed: ClassVar[bool] = False
+    """Whether a layer normalisation of its own comes before `down`."""
+
     bottleneck: Rank = 64
     """Width between `down` and `up`."""
     activation: Activation
@@ -39,20 +43,21 @@ class Bottleneck(TargetedMethod):
 
     def expected(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         width = shape.out_features
-        return {
-            "down.bias": (self.bottleneck,),
-            "down.weight": (self.bottleneck, width),
-            "up.bias": (width,),
-            "up.weight": (width, self.bottleneck),
-        }
+        found: dict[str, tuple[int, ...]] = {"down.bias": (self.bottleneck,), "down.weight": (self.bottleneck, width)}
+        if self.normed:
+            found |= {"norm.bias": (width,), "norm.weight": (width,)}
+        return found | {"up.bias": (width,), "up.weight": (width, self.bottleneck)}
 
     def initial(self, base: Base, generator: torch.Generator) -> dict[str, Tensor]:
         slots = {name: torch.zeros(size) for name, size in self.expected(base.shape).items()}
-        self._draw(slots["down.weight"], generator)
+        self.draw(slots["down.weight"], generator)
+        if self.normed:
+            slots["norm.weight"].fill_(1.0)
         return slots
 
-    def _draw(self, down: Tensor, generator: torch.Generator) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def draw(self, down: Tensor, generator: torch.Generator) -> None:
+        """Fill `down` (bottleneck, width) with its first values."""
 
     def idle(self, path: str, slots: Mapping[str, Tensor]) -> bool:
         return "up.weight" in slots and all_zero(slots["up.weight"]) and all_zero(slots["up.bias"])
@@ -91,7 +96,7 @@ class Houlsby(Bottleneck):
 
     activation: Activation = "gelu"
 
-    def _draw(self, down: Tensor, generator: torch.Generator) -> None:
+    def draw(self, down: Tensor, generator: torch.Generator) -> None:
         nn.init.trunc_normal_(down, std=0.01, a=-0.02, b=0.02, generator=generator)
 
 
@@ -123,17 +128,11 @@ class Lin(Bottleneck):
     name: ClassVar[str] = "lin"
     lr_over_lora: ClassVar[float] = 1.0
     roles = ("feedforward-output",)
+    normed = True
 
     activation: Activation = "relu"
 
-    def expected(self, shape: Shape) -> dict[str, tuple[int, ...]]:
-        norm = dict.fromkeys(("norm.bias", "norm.weight"), (shape.out_features,))
-        return dict(sorted((super().expected(shape) | norm).items()))
-
-    def initial(self, base: Base, generator: torch.Generator) -> dict[str, Tensor]:
-        return super().initial(base, generator) | {"norm.weight": torch.ones(base.shape.out_features)}
-
-    def _draw(self, down: Tensor, generator: torch.Generator) -> None:
+    def draw(self, down: Tensor, generator: torch.Generator) -> None:
         bound = down.shape[1] ** -0.5
         down.uniform_(-bound, bound, generator=generator)
 

@@ -66,12 +66,11 @@ class DoRA(Factored):
                 hint="leave it out with exclude_modules, or use LoRA there",
             )
         magnitude = (1, shape.out_features, *(1 for _ in shape.kernel)) if shape.kernel else (shape.out_features,)
-        return dict(sorted((super().expected(shape) | {MAGNITUDE: magnitude}).items()))
+        return dict(sorted((self.factor_slots(shape) | {MAGNITUDE: magnitude}).items()))
 
     def initial(self, base: Base, generator: torch.Generator) -> dict[str, Tensor]:
-        slots = super().initial(base, generator)
-        slots[MAGNITUDE] = squared_norms(base).sqrt().reshape(slots[MAGNITUDE].shape)
-        return slots
+        magnitude = squared_norms(base).sqrt().reshape(self.expected(base.shape)[MAGNITUDE])
+        return self.factor_values(base, generator) | {MAGNITUDE: magnitude}
 
     def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
         return DoRALayer(shape, slots, self.scaling_at(shape.path), self.dropout)
@@ -102,7 +101,7 @@ class DoRALayer(FactorLayer):
 
     @torch.no_grad()
     def linear_change(self, base: Base) -> LinearChange | None:
-        found = super().linear_change(base)
+        found = self.factor_change(base)
         if found is None or found.pair is None:
             return None
         ratio, bias = wide(self.get_parameter(MAGNITUDE).detach()) / self._norms(base), base.bias()
@@ -113,7 +112,7 @@ class DoRALayer(FactorLayer):
     def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
         """The magnitude is pulled to the norms of the rows of W."""
         magnitude = squared_norms(base).sqrt().reshape(self.get_parameter(MAGNITUDE).shape)
-        return {**super().neutral(base), MAGNITUDE: magnitude}
+        return {**self.factor_neutral(base), MAGNITUDE: magnitude}
 
     @torch.no_grad()
     def _norms(self, base: Base) -> Tensor:

@@ -56,10 +56,8 @@ class Factored(TargetedMethod):
         alpha, rank = _first_match(self.alpha_pattern, path, self.alpha), self.rank_at(path)
         return alpha / (rank**0.5 if self.scaling == "rslora" else rank)
 
-    def fits(self, shape: Shape) -> bool:
-        return shape.kind in AFFINE_KINDS or bool(shape.matrices)
-
-    def expected(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+    def factor_slots(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        """Slot name -> shape of the factors at such a module, with a start's constants and a trained bias."""
         found: dict[str, tuple[int, ...]] = {}
         for name, (count, outer, inner) in shape.matrices.items():
             rank = self.rank_at(f"{shape.path}.{name}") * count
@@ -86,8 +84,9 @@ class Factored(TargetedMethod):
             )
         return rank
 
-    def initial(self, base: Base, generator: torch.Generator) -> dict[str, Tensor]:
-        shape, expected = base.shape, self.expected(base.shape)
+    def factor_values(self, base: Base, generator: torch.Generator) -> dict[str, Tensor]:
+        """First values of `factor_slots`."""
+        shape, expected = base.shape, self.factor_slots(base.shape)
         slots = {name: torch.zeros(size) for name, size in expected.items() if name != "bias"}
         if self.start not in RANDOM_STARTS:
             slots |= self._decomposed(base, generator)

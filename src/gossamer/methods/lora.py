@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gossamer.adapter import Method, Tensors
 from gossamer.errors import StateError, UnsupportedError
 from gossamer.linalg import LowRankPair, all_zero
-from gossamer.methods.base import Layer, Shape, wide
+from gossamer.methods.base import AFFINE_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.doubled import FACTORS, plain_fields, plain_slots
 from gossamer.methods.factored import RANDOM_STARTS, Factored, factors_in
 from gossamer.methods.lora_layers import LoRALayer, MatrixLoRA
@@ -58,6 +58,15 @@ class LoRA(Factored):
     name: ClassVar[str] = "lora"
     lr_over_lora: ClassVar[float] = 1.0
     peft: ClassVar[PeftLayout | None] = lora_layout()
+
+    def fits(self, shape: Shape) -> bool:
+        return shape.kind in AFFINE_KINDS or bool(shape.matrices)
+
+    def expected(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        return self.factor_slots(shape)
+
+    def initial(self, base: Base, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.factor_values(base, generator)
 
     def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
         if shape.matrices:

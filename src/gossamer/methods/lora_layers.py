@@ -70,14 +70,15 @@ class FactorLayer(Layer):
         return convolve(down, outer, groups=self.groups) * pair.scaling
 
     @torch.no_grad()
-    def linear_change(self, base: Base) -> LinearChange | None:
+    def factor_change(self, base: Base) -> LinearChange | None:
+        """What the pair and the bias make of a linear map."""
         if base.shape.kind not in LINEAR_KINDS:
             return None
         pairs = [pair.wide() for pair in self.pairs]
         shift = bias_shift(self.bias.detach(), base) if "bias" in self._parameters else None
         return LinearChange(LowRankPair.concatenated(pairs).folded(), shift=shift)
 
-    def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
+    def factor_neutral(self, base: Base) -> Mapping[str, Tensor | None]:
         """The factors of a start that is subtracted again; a bias is pulled to the module's own."""
         found: dict[str, Tensor | None] = {}
         if "start_A" in self._buffers:
@@ -118,6 +119,12 @@ class LoRALayer(FactorLayer):
             out = out + _along_channels(bias_shift(self.bias, base), base.shape).to(out.dtype)
         return out
 
+    def linear_change(self, base: Base) -> LinearChange | None:
+        return self.factor_change(base)
+
+    def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
+        return self.factor_neutral(base)
+
     def plain_pair(self) -> LowRankPair | None:
         if self._buffers or "bias" in self._parameters or (self.dropout and self.training):
             return None
@@ -148,6 +155,9 @@ class MatrixLoRA(ParameterLayer):
         self.scalings, self.transposed = dict(scalings), transposed
         hold(self, slots)
 
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        return self.run_presented(base, *args, **kwargs)
+
     def presented(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         changed = dict(parameters)
         for name, scaling in self.scalings.items():
@@ -158,10 +168,6 @@ class MatrixLoRA(ParameterLayer):
             change = change.transpose(1, 2) if self.transposed else change
             changed[name] = (wide(weight) + scaling * change.reshape(weight.shape)).to(weight.dtype)
         return changed
-
-    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        presented = self.presented({name: wide(value) for name, value in current.items()})
-        return {name: presented[name].detach() for name in self.scalings}
 
 
 def stacked_product(inner: Tensor, outer: Tensor, count: int) -> Tensor:

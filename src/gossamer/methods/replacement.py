@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gossamer.kernels.routing import LinearChange
-from gossamer.methods.base import LINEAR_KINDS, Base, Layer
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer, wide
 from gossamer.methods.slots import hold
 
 
@@ -22,12 +22,13 @@ class ParameterLayer(Layer):
     def presented(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All parameters, given those of the module or of the layers further in."""
 
-    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+    def run_presented(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        """The module's output with the values that are presented."""
         return base.with_parameters(self.presented(base.parameters()), *args, **kwargs)
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        presented = self.presented(current)
-        return {name: value.detach() for name, value in presented.items() if value is not current.get(name)}
+        before = {name: wide(value) for name, value in current.items()}
+        return {name: value.detach() for name, value in self.presented(before).items() if value is not before.get(name)}
 
 
 class Replacement(ParameterLayer):
@@ -41,6 +42,9 @@ class Replacement(ParameterLayer):
         super().__init__()
         hold(self, values)
         self.borrowed: dict[str, tuple[Replacement, str]] = {}
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        return self.run_presented(base, *args, **kwargs)
 
     def neutral(self, base: Base) -> Mapping[str, Tensor | None]:
         """The module's own values: decay is of the change, as it is of a product of factors."""
