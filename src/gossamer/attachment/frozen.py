@@ -140,7 +140,7 @@ class Frozen:
 
 
 class Stacked:
-    """A layer around a call, itself the base of the next layer.
+    """A layer around a call, itself the base of the next layer; most of its answers are the frozen module's.
 
     Innermost layers are other values of the module's parameters: they stand closest to it, each sees what those
     further in present, and the outermost of them runs the module with the sum of it all.
@@ -154,38 +154,13 @@ class Stacked:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer(self.base, *args, **kwargs)
 
-    def affine(self) -> tuple[Tensor, Tensor | None]:
-        """The frozen module's own weight and bias, whatever stands between."""
-        return self.base.affine()
-
-    def bias(self) -> Tensor | None:
-        """The frozen module's own bias."""
-        return self.base.bias()
-
-    def value(self, name: str) -> Tensor:
-        """One of the frozen module's own parameters."""
-        return self.base.value(name)
+    def __getattr__(self, name: str) -> Any:  # weight, bias, map and the rest: the frozen module's own
+        return getattr(self.base, name)
 
     def is_plain(self) -> bool:
         """No: a layer stands in between."""
         return False
 
-    def version(self) -> tuple[int, int]:
-        """Of the frozen module's weight."""
-        return self.base.version()
-
-    def mapped(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The frozen module's own map."""
-        return self.base.mapped(x, weight)
-
-    def checkpointed(self) -> bool:
-        """The frozen module's own answer."""
-        return self.base.checkpointed()
-
     def parameters(self) -> dict[str, Tensor]:
         """As the layers so far present them."""
         return self.layer.presented(self.base.parameters())
-
-    def with_parameters(self, replaced: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Straight to the module: `replaced` already holds what the layers between present."""
-        return self.base.with_parameters(replaced, *args, **kwargs)

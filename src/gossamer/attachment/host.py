@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gossamer.attachment import walk
-from gossamer.attachment.match import Selection
+from gossamer.attachment.selection import Selection
 from gossamer.attachment.site import Active, Site
 from gossamer.errors import StateError, nearest
 from gossamer.kernels.routing import Routing

@@ -1,4 +1,4 @@
-"""Layers of a module whose weight or bias others' code reads without calling it: their values lie there while it runs."""
+"""Values of layers in the module's own place, where others' code reads its weight or bias without calling it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from gossamer.adapter import Adapter, Tensors
 from gossamer.attachment import walk
 from gossamer.attachment.frozen import Frozen
 from gossamer.attachment.kinds import shape_of
-from gossamer.attachment.match import Selection, select
+from gossamer.attachment.match import select
+from gossamer.attachment.selection import Selection
 from gossamer.errors import AdapterFileError, TargetError, UnsupportedError, nearest
 from gossamer.methods import Layer, Replacement, Shape, TargetedMethod
 from gossamer.methods.base import wide

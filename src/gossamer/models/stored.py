@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gossamer.attachment.match import heads
+from gossamer.attachment.fitness import heads
 from gossamer.attachment.walk import modules
 from gossamer.models.quantizer import packed_modules
 
