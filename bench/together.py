@@ -88,7 +88,7 @@ class Runs:
         """Each by `train`."""
         done = {}
         for name, job in self.jobs(count).items():
-            gs.attach(self.model, job.method, seed=job.config.seed)
+            gs.attach(self.model, job.method, seed=job.config.train.seed)
             done[name] = train(self.model, self.tokenizer, job.config, progress=Silent())
             gs.detach(self.model)
         return done

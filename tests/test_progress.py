@@ -7,12 +7,13 @@ import io
 import pytest
 
 from gossamer import progress
-from gossamer.progress import Bar, Lines, Silent, amount, duration
+from gossamer.pages.sizes import amount
+from gossamer.progress import Bar, PlainLines, Silent, duration
 
 
 def test_lines_come_every_few_seconds_and_at_the_end() -> None:
     stream, now = io.StringIO(), [0.0]
-    lines = Lines(stream, every=5.0, clock=lambda: now[0])
+    lines = PlainLines(stream, every=5.0, clock=lambda: now[0])
     lines.start(8, "training")
     for _ in range(8):
         now[0] += 2.0
@@ -38,11 +39,11 @@ def test_amounts(nbytes: float, text: str) -> None:
 def test_a_bar_only_on_a_terminal_that_wants_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CI", "NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
-    assert isinstance(progress.for_terminal(), Lines)
+    assert isinstance(progress.for_terminal(), PlainLines)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert isinstance(progress.for_terminal(), Bar)
     monkeypatch.setenv("CI", "true")
-    assert isinstance(progress.for_terminal(), Lines)
+    assert isinstance(progress.for_terminal(), PlainLines)
 
 
 @pytest.mark.parametrize("kind", [Bar, Silent])

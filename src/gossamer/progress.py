@@ -45,7 +45,7 @@ class Silent:
         """Nothing."""
 
 
-class Lines:
+class PlainLines:
     """Plain lines on a stream, at most one every few seconds: for log files and continuous integration."""
 
     def __init__(self, stream: TextIO, *, every: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -122,7 +122,7 @@ class Bar:
 def for_terminal() -> Progress:
     """A bar if the error stream is a terminal that wants one, plain lines otherwise."""
     plain = any(os.environ.get(name) for name in ("CI", "NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    return Bar() if sys.stderr.isatty() and not plain else Lines(sys.stderr)
+    return Bar() if sys.stderr.isatty() and not plain else PlainLines(sys.stderr)
 
 
 _FORMATS: dict[str, Callable[[Any], str]] = {
@@ -136,14 +136,6 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
 def describe(metrics: dict[str, float]) -> list[str]:
     """The figures that are shown of a step, in their units."""
     return [form(metrics[name]) for name, form in _FORMATS.items() if name in metrics]
-
-
-def amount(nbytes: float) -> str:
-    """In the largest decimal unit that leaves a figure before the point: 1460 -> "1.5 kB"."""
-    for size, unit, digits in ((1e9, "GB", 2), (1e6, "MB", 1), (1e3, "kB", 1)):
-        if nbytes >= size:
-            return f"{nbytes / size:.{digits}f} {unit}"
-    return f"{nbytes:.0f} bytes"
 
 
 def duration(seconds: float) -> str:

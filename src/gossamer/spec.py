@@ -7,10 +7,12 @@ range are errors; all faults of one input are reported together, each with its p
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError
+from pydantic_core import PydanticCustomError
 
 from gossamer.errors import SpecError, nearest
 from gossamer.peers import OURS
@@ -37,7 +39,7 @@ class _Teaching(type(BaseModel)):  # pydantic's metaclass, by its public handle
 
     def __call__(cls: Any, *args: Any, **fields: Any) -> Any:
         try:
-            return super().__call__(*args, **fields)
+            return super().__call__(*args, **cls.given(fields))
         except ValidationError as error:
             raise SpecError(f"{cls.__name__} is not valid", faults=_faults(cls, error)) from None
 
@@ -67,27 +69,47 @@ class Spec(BaseModel, metaclass=_Teaching):
             at: the keys that lead to this mapping in that file.
         """
         try:
-            return cls.model_validate(dict(fields))
+            return cls.model_validate(dict(fields), context={"lines": lines})
         except ValidationError as error:
             raise SpecError(f"{where or cls.__name__} is not valid", faults=_faults(cls, error, lines, at)) from None
+
+    @classmethod
+    def given(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields that keywords of a call from Python mean; a file's keys are taken as they are."""
+        return fields
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
 
+@dataclass(frozen=True)
 class Lines:
     """Where each key of a YAML file stands: `at(("train", "lr"))` -> `"config.yaml:7:3"`."""
 
-    def __init__(self, file: str, positions: Mapping[tuple[str | int, ...], tuple[int, int]]) -> None:
-        self.file, self.positions = file, positions
+    file: str
+    positions: Mapping[tuple[str | int, ...], tuple[int, int]]
+    elsewhere: Mapping[tuple[str | int, ...], str] = field(default_factory=dict)
+    """Keys that were put in from somewhere else, with all that is below them -> that place, such as a flag."""
+
+    def put(self, path: tuple[str | int, ...], place: str) -> Lines:
+        """The same with one key that stands at `place`."""
+        return replace(self, elsewhere={path: place, **self.elsewhere})
 
     def at(self, path: tuple[str | int, ...]) -> str:
         """The position of `path`, or of its nearest ancestor that the file holds."""
+        for keys, place in self.elsewhere.items():
+            if path[: len(keys)] == keys:
+                return place
         while path and path not in self.positions:
             path = path[:-1]
         line, column = self.positions.get(path, (0, 0))
         return f"{self.file}:{line + 1}:{column + 1}"
+
+
+def nested(error: SpecError) -> PydanticCustomError:
+    """The faults of a spec inside another, to be raised in its validation, so that all are reported together."""
+    return PydanticCustomError("nested", "is not valid", {"faults": [*error.faults]})
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:
@@ -151,8 +173,11 @@ def _faults(
     cls: type[BaseModel], error: ValidationError, lines: Lines | None = None, at: tuple[str, ...] = ()
 ) -> list[str]:
     """One readable line for each of pydantic's errors."""
-    found = []
+    found: list[str] = []
     for fault in error.errors():
+        if fault["type"] == "nested":
+            found += fault.get("ctx", {})["faults"]
+            continue
         path = tuple(part for part in fault["loc"] if not (isinstance(part, str) and part.startswith("function-")))
         dotted = ".".join(str(part) for part in (*at, *path))
         place = f"{lines.at((*at, *path))}: " if lines else ""

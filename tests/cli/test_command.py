@@ -19,7 +19,8 @@ from gossamer.catalog import catalog
 from gossamer.cli import main
 from gossamer.cli.doctor import examined
 from gossamer.cli.fetch import shown
-from gossamer.cli.shared import columns, wants_colour
+from gossamer.cli.shared import wants_colour
+from gossamer.pages.tables import aligned
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GossamerError)]
 
@@ -152,5 +153,5 @@ def test_doctor_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_columns_line_up():
-    assert columns([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"
-    assert columns([]) == ""
+    assert aligned([("a", "bb"), ("ccc", "d")]) == "a    bb\nccc  d"
+    assert aligned([]) == ""

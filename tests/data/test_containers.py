@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gossamer.data.containers import Faults, Table, read_table
+from gossamer.data.containers import RowFaults, Table, read_table
 from gossamer.errors import DataError, UnsupportedError
 
 RECORDS = [
@@ -38,7 +38,7 @@ def write(path: Path, records: list[dict], *, newline: str = "\n", bom: bytes = 
 
 
 def read(path: Path) -> Table:
-    faults = Faults(path)
+    faults = RowFaults(path)
     table = read_table(path, faults)
     faults.check("unreadable")
     return table
@@ -119,7 +119,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
 
 
 def test_faults_list_twenty_and_count_the_rest():
-    faults = Faults("rows.jsonl")
+    faults = RowFaults("rows.jsonl")
     for row in range(1, 31):
         faults.add(row, "wrong")
     with pytest.raises(DataError) as caught:

@@ -16,6 +16,7 @@ import transformers
 import gossamer as gs
 from gossamer.errors import BaseFileError, SpecError, TargetError, UnsupportedError, UsageError
 from gossamer.models import tiny
+from gossamer.pages.sizes import count
 from gossamer.planning import DEVICES, ModelShape, Plan, compare, plan
 from gossamer.planning.devices import GIB, Device, this_machine
 from gossamer.planning.families import READERS, shape_of_config
@@ -23,7 +24,7 @@ from gossamer.planning.known import KNOWN
 from gossamer.planning.method import Tuning
 from gossamer.planning.setting import QUANTS, moments, packed
 from gossamer.planning.source import shape_of
-from gossamer.planning.table import compared, count
+from gossamer.planning.table import compared
 from gossamer.quant import FORMATS, packed_bytes, quantize
 
 QV = ("q_proj", "v_proj")

@@ -38,11 +38,12 @@ def faults_of(path: Path, *flags: str) -> tuple[str, ...]:
 def test_the_design_s_example(tmp_path: Path) -> None:
     config = RunConfig.read(write(tmp_path, GOOD))
     assert config.method == LoRA(r=8, alpha=16.0)
-    assert config.train_config() == TrainConfig(
+    assert config == TrainConfig(
+        base="smollm2-135m", method=LoRA(r=8, alpha=16.0),
         data={"train": "reviews/train.jsonl", "eval": "reviews/eval.jsonl"},
         epochs=1, batch_size=8, lr="auto", seed=0, task="sft", output="runs/demo",
     )  # fmt: skip
-    assert config.train_config().loop() == config.train
+    assert config.train == LoopConfig(epochs=1, batch_size=8, lr="auto", seed=0)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,10 @@ def test_every_way_to_hold_the_base_can_be_asked_for() -> None:
 def test_a_path_alone_is_training_data() -> None:
     config = TrainConfig(data=Path("a") / "rows.jsonl", output=Path("runs") / "x")
     assert (config.data.train, config.data.eval, config.output) == ("a/rows.jsonl", None, "runs/x")
-    assert LoopConfig(**{name: getattr(config, name) for name in LoopConfig.model_fields}) == config.loop()
+    assert (config.base, config.train) == (None, LoopConfig())
+    changed = config.replace(lr=1e-3, seed=3)
+    assert changed.replace(seed=0) == config.replace(train=LoopConfig(lr=1e-3))
+    assert RunConfig.from_dict(changed.to_dict()) == changed
 
 
 # Other tools' names ---------------------------------------------------------------------------------------------------

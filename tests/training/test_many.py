@@ -52,7 +52,7 @@ def train_jobs(jobs: Any, *, model: Any = None, progress: Any = None, **options:
 
 def alone(job: Job, output: Path) -> Run:
     model = tiny("llama")
-    gs.attach(model, job.method, seed=job.config.seed)
+    gs.attach(model, job.method, seed=job.config.train.seed)
     return toy_train(job.config.replace(output=str(output)), model=model)
 
 
@@ -299,7 +299,7 @@ def test_calls_that_cannot_be_meant(tmp_path: Path) -> None:
 
 def test_a_job_from_a_file_keeps_its_config(tmp_path: Path) -> None:
     flat = toy_config(tmp_path, max_steps=2)
-    config = RunConfig(base="toy", method=gs.LoRA(r=2), data=flat.data, train=flat.loop(), output=flat.output)
+    config = RunConfig(base="toy", method=gs.LoRA(r=2), data=flat.data, train=flat.train, output=flat.output)
     run = train_jobs({"a": config})["a"]
     assert RunConfig.read(run.output / "config.yaml") == config
     assert run.report["base"] == "toy"

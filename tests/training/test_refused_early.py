@@ -13,9 +13,8 @@ from gossamer.cli import main
 from gossamer.errors import DataError, GossamerError
 from gossamer.progress import Silent
 from gossamer.spec import write_yaml
-from gossamer.training import RunConfig
+from gossamer.training import RunConfig, runs
 from gossamer.training.many import sweep
-from gossamer.training.runs import run as runs
 from gossamer.training.runs.outcome import peak_memory
 from tests.training.toy_run import toy_config, toy_train, write_rows
 

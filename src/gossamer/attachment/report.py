@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gossamer.progress import amount
+from gossamer.pages.sizes import amount
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gossamer.cli.shared import ListedWeights, WeightType, json_option, present
-from gossamer.progress import amount
+from gossamer.pages.sizes import amount
 
 
 @click.command("compose", cls=ListedWeights)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from gossamer.cli.shared import emit, json_option
-from gossamer.progress import amount
+from gossamer.pages.sizes import amount
 
 
 @click.command("convert")

@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from gossamer.cli.shared import columns, json_option, present
+from gossamer.cli.shared import json_option, present
+from gossamer.pages.tables import aligned
 
 FLOORS = {
     "torch": ((2, 10), "older ones can be made to run code by a weights file (CVE-2026-24747)"),
@@ -30,7 +31,7 @@ def command(as_json: bool) -> None:
     facts = [(name, str(value)) for name, value in found.items() if name not in ("problems", "catalog")]
     facts += [(f"catalog: {name}", folder or "not fetched") for name, folder in found["catalog"].items()]
     problems = [f"problem: {one}" for one in found["problems"]] or ["no problems found"]
-    present(found, as_json, columns(facts), *problems)
+    present(found, as_json, aligned(facts), *problems)
     if found["problems"]:
         raise click.exceptions.Exit(4)
 

@@ -6,12 +6,12 @@ import click
 
 from gossamer.cli.shared import (
     adapter_options,
-    columns,
     emit,
     force_option,
     json_option,
     load_with_adapter,
 )
+from gossamer.pages.tables import aligned
 
 
 @click.command("eval")
@@ -37,18 +37,18 @@ def command(
 ) -> None:
     """Measure a base, or a base with an adapter, on held-out rows."""
     from gossamer.training import evaluate
-    from gossamer.training.evaluate import read_data
+    from gossamer.training.config import DataFiles
     from gossamer.training.tasks import DEFAULT, read_figures, task_of
 
     chosen = task_of(task or DEFAULT)
-    rows = read_data(data)  # before gigabytes are loaded
+    rows, _ = DataFiles(train=data).read()  # before gigabytes are loaded
     model, tokenizer, digest, base = load_with_adapter(base, adapter, quant, dtype, device, force_base)
     result = evaluate(model, tokenizer, rows, task=chosen, batch_size=batch_size)
     if as_json:
         emit({"base": base, "adapter_digest": digest, "data": data} | result)
         return
     click.echo(
-        columns(
+        aligned(
             [
                 (name, f"{value:.4f}" if isinstance(value, float) else str(value))
                 for name, value in result.items()
@@ -60,4 +60,4 @@ def command(
         names = [label.strip() for label in table.labels]
         click.echo("\nrows: the right label; columns: the predicted one")
         rows = ((name, *map(str, row)) for name, row in zip(names, table.counts, strict=True))
-        click.echo(columns([("", *names), *rows]))
+        click.echo(aligned([("", *names), *rows]))

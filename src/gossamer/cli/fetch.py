@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import click
 
-from gossamer.cli.shared import columns, emit, json_option, present
+from gossamer.cli.shared import emit, json_option, present
+from gossamer.pages.tables import aligned
 
 
 @click.command("fetch")
@@ -27,7 +28,7 @@ def command(names: tuple[str, ...], show_list: bool, verify: bool, as_json: bool
             {fact: getattr(one, fact) for fact in facts} | {"folder": str(catalog.cached(one.name) or "")}
             for one in catalog.CATALOG.values()
         ]
-        present(listed, as_json, columns([tuple(value or "not fetched" for value in one.values()) for one in listed]))
+        present(listed, as_json, aligned([tuple(value or "not fetched" for value in one.values()) for one in listed]))
         return
     folders = {}
     for name in names:

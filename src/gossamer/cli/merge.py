@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from gossamer.cli.shared import ListedWeights, base_options, columns, force_option, json_option, present
+from gossamer.cli.shared import ListedWeights, base_options, force_option, json_option, present
+from gossamer.pages.tables import aligned
 
 
 @click.command("merge", cls=ListedWeights)
@@ -71,4 +72,4 @@ def _table(choices: dict[str, dict[str, float]]) -> str:
     """What each storage of the merged weights loses."""
     head = ("stored as", "loses of the weights", "over the adapter's change")
     rows = [(name, f"{lost['of_weight']:.2%}", f"{lost['of_change']:.2%}") for name, lost in choices.items()]
-    return columns([head, *rows])
+    return aligned([head, *rows])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from gossamer.cli.shared import device_option, dtype_option, json_option, present
-from gossamer.progress import amount
+from gossamer.pages.sizes import amount
 
 
 @click.command("quantize")

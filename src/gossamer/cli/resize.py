@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from gossamer.cli.shared import columns, json_option, present
+from gossamer.cli.shared import json_option, present
+from gossamer.pages.tables import aligned
 
 
 @click.command("resize")
@@ -36,5 +37,5 @@ def command(adapter: str, rank: int | None, energy: float | None, pooled: bool, 
         as_json,
         f"{output}: {before.num_parameters:,} numbers became {after.num_parameters:,}",
         f"error {error:.3g} of the change (relative, Frobenius norm); the largest of single modules:",
-        columns([(path, f"{error:.3g}") for path, error in worst], indent="  "),
+        aligned([(path, f"{error:.3g}") for path, error in worst], indent="  "),
     )

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -167,11 +167,3 @@ def warn(text: str) -> None:
 def wants_colour(stream: TextIO) -> bool:
     """Whether a stream is a terminal whose owner has not asked for none (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
-
-
-def columns(rows: Sequence[tuple[str, ...]], indent: str = "") -> str:
-    """Rows as aligned columns of text."""
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))] if rows else []
-    return "\n".join(
-        indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

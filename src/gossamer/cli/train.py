@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gossamer.cli.shared import columns, emit, json_option, wants_colour, warn
-from gossamer.progress import amount
+from gossamer.cli.shared import emit, json_option, wants_colour, warn
+from gossamer.pages.sizes import amount
+from gossamer.pages.tables import aligned
 
 if TYPE_CHECKING:
-    from gossamer.training.runs.run import Rehearsal
+    from gossamer.training.runs import Rehearsal
 
 
 @click.command("train", context_settings={"ignore_unknown_options": True})
@@ -42,7 +43,7 @@ def command(
     from gossamer.errors import UsageError
     from gossamer.progress import Silent, for_terminal
     from gossamer.training import RunConfig, runs
-    from gossamer.training import sweep as several
+    from gossamer.training.many import sweep as several
 
     overrides = (*overrides, "--train.packing", "false") if no_packing else overrides
     progress = Silent() if as_json else for_terminal()
@@ -71,7 +72,7 @@ def show_several(output: str, result: dict[str, Any]) -> None:
     """One line a run, what failed, and where the page is; of a rehearsal, what would be trained."""
     from gossamer.training.many.report import as_rows
 
-    click.echo(columns(as_rows(result)))
+    click.echo(aligned(as_rows(result)))
     for run in result["runs"]:
         if "error" in run:
             warn(f"{run['name']} failed: {run['error']['code']}: {run['error']['what']}")
@@ -104,7 +105,7 @@ def show_report(output: str, report: dict[str, Any]) -> None:
     rows += [(name, f"{before[name]:.4f}", f"{value:.4f}") for name, value in read_figures(after).named().items()]
     share = report["trainable_params"] / report["total_params"]
     if after:
-        click.echo(columns(rows))
+        click.echo(aligned(rows))
     click.echo(f"{report['trainable_params']:,} trainable parameters ({share:.2%}), {amount(report['adapter_bytes'])}")
     click.echo(f"{report['seconds']:.0f} s, {report['tokens_per_second']:.0f} tokens/s")
     click.echo(f"{output}/report.html")

@@ -1,6 +1,6 @@
 """From a data file to plain records: JSON Lines, JSON arrays, CSV and Parquet.
 
-A container knows nothing about training: it gives each record with its row number and notes in `Faults` whatever it
+A container knows nothing about training: it gives each record with its row number and notes in `RowFaults` whatever it
 cannot read, so that one error shows everything that is wrong with a file. The file is read once; the digest is the
 digest of the very bytes that were parsed.
 
@@ -15,6 +15,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,12 +36,12 @@ _WIDE_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-class Faults:
+class RowFaults:
     """Everything wrong with a set of rows, collected until `check` raises it as one `DataError`."""
 
     shown = 20
 
-    def __init__(self, path: str | Path = "") -> None:
+    def __init__(self, path: str | os.PathLike[str] = "") -> None:
         self.path = str(path)
         self.found: list[str] = []
 
@@ -71,7 +72,7 @@ class Table:
     records: list[tuple[int, dict[str, Any]]]
 
 
-def read_table(path: str | Path, faults: Faults) -> Table:
+def read_table(path: str | os.PathLike[str], faults: RowFaults) -> Table:
     """Read every record of a file, by its suffix or else by its content.
 
     Rows that cannot be read are noted in `faults`; whoever calls decides when to `check` them.
@@ -104,7 +105,7 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError("the data file cannot be read", where=str(path), got=str(error)) from None
 
 
-def _container_of(path: str | Path, data: bytes) -> str:
+def _container_of(path: str | os.PathLike[str], data: bytes) -> str:
     by_suffix = SUFFIXES.get(Path(path).suffix.lower())
     if by_suffix and by_suffix != "json":  # many .json files out there hold JSON Lines, so those are looked into
         return by_suffix
@@ -116,7 +117,7 @@ def _container_of(path: str | Path, data: bytes) -> str:
                     expected="a name that ends in " + ", ".join(SUFFIXES))  # fmt: skip
 
 
-def _lines(data: bytes, faults: Faults) -> Iterator[tuple[int, str]]:
+def _lines(data: bytes, faults: RowFaults) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file, with or without a byte order mark.
 
     A bad byte is noted and then read as a replacement character: the file is refused by then, but the lines after it
@@ -139,13 +140,15 @@ def _lines(data: bytes, faults: Faults) -> Iterator[tuple[int, str]]:
         offset += len(line)
 
 
-def _read_jsonl(data: bytes, faults: Faults) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_jsonl(data: bytes, faults: RowFaults) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, text in _lines(data, faults):
         if text.strip() and (record := _record(text.rstrip(), number, faults)) is not None:
             yield number, record
 
 
-def _object_over_lines(data: bytes, faults: Faults) -> tuple[str, list[tuple[int, dict[str, Any]]]] | tuple[()] | None:
+def _object_over_lines(
+    data: bytes, faults: RowFaults
+) -> tuple[str, list[tuple[int, dict[str, Any]]]] | tuple[()] | None:
     """The rows of a file that is one JSON object, in the one list that it holds beside no fields of a row.
 
     None for proper JSON Lines, and where the object cannot be read; `()`, with one fault noted, for objects that are
@@ -181,14 +184,14 @@ def _object_over_lines(data: bytes, faults: Faults) -> tuple[str, list[tuple[int
     return ()
 
 
-def _read_json(data: bytes, faults: Faults) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_json(data: bytes, faults: RowFaults) -> Iterator[tuple[int, dict[str, Any]]]:
     text = "".join(line for _, line in _lines(data, faults))
     for number, element in enumerate(_elements(text, faults), start=1):
         if (record := _record(element, number, faults)) is not None:
             yield number, record
 
 
-def _elements(text: str, faults: Faults) -> Iterator[str]:
+def _elements(text: str, faults: RowFaults) -> Iterator[str]:
     """The source of each element of a JSON array, cut out one by one so that a fault can name its row."""
     decoder, row = json.JSONDecoder(), 0
     position = _after_space(text, 0)
@@ -218,7 +221,7 @@ def _after_space(text: str, position: int) -> int:
     return match.end() if match else position
 
 
-def _record(text: str, row: int, faults: Faults) -> dict[str, Any] | None:
+def _record(text: str, row: int, faults: RowFaults) -> dict[str, Any] | None:
     """One JSON object; anything else is noted in `faults`."""
     try:
         value = _STRICT.decode(text)
@@ -262,7 +265,7 @@ def _constant(name: str) -> NoReturn:
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def _read_csv(data: bytes, faults: Faults) -> list[tuple[int, dict[str, Any]]]:
+def _read_csv(data: bytes, faults: RowFaults) -> list[tuple[int, dict[str, Any]]]:
     """Comma-separated values with a header line; a record may span lines inside quotes."""
     before = csv.field_size_limit(LONGEST_LINE)  # one setting for the whole process, so it is put back
     try:
@@ -271,7 +274,7 @@ def _read_csv(data: bytes, faults: Faults) -> list[tuple[int, dict[str, Any]]]:
         csv.field_size_limit(before)
 
 
-def _csv_records(reader: Any, faults: Faults) -> list[tuple[int, dict[str, Any]]]:
+def _csv_records(reader: Any, faults: RowFaults) -> list[tuple[int, dict[str, Any]]]:
     header: list[str] = []
     records: list[tuple[int, dict[str, Any]]] = []
     while True:
@@ -293,7 +296,7 @@ def _csv_records(reader: Any, faults: Faults) -> list[tuple[int, dict[str, Any]]
             records.append((line, record))
 
 
-def _csv_record(record: dict[str, Any], line: int, faults: Faults) -> dict[str, Any] | None:
+def _csv_record(record: dict[str, Any], line: int, faults: RowFaults) -> dict[str, Any] | None:
     for column in set(_JSON_COLUMNS) & set(record):
         try:
             record[column] = _STRICT.decode(record[column])
@@ -303,7 +306,7 @@ def _csv_record(record: dict[str, Any], line: int, faults: Faults) -> dict[str, 
     return record
 
 
-def _read_parquet(data: bytes, faults: Faults) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(data: bytes, faults: RowFaults) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -317,6 +320,6 @@ def _read_parquet(data: bytes, faults: Faults) -> Iterator[tuple[int, dict[str, 
     return enumerate(records, start=1)
 
 
-_READERS: dict[str, Callable[[bytes, Faults], Any]] = {
+_READERS: dict[str, Callable[[bytes, RowFaults], Any]] = {
     "jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet,
 }  # fmt: skip

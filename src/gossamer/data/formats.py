@@ -16,15 +16,15 @@ learned. Columns that no format uses are named by `Rows.describe`; a row in whic
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gossamer.data.columns import HISTORY, SYSTEM, TOOLS, Carrying, is_empty, rename_hint
-from gossamer.data.containers import Faults, Table, kind_of, read_table
+from gossamer.data.containers import RowFaults, Table, kind_of, read_table
 from gossamer.data.conversations import BadRow, Fields, read_tools, read_turns
 from gossamer.data.rows import Chat, Completion, Instruction, Text, Turn
 from gossamer.errors import DataError, nearest
@@ -42,16 +42,18 @@ _UNUSABLE = "the file has rows that cannot be used"
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of one file, valid one by one."""
+    """All rows of one file, or what was in memory, valid one by one."""
 
     path: str
+    """The file; "memory" for rows that came from none."""
     container: str
     format: str
     digest: str
-    """sha256 of the file, in hex: a resumed run compares it."""
-    rows: tuple[Row, ...]
+    """sha256 of the file, or of what the rows hold, in hex: a resumed run compares it."""
+    rows: tuple[Row, ...] = field(repr=False, compare=False)
     unused: tuple[str, ...] = ()
-    """Columns of the file that the format does not use."""
+    """Columns that the format does not use."""
+    in_memory: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,13 +61,20 @@ class Rows:
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
+    @property
+    def source(self) -> str:
+        """What a config says of them: the file; of rows in memory, what they were."""
+        if not self.in_memory:
+            return self.path
+        return f"{self.path}: {len(self):,} rows of {self.format}, sha256 {self.digest}"
+
     def describe(self) -> str:
         """One line, such as `reviews/train.jsonl: 2,966 rows of prompt/completion (jsonl)`."""
         unused = f"; columns not used: {', '.join(self.unused)}" if self.unused else ""
         return f"{self.path}: {len(self):,} rows of {self.format.replace('-', '/')} ({self.container}){unused}"
 
 
-def read_rows(path: str | Path, *, format: str | None = None) -> Rows:
+def read_rows(path: str | os.PathLike[str], *, format: str | None = None) -> Rows:
     """Read a data file and validate every row of it.
 
     Args:
@@ -74,17 +83,21 @@ def read_rows(path: str | Path, *, format: str | None = None) -> Rows:
 
     Raises `DataError` with every fault of the file, each with its row and reason; `UnsupportedError` without pyarrow.
     """
+    faults = RowFaults(path)
+    return parse_records(read_table(path, faults), faults, format)
+
+
+def parse_records(table: Table, faults: RowFaults, format: str | None = None) -> Rows:
+    """The rows that records mean. Raises `DataError` with every fault."""
     if format is not None and format not in FORMATS:
         raise DataError(f"unknown data format {format!r}", expected=", ".join(FORMATS), hint=nearest(format, FORMATS))
-    faults = Faults(path)
-    table = read_table(path, faults)
     columns = list(dict.fromkeys(column for _, record in table.records for column in record))
     chosen = FORMATS[format or _detect(columns, table, faults)]
     carrying = Carrying(columns, (*chosen.required, *chosen.optional), chosen.name)
     rows = []
     for number, record in table.records:
         try:
-            row = chosen.build(Fields(record), f"{path}:{number}")
+            row = chosen.build(Fields(record), f"{table.path}:{number}")
             if carrying and (fault := carrying.fault(record, row.texts())):
                 raise BadRow(fault)
             rows.append(row)
@@ -115,7 +128,7 @@ def _fitting(columns: Iterable[str]) -> list[str]:
     return [one.name for one in FORMATS.values() if set(one.required) <= {*columns}]
 
 
-def _detect(columns: list[str], table: Table, faults: Faults) -> str:
+def _detect(columns: list[str], table: Table, faults: RowFaults) -> str:
     fitting = _fitting(columns)
     if len(fitting) == 1:
         return fitting[0]
@@ -131,7 +144,7 @@ def _detect(columns: list[str], table: Table, faults: Faults) -> str:
     )  # fmt: skip
 
 
-def _refuse_mixture(table: Table, faults: Faults) -> None:
+def _refuse_mixture(table: Table, faults: RowFaults) -> None:
     """Name the rows that are of another format than most, if no format fits all of them."""
     fits = [(number, _fitting(record)) for number, record in table.records]
     counts = Counter(name for _, names in fits for name in names)

@@ -12,7 +12,7 @@ from itertools import accumulate, chain, groupby
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from gossamer.data.chat_template import ChatRenderer, MaskedText, Unprovable
-from gossamer.data.containers import Faults
+from gossamer.data.containers import RowFaults
 from gossamer.data.proof import decoded, proven
 from gossamer.data.rows import Chat, Instruction, Row
 from gossamer.errors import DataError
@@ -139,7 +139,7 @@ def encode(
 
 def _examples(rows: list[Row], renderer: ChatRenderer, leading: list[int]) -> list[Example]:
     """Every row as tokens with its proven mask, of whatever length. Raises `DataError` with every fault."""
-    faults, hints = Faults(), dict[str, None]()
+    faults, hints = RowFaults(), dict[str, None]()
     written = [_written(row, renderer, faults, hints) for row in rows]
     faults.check("these rows have no text that can be learned", hint="; ".join(hints))
     tokens, reasons = proven(written, renderer.tokenizer)
@@ -210,7 +210,7 @@ def _last_run(supervised: list[bool]) -> int:
     return len(supervised) - supervised[::-1].index(False)
 
 
-def _written(row: Row, renderer: ChatRenderer, faults: Faults, hints: dict[str, None]) -> list[MaskedText]:
+def _written(row: Row, renderer: ChatRenderer, faults: RowFaults, hints: dict[str, None]) -> list[MaskedText]:
     try:
         return renderer.render(row)
     except Unprovable as error:
@@ -230,7 +230,7 @@ def _fitted(
     examples: list[Example], max_length: int, shorter: Callable[[int], Example | None], on_overlong: Overlong
 ) -> Encoding:
     """Apply `max_length`, then make sure that every example teaches something."""
-    faults, kept, dropped, truncated = Faults(), [], [], []
+    faults, kept, dropped, truncated = RowFaults(), [], [], []
     for index, example in enumerate(examples):
         if len(example) <= max_length:
             kept.append(example)

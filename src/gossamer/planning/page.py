@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from gossamer.files.atomic import write_text
 from gossamer.pages import charts
+from gossamer.pages.shell import page, section
+from gossamer.pages.sizes import size
 from gossamer.planning.devices import GIB
-from gossamer.planning.table import WORDS, as_text, size
+from gossamer.planning.table import WORDS, as_text
 
 if TYPE_CHECKING:
     from gossamer.planning.plan import Plan
@@ -18,11 +20,7 @@ if TYPE_CHECKING:
 _HUES = ("#2f6f8f", "#b4632a", "#5f8a3a", "#8a5a94", "#a8862a", "#5b6b7a")
 _LEFT, _RIGHT, _BAR, _STEP = 150, 80, 22, 34
 _STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 46rem; padding: 0 1rem; }
-pre { overflow-x: auto; font-size: 12.5px; } table { border-collapse: collapse; }
-td, th { padding: .15rem .8rem .15rem 0; text-align: left; } td.number { text-align: right; }
-figure { margin: 1.5rem 0; } li { list-style: none; display: inline-block; margin-right: 1.2rem; }
+li { list-style: none; display: inline-block; margin-right: 1.2rem; }
 li i { display: inline-block; width: .8em; height: .8em; margin-right: .4em; border-radius: 2px; } ul { padding: 0; }
 """
 
@@ -38,13 +36,9 @@ def write_page(plan: Plan, path: Path) -> Path:
         [(name, *map(size, parts.values()), size(sum(parts.values()))) for name, parts in bars.items()],
     )
     changes = "".join(f"<p><b>{escape(one.device.name)}</b>: {escape(str(one))}</p>" for one in plan.verdicts())
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)} · Gossamer</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
-        f"<body><h1>{escape(title)}</h1>\n{charts.figure(stacked_bars(bars, 'Memory at the fullest moment'), numbers)}"
-        f"{_legend()}\n<h2>Cards</h2>{changes}\n<h2>The plan</h2><pre>{escape(as_text(plan))}</pre></body></html>\n"
-    )
-    write_text(path, page)
+    picture = charts.figure(stacked_bars(bars, "Memory at the fullest moment"), numbers) + _legend()
+    parts = (picture, section("Cards", changes), section("The plan", f"<pre>{escape(as_text(plan))}</pre>"))
+    write_text(path, page(title, f"<h1>{escape(title)}</h1>", *parts, style=_STYLE))
     return path
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gossamer.pages.sizes import count, size
+from gossamer.pages.tables import aligned
 from gossamer.planning.devices import UTILISATION
 
 if TYPE_CHECKING:
@@ -26,10 +28,10 @@ def as_text(plan: Plan) -> str:
     return "\n\n".join(
         (
             _heading(plan),
-            rows(_parameters(plan)),
-            rows(_memory(plan)),
-            rows(_cost(plan)),
-            rows([("card", "", "verdict"), *_verdicts(plan)]),
+            aligned(_parameters(plan), figures=True),
+            aligned(_memory(plan), figures=True),
+            aligned(_cost(plan), figures=True),
+            aligned([("card", "", "verdict"), *_verdicts(plan)], figures=True),
             *(f"note: {note}" for note in plan.notes),
         )
     )
@@ -43,39 +45,7 @@ def compared(plans: Sequence[tuple[str, Plan]]) -> str:
     trained = ("trained", *(count(plan.trainable) for _, plan in plans))
     total = ("peak", *(size(plan.peak) for _, plan in plans))
     disk = ("file", *(size(plan.adapter_bytes) for _, plan in plans))
-    return rows([header, trained, *body, total, disk])
-
-
-def rows(table: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column and _numeric(cell) else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    )
-
-
-def size(count: float) -> str:
-    """Bytes in the largest decimal unit that leaves a figure before the point."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}" if count < 100 * unit else f"{count / unit:.0f} {name}"
-    return f"{count:.0f} B"
-
-
-def count(number: float) -> str:
-    """A count with its unit: 18.9M, 174.6B."""
-    for unit, name in ((1e9, "B"), (1e6, "M")):
-        if number >= unit:
-            return f"{number / unit:.1f}{name}"
-    return f"{number:,.0f}"
-
-
-def _numeric(cell: str) -> bool:
-    return cell[:1].isdigit()
+    return aligned([header, trained, *body, total, disk], figures=True)
 
 
 def _heading(plan: Plan) -> str:

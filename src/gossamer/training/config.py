@@ -1,4 +1,4 @@
-"""What a run is told: the loop's settings, a training call (`TrainConfig`) and a whole YAML file (`RunConfig`).
+"""The settings of a run: the loop's (`LoopConfig`), where its rows come from (`DataFiles`), all of it (`RunConfig`).
 
 A config is checked once, when it is made, so that nothing heavy starts on a wrong one. A file's faults and those of the
 flags that override it are reported together, each with its line or its flag.
@@ -7,12 +7,12 @@ flags that override it are reported together, each with its line or its flag.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -20,18 +20,23 @@ from pydantic import (
     InstanceOf,
     PlainSerializer,
     ValidationInfo,
+    WithJsonSchema,
     field_serializer,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML, YAMLError
 
+from gossamer.catalog.catalog import data_file
+from gossamer.data.formats import Rows
+from gossamer.data.sources import read_data
 from gossamer.errors import SpecError, UsageError
 from gossamer.methods import LoRA, TargetedMethod, method_from_dict
-from gossamer.spec import Lines, Spec, StrictBool, StrictFloat, StrictInt, StrictStr, read_yaml, write_yaml
+from gossamer.spec import Lines, Spec, StrictBool, StrictFloat, StrictInt, StrictStr, nested, read_yaml, write_yaml
 from gossamer.training.tasks import DEFAULT, Task, task_of
 
-Count = Annotated[StrictInt, Field(ge=1)]
+AtLeastOne = Annotated[StrictInt, Field(ge=1)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 
@@ -74,12 +79,19 @@ TaskByName = Annotated[InstanceOf[Task], BeforeValidator(_as_task), PlainSeriali
 LearningRate = Annotated[StrictFloat | Literal["auto"], BeforeValidator(_positive_or_auto)]
 
 
+RowSource = Annotated[
+    File | InstanceOf[Rows],
+    PlainSerializer(lambda source: source.source if isinstance(source, Rows) else source, return_type=str),
+    WithJsonSchema({"type": "string", "minLength": 1}),
+]
+
+
 class DataFiles(Spec):
     """Where the rows come from."""
 
-    train: File
-    """A .jsonl, .json, .csv or .parquet file."""
-    eval: File | None = None
+    train: RowSource
+    """A .jsonl, .json, .csv or .parquet file; from Python also rows or records in memory, or a `datasets.Dataset`."""
+    eval: RowSource | None = None
     """Held-out rows, looked at before and after training; None evaluates nothing."""
     format: StrictStr | None = None
     """messages, sharegpt, alpaca, prompt-completion or text; found by the columns when None."""
@@ -88,31 +100,56 @@ class DataFiles(Spec):
     date: Annotated[StrictStr, BeforeValidator(_as_day)] | None = None
     """The day that a chat template is told which writes today's date; the day the run began when None."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_what_is_in_memory(cls, fields: Any) -> Any:
+        if not isinstance(fields, Mapping):
+            return fields
+        return {
+            name: read_data(value, format=fields.get("format"))
+            if name in ("train", "eval") and _holds(value)
+            else value
+            for name, value in fields.items()
+        }
+
+    def read(self) -> tuple[Rows, Rows | None]:
+        """The rows to learn from, and the held-out ones. Raises `DataError`."""
+        return self._rows(self.train), None if self.eval is None else self._rows(self.eval)
+
+    def _rows(self, source: str | Rows) -> Rows:
+        """A file's place may also be one in a fetched entry of the catalog: `reviews/train.jsonl`."""
+        return source if isinstance(source, Rows) else read_data(data_file(source), format=self.format)
+
+
+def _holds(value: Any) -> bool:
+    """Whether it is rows, and not where they are."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Rows | Spec)
+
 
 def _as_files(value: Any) -> Any:
-    return {"train": value} if isinstance(value, str | os.PathLike) else value
+    return {"train": value} if isinstance(value, str | os.PathLike | Rows) or _holds(value) else value
 
 
-Data = Annotated[DataFiles, BeforeValidator(_as_files)]
+Data = Annotated[DataFiles, BeforeValidator(_as_files, json_schema_input_type=str | DataFiles)]
 
 
 class LoopConfig(Spec):
     """The settings of the training loop."""
 
-    epochs: Count | None = None
+    epochs: AtLeastOne | None = None
     """Passes over the data. None means one, or as many as `max_steps` needs."""
-    max_steps: Count | None = None
+    max_steps: AtLeastOne | None = None
     """Stop after this many optimiser steps, if `epochs` has not ended the run before."""
-    batch_size: Count = 8
+    batch_size: AtLeastOne = 8
     """Rows that go through the model at once."""
-    accumulation: Count = 1
+    accumulation: AtLeastOne = 1
     """Batches whose gradients make one step; the loss is the mean over all their supervised tokens."""
-    batch_tokens: Count | None = None
+    batch_tokens: AtLeastOne | None = None
     """Fill each batch with rows up to so many tokens, whatever their number; None counts rows."""
     packing: StrictBool = True
     """Put the rows of a batch one after another instead of padding them, where the model is known to keep them apart;
     the maths is the same. What all rows of a batch begin with is computed once."""
-    micro_batch_tokens: Count = 8192
+    micro_batch_tokens: AtLeastOne = 8192
     """Tokens that go through the model at once; a larger batch is split into parts that make the same step."""
     checkpointing: Switch = "auto"
     """Gradient checkpointing: blocks run again in the backward instead of keeping what is inside them. auto turns it on
@@ -143,18 +180,18 @@ class LoopConfig(Spec):
     overlong: Literal["error", "drop", "truncate"] = "error"
     """What becomes of longer rows; truncate leaves out a chat's earliest turns, or takes from the left of a prompt,
     and never shortens an answer."""
-    eval_every: Count | None = None
+    eval_every: AtLeastOne | None = None
     """Steps between evaluations during training, besides the ones before and after it."""
-    patience: Count | None = None
+    patience: AtLeastOne | None = None
     """Stop once so many evaluations in a row were no better than the best, by held-out loss, and end with the factors
     of the best; None trains to the end."""
-    eval_batch_size: Count = 16
+    eval_batch_size: AtLeastOne = 16
     """Rows that are evaluated at once."""
-    checkpoint_every: Count = 100
+    checkpoint_every: AtLeastOne = 100
     """Steps between checkpoints."""
-    keep_checkpoints: Count = 2
+    keep_checkpoints: AtLeastOne = 2
     """How many of the newest checkpoints stay on disk."""
-    log_every: Count = 1
+    log_every: AtLeastOne = 1
     """Steps between lines of metrics.jsonl."""
 
     @field_validator("warmup")
@@ -175,31 +212,102 @@ class LoopConfig(Spec):
         return patience
 
 
-def _needs_eval_data(eval_every: int | None, data: DataFiles | None) -> None:
-    if eval_every is not None and data is not None and data.eval is None:
-        raise PydanticCustomError("contradiction", "eval_every is set, but data has no eval file")
+def _as_method(value: Any, info: ValidationInfo) -> Any:
+    """A mapping with a name becomes the method that it names; its faults join the others."""
+    if isinstance(value, TargetedMethod):
+        return value
+    if not isinstance(value, Mapping):
+        raise PydanticCustomError("method", "must be a mapping such as {{name: lora, r: 8}}")
+    try:
+        return method_from_dict(value, lines=(info.context or {}).get("lines"), at=("method",))
+    except SpecError as error:
+        raise nested(error) from None
 
 
-class TrainConfig(LoopConfig):
-    """All that `train` needs besides model and tokenizer: `TrainConfig(data="sql.jsonl", output="runs/sql")`."""
+class RunConfig(Spec):
+    """A whole run, as a YAML file describes it; without a base, what `train` needs besides a model.
 
-    data: Data
-    """A file to train on, or `{"train": file, "eval": file}`."""
+    From Python the loop's settings may stand among the others, and the class is `TrainConfig` too:
+    `TrainConfig(data="sql.jsonl", lr=1e-3, output="runs/sql")`.
+    """
+
+    base: File | None = None
+    """Catalog name, Hugging Face id, folder or .gguf file; a file must name it. None takes base, dtype, quant, device
+    and method of the model that is given to `train`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen base; adapters are float32 always."""
+    quant: Literal["nf4", "nf4-single", "fp4", "fp4-single", "int8"] | None = None
+    """How the frozen linear weights are held: 4-bit NormalFloat or 4-bit floats, with their scales quantised too or not
+    (single), or 8-bit integers; None as they come."""
+    device: Annotated[StrictStr, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """auto, cpu, mps, cuda or cuda:N."""
+    method: Annotated[TargetedMethod, BeforeValidator(_as_method, json_schema_input_type=dict[str, Any])] = LoRA()
+    """What is trained; see docs/methods."""
     task: TaskByName = DEFAULT
-    """What is learned and measured, by name, or by name and options: `{name: classify, labels: [yes, no]}`."""
+    """What is learned and measured: sft, classify, or a mapping of a name and options."""
+    data: Data
+    """A file to train on, or `{train: file, eval: file}`."""
+    train: LoopConfig = LoopConfig()
+    """The loop."""
     output: File
     """The run folder; it must be new or empty, unless a run is resumed."""
 
-    @field_validator("data")
+    if TYPE_CHECKING:
+
+        def __init__(self, *, data: Any, output: str | os.PathLike[str], **settings: Any) -> None:
+            """What `given` takes."""
+
     @classmethod
-    def _data_to_evaluate(cls, data: DataFiles, info: ValidationInfo) -> DataFiles:
-        _needs_eval_data(info.data.get("eval_every"), data)
-        return data
+    def given(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Keywords that are the loop's settings belong into `train`."""
+        loop = {name: fields[name] for name in fields if name in LoopConfig.model_fields}
+        if not loop:
+            return fields
+        train = fields.get("train", {})
+        train = (
+            train if isinstance(train, Mapping) else {name: getattr(train, name) for name in LoopConfig.model_fields}
+        )
+        return {name: value for name, value in fields.items() if name not in loop} | {"train": {**train, **loop}}
 
-    def loop(self) -> LoopConfig:
-        """The loop's settings alone."""
-        return LoopConfig(**{name: getattr(self, name) for name in LoopConfig.model_fields})
+    @field_validator("train")
+    @classmethod
+    def _data_to_evaluate(cls, train: LoopConfig, info: ValidationInfo) -> LoopConfig:
+        if train.eval_every is not None and "data" in info.data and info.data["data"].eval is None:
+            raise PydanticCustomError("contradiction", "eval_every is set, but data has no eval file")
+        return train
 
+    @field_serializer("method")
+    def _named(self, method: TargetedMethod) -> dict[str, Any]:
+        return method.to_dict()
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+        """Read a YAML file and the flags that override it.
+
+        Args:
+            path: the file.
+            overrides: flags as a shell gives them: `["--train.lr", "2e-4", "--method.r=16"]`; values are YAML.
+
+        Raises `SpecError` with all faults at once, each with `file:line:column` or its flag.
+        """
+        return Draft.read(path, overrides).config()
+
+    def named_base(self) -> str:
+        """The base. Raises `UsageError` where none is named."""
+        if self.base is None:
+            raise UsageError("the config names no base", hint="base: a catalog name, an id, a folder or a .gguf file")
+        return self.base
+
+    def on_day(self, day: str | None) -> RunConfig:
+        """The config with the day that the chat template writes, if any, so that a resumed run writes it again."""
+        return self if day is None else self.model_copy(update={"data": self.data.model_copy(update={"date": day})})
+
+    def to_yaml(self) -> str:
+        """YAML text of every setting, defaults included; `read` gives the same value back."""
+        return write_yaml(self.to_dict())
+
+
+TrainConfig = RunConfig
 
 SPLITS_ON_RESUME = frozenset({"micro_batch_tokens", "packing", "eval_batch_size"})
 """Settings that say how a step goes through the model: a resumed run may have others, and then ends the same but for
@@ -214,90 +322,6 @@ FIXED_ON_RESUME = frozenset({
     "warmup", "weight_decay", "clip", "seed", "max_length", "overlong", "eval_every", "patience", "task",
 })  # fmt: skip
 """Settings with another value of which it would be another run."""
-
-
-class RunConfig(Spec):
-    """A whole run, as a YAML file describes it."""
-
-    base: File
-    """Catalog name, Hugging Face id, folder or .gguf file."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen base; adapters are float32 always."""
-    quant: Literal["nf4", "nf4-single", "fp4", "fp4-single", "int8"] | None = None
-    """How the frozen linear weights are held: 4-bit NormalFloat or 4-bit floats, with their scales quantised too or not
-    (single), or 8-bit integers; None as they come."""
-    device: Annotated[StrictStr, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
-    """auto, cpu, mps, cuda or cuda:N."""
-    method: TargetedMethod = LoRA()
-    """What is trained; see docs/methods."""
-    task: TaskByName = DEFAULT
-    """What is learned and measured: sft, classify, or a mapping of a name and options."""
-    data: Data
-    """Training and held-out rows."""
-    train: LoopConfig = LoopConfig()
-    """The loop."""
-    output: File
-    """The run folder."""
-
-    @field_validator("train")
-    @classmethod
-    def _data_to_evaluate(cls, train: LoopConfig, info: ValidationInfo) -> LoopConfig:
-        _needs_eval_data(train.eval_every, info.data.get("data"))
-        return train
-
-    @field_serializer("method")
-    def _named(self, method: TargetedMethod) -> dict[str, Any]:
-        return method.to_dict()
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], *, where: str = "", lines: Lines | None = None) -> Self:
-        """Validate a mapping whose `method` is one too; the method's faults join the others. Raises `SpecError`."""
-        fields, faults = dict(fields), []
-        if not isinstance(fields.get("method", LoRA()), TargetedMethod):
-            fields["method"], faults = _method(fields["method"], lines)
-        try:
-            config = super().from_dict(fields, where=where, lines=lines)
-        except SpecError as error:
-            raise SpecError(f"{where or cls.__name__} is not valid", faults=[*faults, *error.faults]) from None
-        if faults:
-            raise SpecError(f"{where or cls.__name__} is not valid", faults=faults)
-        return config
-
-    @classmethod
-    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-        """Read a YAML file and the flags that override it.
-
-        Args:
-            path: the file.
-            overrides: flags as a shell gives them: `["--train.lr", "2e-4", "--method.r=16"]`; values are YAML.
-
-        Raises `SpecError` with all faults at once, each with `file:line:column` or its flag.
-        """
-        return Draft.read(path, overrides).config()
-
-    def told(self, day: str | None) -> RunConfig:
-        """The config with the day that the chat template was told, if any, so that a resumed run tells it again."""
-        return self if day is None else self.model_copy(update={"data": self.data.model_copy(update={"date": day})})
-
-    def to_yaml(self) -> str:
-        """YAML text of every setting, defaults included; `read` gives the same value back."""
-        return write_yaml(self.to_dict())
-
-    def train_config(self) -> TrainConfig:
-        """The part that `train` needs."""
-        loop = {name: getattr(self.train, name) for name in LoopConfig.model_fields}
-        return TrainConfig(data=self.data, task=self.task, output=self.output, **loop)
-
-
-def _method(fields: Any, lines: Lines | None) -> tuple[TargetedMethod, list[str]]:
-    """The method, or a stand-in together with everything that is wrong with it."""
-    if not isinstance(fields, Mapping):
-        place = f"{lines.at(('method',))}: " if lines else ""
-        return LoRA(), [f"{place}method: must be a mapping such as {{name: lora, r: 8}}; got {fields!r}"]
-    try:
-        return method_from_dict(fields, lines=lines, at=("method",)), []
-    except SpecError as error:
-        return LoRA(), [*error.faults]
 
 
 @dataclass(frozen=True)
@@ -330,28 +354,21 @@ class Draft:
                 fault = f"{place}: {'.'.join(keys[:depth])} is {inner!r} in the file, not a mapping"
                 return replace(self, faults=(*faults, fault))
         inner[keys[-1]] = value
-        return replace(self, fields=fields, lines=_Places(self.lines, keys, place))
+        return replace(self, fields=fields, lines=self.lines.put(keys, place))
 
     def config(self) -> RunConfig:
         """The config. Raises `SpecError` with all faults at once, those of the flags among them."""
+        base = (
+            [] if self.fields.get("base") is not None else [f"{self.lines.at(('base',))}: base: required, but missing"]
+        )
+        faults = [*self.faults, *base]
         try:
             config = RunConfig.from_dict(self.fields, where=self.path, lines=self.lines)
         except SpecError as error:
-            raise SpecError(f"{self.path} is not valid", faults=[*self.faults, *error.faults]) from None
-        if self.faults:
-            raise SpecError("flags that cannot be used", faults=self.faults)
+            raise SpecError(f"{self.path} is not valid", faults=[*faults, *error.faults]) from None
+        if faults:
+            raise SpecError("flags that cannot be used" if not base else f"{self.path} is not valid", faults=faults)
         return config
-
-
-class _Places(Lines):
-    """Positions, where one key and what is below it stand somewhere else."""
-
-    def __init__(self, lines: Lines, keys: tuple[str, ...], place: str) -> None:
-        super().__init__(lines.file, lines.positions)
-        self.lines, self.keys, self.place = lines, keys, place
-
-    def at(self, path: tuple[str | int, ...]) -> str:
-        return self.place if path[: len(self.keys)] == self.keys else self.lines.at(path)
 
 
 def _parse_flags(arguments: Sequence[str]) -> tuple[dict[tuple[str, ...], Any], list[str]]:

@@ -18,8 +18,8 @@ from gossamer.data.formats import Rows
 from gossamer.data.masks import Encoding, Example
 from gossamer.data.rows import Chat, Instruction, Row
 from gossamer.errors import DataError, UnsupportedError
-from gossamer.training.config import DataFiles, TrainConfig
-from gossamer.training.evaluate import Evaluation, pad_id, read_data
+from gossamer.training.config import RunConfig
+from gossamer.training.evaluate import Evaluation, pad_id
 from gossamer.training.tasks.task import EncodingOptions, Task
 
 if TYPE_CHECKING:
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
 
 Files = tuple[Rows, Rows | None]
 """The rows to learn from, and the held-out ones."""
-
-
-def read_files(data: DataFiles) -> Files:
-    """Read the files of a config, before anything heavy is loaded. Raises `DataError`."""
-    return read_data(data.train, data.format), read_data(data.eval, data.format) if data.eval is not None else None
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class EncodedDataset:
     @classmethod
     def read(
         cls,
-        config: TrainConfig,
+        config: RunConfig,
         tokenizer: PreTrainedTokenizerBase,
         say: Callable[[str], None],
         files: Files | None = None,
@@ -62,7 +57,7 @@ class EncodedDataset:
         """Read and encode the files of a config, saying what was found.
 
         Args:
-            files: what `read_files` made of them already.
+            files: what `config.data.read()` gave already.
             model: whose generation must stop where the answers end; None if that is not to be said.
             began: the day the run began, as `2026-12-31`; today when None. The config's own day comes first.
 
@@ -70,8 +65,9 @@ class EncodedDataset:
         """
         data = config.data
         date = data.date or began or clock.today()
-        task, options = config.task, EncodingOptions(config.max_length, config.overlong, data.chat_template, date)
-        rows, held_out = files or read_files(data)
+        task, loop = config.task, config.train
+        options = EncodingOptions(loop.max_length, loop.overlong, data.chat_template, date)
+        rows, held_out = files or data.read()
         say(rows.describe())
         every = [*rows, *(held_out or ())]
         _refuse_shapes(task, every)
@@ -90,7 +86,7 @@ class EncodedDataset:
             return cls(examples, (), None, identity, date)
         say(held_out.describe())
         measured = task.held_out(held_out.rows, rows.rows, tokenizer, options)
-        evaluation = Evaluation(task, measured, config.eval_batch_size, pad_id(tokenizer))
+        evaluation = Evaluation(task, measured, loop.eval_batch_size, pad_id(tokenizer))
         return cls(examples, held_out.rows, evaluation, identity | {"eval": held_out.digest}, date)
 
     def begun(self, task: Task, model: PreTrainedModel) -> EncodedDataset:
@@ -104,14 +100,14 @@ class Steps:
     The order follows from the seed and the epoch alone, so any step can be asked for at any time.
     """
 
-    def __init__(self, examples: Encoding, config: TrainConfig) -> None:
-        self.config, self.lengths = config, [len(example) for example in examples]
+    def __init__(self, examples: Encoding, run: RunConfig) -> None:
+        self.task, self.config, self.lengths = run.task, run.train, [len(example) for example in examples]
         self._epoch = lru_cache(maxsize=1)(self._plan)
         self._ends: list[int] = []  # of the epochs looked at so far; batches filled by tokens differ in their number
-        epochs = config.epochs or (None if config.max_steps else 1)
-        limits = [config.max_steps, epochs and self._end(epochs - 1)]
+        epochs = self.config.epochs or (None if self.config.max_steps else 1)
+        limits = [self.config.max_steps, epochs and self._end(epochs - 1)]
         self.total: int = min(limit for limit in limits if limit)
-        if not config.task.additive:
+        if not self.task.additive:
             self._refuse_to_split()
 
     def place(self, step: int) -> tuple[int, int]:
@@ -135,7 +131,7 @@ class Steps:
 
     def _refuse_to_split(self) -> None:
         """Raise `UnsupportedError` where a batch would have to go through the model in parts."""
-        task, most = self.config.task.name, self.config.micro_batch_tokens
+        task, most = self.task.name, self.config.micro_batch_tokens
         filled = self.config.batch_tokens
         count, tokens = (len(self.lengths), filled) if filled else (self.config.batch_size, sum(self.lengths) + 1)
         rows, length = largest_part(self.lengths, count, tokens)

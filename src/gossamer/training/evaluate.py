@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.attachment import active
-from gossamer.catalog.catalog import data_file
 from gossamer.data.batches import Batch, BatchLayout, collate, plan_batches
-from gossamer.data.formats import Rows, read_rows
+from gossamer.data.formats import Rows
 from gossamer.data.masks import Overlong, encode
-from gossamer.data.rows import Row
+from gossamer.data.sources import Records
 from gossamer.errors import UsageError
 from gossamer.running.fast import Fast, fast_path
 from gossamer.training.audit import refuse_misfits
+from gossamer.training.config import DataFiles
 from gossamer.training.loss import supervised_nll
 from gossamer.training.tasks import DEFAULT, TASKS, task_of
 from gossamer.training.tasks.task import EncodingOptions, EvaluationPass, Figures, Task, Tick
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | Path | Rows | Sequence[Row],
+    data: str | Path | Rows | Records,
     *,
     task: str | Task = DEFAULT,
     batch_size: int = 16,
@@ -49,7 +49,8 @@ def evaluate(
 
     Args:
         model: one that fits the task: for "sft" and "classify" a causal language model.
-        data: a data file, also of a catalog entry (`reviews/eval.jsonl`), or rows that were read from one.
+        data: a data file, also of a catalog entry (`reviews/eval.jsonl`); rows; or records in memory, such as a list of
+            dicts or a `datasets.Dataset`.
         task: a task, or the name of one.
         batch_size: sequences that go through the model at once.
         labels: what a classifier chooses from; the labels in the data when None.
@@ -65,7 +66,7 @@ def evaluate(
         NonFiniteError when the model's output is NaN or infinite.
     """
     chosen = with_labels(task_of(task), labels)
-    rows = [*(read_data(data, format) if isinstance(data, str | Path) else data)]
+    rows = DataFiles.model_validate({"train": data, "format": format}).read()[0].rows
     held_out = chosen.held_out(rows, (), tokenizer, EncodingOptions(max_length, overlong, chat_template))
     return Evaluation(chosen, held_out, batch_size, pad_id(tokenizer))(model, tick).to_dict()
 
@@ -80,11 +81,6 @@ def with_labels(task: Task, labels: Sequence[str] | None) -> Task:
     return task.replace(labels=tuple(labels))
 
 
-def read_data(path: str | Path, format: str | None = None) -> Rows:
-    """Read a data file, or one of a fetched catalog entry: `reviews/train.jsonl`. Raises `DataError`."""
-    return read_rows(data_file(path), format=format)
-
-
 def answer_batches(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,7 +90,7 @@ def answer_batches(
     **encoding: Any,
 ) -> list[Batch]:
     """The rows of a data file as batches for `answer_loss`, in the file's order. Raises `DataError`."""
-    examples, device = encode(read_data(data), tokenizer, **encoding), next(model.parameters()).device
+    examples, device = encode(DataFiles(train=data).read()[0], tokenizer, **encoding), next(model.parameters()).device
     refuse_misfits(model, examples)
     plan = plan_batches(examples, batch_size, seed=0, epoch=0, shuffle=False)
     return [collate([examples[index] for index in indices], pad_id(tokenizer), device) for indices in plan]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gossamer.adapter import Adapter
-from gossamer.training.config import FREE_ON_RESUME, SPLITS_ON_RESUME, TrainConfig
+from gossamer.training.config import FREE_ON_RESUME, SPLITS_ON_RESUME, LoopConfig
 from gossamer.training.memory import stored_as
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def identity(state: TrainState, start: Adapter) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run. What is only shown or kept may change."""
     free = FREE_ON_RESUME | (set() if state.config.patience else {"eval_every"})
-    train = {name: value for name, value in state.config.to_dict().items() if name not in free} | {"lr": state.lr}
+    settings = state.config.to_dict() | {"task": state.task.named(), "lr": state.lr}
+    train = {name: value for name, value in settings.items() if name not in free}
     return {
         "train": train,
         "method": start.spec.to_dict(),
@@ -28,7 +29,7 @@ def identity(state: TrainState, start: Adapter) -> dict[str, Any]:
     }
 
 
-def split_settings(config: TrainConfig) -> dict[str, Any]:
+def split_settings(config: LoopConfig) -> dict[str, Any]:
     """Settings that change no step but the order of its sums."""
     return {name: getattr(config, name) for name in SPLITS_ON_RESUME}
 

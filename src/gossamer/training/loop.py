@@ -26,7 +26,7 @@ from gossamer.errors import GossamerError, Interrupted
 from gossamer.progress import Progress
 from gossamer.running.fast import fast_path
 from gossamer.training.audit import adapter_to_train, refuse_misfits
-from gossamer.training.config import RunConfig, TrainConfig
+from gossamer.training.config import RunConfig
 from gossamer.training.dataset import EncodedDataset, Files
 from gossamer.training.evaluate import keeping_modes, pad_id
 from gossamer.training.interrupt import interruptible
@@ -47,7 +47,7 @@ Work = tuple[TrainState, MicroBatch]
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: TrainConfig | RunConfig,
+    config: RunConfig,
     *,
     resume: bool = False,
     progress: Progress | None = None,
@@ -59,12 +59,12 @@ def train(
     Args:
         model: a causal language model with an adapter attached; its base may be float32 or bfloat16.
         tokenizer: the model's own.
-        config: what to do; a `RunConfig` is written to the folder as it is.
+        config: what to do; one that names a base is written to the folder as it is.
         resume: go on from the newest whole checkpoint in the output folder. On a CPU the adapter then ends bit for bit
             as without the interruption.
         progress: what is told how far the run is; by default a bar or lines on the error stream.
         world: the processes of the run; by default those that torchrun started, or this one alone.
-        files: the rows, where `read_files` has read them already.
+        files: the rows, where `config.data.read()` has been called already.
 
     Returns:
         The run. The model keeps the trained adapter attached and active.
@@ -83,14 +83,13 @@ def train(
     running = active(model)
     assert isinstance(running, tuple)
     whole = run_config(model, name, config)
-    settings = whole.train_config()
-    settings.task.fits(model)
-    with world.opened(lambda: open_run(settings.output, resume=resume)) as folder:
+    whole.task.fits(model)
+    with world.opened(lambda: open_run(whole.output, resume=resume)) as folder:
         began = world.first(folder.began)
-        dataset = EncodedDataset.read(settings, tokenizer, show.say, files, model=model, began=began)
+        dataset = EncodedDataset.read(whole, tokenizer, show.say, files, model=model, began=began)
         refuse_misfits(model, dataset.examples)
         with using(model, *[one for one in running if one != name] or [None]):
-            dataset = dataset.begun(settings.task, model)
+            dataset = dataset.begun(whole.task, model)
         state = TrainState(model, tokenizer, name, running, whole, dataset, folder, show, resume, world=world)
         loop = Loop(model, tokenizer, [state], show, world=world)
         loop.run()

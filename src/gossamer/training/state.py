@@ -79,9 +79,9 @@ class TrainState:
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
-        self.whole = self.whole.told(self.dataset.date)
-        config = self.config = self.whole.train_config()
-        self.task = config.task
+        self.whole = self.whole.on_day(self.dataset.date)
+        config = self.config = self.whole.train
+        self.task = self.whole.task
         if self.world.size > 1 and not self.task.additive:
             raise UnsupportedError(
                 f"the rows of a batch of the task {self.task.name} cannot be shared over processes",
@@ -91,7 +91,7 @@ class TrainState:
         self.device = next(self.model.parameters()).device
         self.parameters = trainable_parameters(self.model, self.name)
         self.sites = sites_of_parameters(self.model, self.name)
-        self.steps = Steps(self.dataset.examples, config)
+        self.steps = Steps(self.dataset.examples, self.whole)
         self.memory = decide(self.model, self.whole, self.steps.largest())
         self.draws = drops_out(self.model, self.active)
         outer = self.whole.method.outer_slots

@@ -20,7 +20,7 @@ from gossamer.errors import CheckpointError, GossamerError, StateError, Unsuppor
 from gossamer.methods import TargetedMethod
 from gossamer.progress import Progress
 from gossamer.training.audit import refuse_misfits
-from gossamer.training.config import RunConfig, TrainConfig
+from gossamer.training.config import RunConfig
 from gossamer.training.dataset import EncodedDataset
 from gossamer.training.loop import Loop
 from gossamer.training.runs.folder import open_run
@@ -37,7 +37,7 @@ class Job:
     """One of many adapters: what is trained, and how. Its factors start from `config.seed`."""
 
     method: TargetedMethod
-    config: TrainConfig
+    config: RunConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +97,10 @@ def train_many(
         that had begun was written. After any of these the model is as it was found.
     """
     world = world or World.here(next(model.parameters()).device.type)
-    world.first(lambda: _check(model, jobs, resume, world))
+    every = {name: Job(job.method, job) if isinstance(job, RunConfig) else job for name, job in jobs.items()}
+    world.first(lambda: _check(model, every, resume, world))
     with _restoring(model):
-        room = _Room(model, tokenizer, jobs, world.shown(progress), world, resume, at_once)
+        room = _Room(model, tokenizer, every, world.shown(progress), world, resume, at_once)
         try:
             with room.folders:
                 finished = room.train()
@@ -128,13 +129,14 @@ class EncodedDatasets:
         self.model, self.tokenizer = model, tokenizer
         self.known: dict[Any, EncodedDataset] = {}
 
-    def read(self, settings: TrainConfig, show: Progress, began: str | None = None) -> EncodedDataset:
+    def read(self, config: RunConfig, show: Progress, began: str | None = None) -> EncodedDataset:
         """The rows of a config of a run begun on that day, encoded and checked. Raises `DataError`."""
-        key = (settings.data, settings.task, settings.max_length, settings.overlong, settings.eval_batch_size, began)
+        loop = config.train
+        key = (config.data, config.task, loop.max_length, loop.overlong, loop.eval_batch_size, began)
         if key not in self.known:
-            dataset = EncodedDataset.read(settings, self.tokenizer, show.say, model=self.model, began=began)
+            dataset = EncodedDataset.read(config, self.tokenizer, show.say, model=self.model, began=began)
             refuse_misfits(self.model, dataset.examples)
-            self.known[key] = dataset.begun(settings.task, self.model)
+            self.known[key] = dataset.begun(config.task, self.model)
         return self.known[key]
 
 
@@ -144,7 +146,7 @@ class _Room:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    jobs: Mapping[str, Job | RunConfig]
+    jobs: Mapping[str, Job]
     show: Progress
     world: World
     resume: bool
@@ -180,20 +182,19 @@ class _Room:
             if name in attached(self.model):
                 detach(self.model, name)
 
-    def _state(self, name: str, job: Job | RunConfig) -> TrainState:
-        config = job if isinstance(job, RunConfig) else job.config
-        settings = job.train_config() if isinstance(job, RunConfig) else job.config
+    def _state(self, name: str, job: Job) -> TrainState:
+        config = job.config
         show = _Named(self.show, name)
-        resume = self.world.first(lambda: self.resume and Path(settings.output).is_dir())
-        folder = self.folders.enter_context(self.world.opened(lambda: open_run(settings.output, resume=resume)))
-        dataset = self.datasets.read(settings, show, self.world.first(folder.began))
-        attach(self.model, job.method, name, seed=settings.seed)
+        resume = self.world.first(lambda: self.resume and Path(config.output).is_dir())
+        folder = self.folders.enter_context(self.world.opened(lambda: open_run(config.output, resume=resume)))
+        dataset = self.datasets.read(config, show, self.world.first(folder.began))
+        attach(self.model, job.method, name, seed=config.train.seed)
         whole = run_config(self.model, name, config)
         shared: dict[str, Any] = {"measured": self.measured, "world": self.world}
         return TrainState(self.model, self.tokenizer, name, (name,), whole, dataset, folder, show, resume, **shared)
 
 
-def _check(model: PreTrainedModel, jobs: Mapping[str, Job | RunConfig], resume: bool, world: World) -> None:
+def _check(model: PreTrainedModel, jobs: Mapping[str, Job], resume: bool, world: World) -> None:
     """What concerns all jobs at once."""
     if not jobs:
         raise UsageError("there is nothing to train", expected="at least one job")
@@ -206,16 +207,15 @@ def _check(model: PreTrainedModel, jobs: Mapping[str, Job | RunConfig], resume: 
             )
         if taken := [name for name in jobs if name in attached(model)]:
             raise StateError("an adapter of this name is attached already", got=", ".join(taken))
-    settings = {name: job.train_config() if isinstance(job, RunConfig) else job.config for name, job in jobs.items()}
-    for one in settings.values():
-        one.task.fits(model)
-    if world.size > 1 and (sharding := [name for name, one in settings.items() if one.shard != "none"]):
+    for one in jobs.values():
+        one.config.task.fits(model)
+    if world.size > 1 and (sharding := [name for name, one in jobs.items() if one.config.train.shard != "none"]):
         raise UnsupportedError(
             "a base that many adapters learn on cannot be sharded",
             got=", ".join(sharding),
             hint="shard: none; each process then holds the whole base",
         )
-    outputs = {name: Path(one.output) for name, one in settings.items()}
+    outputs = {name: Path(one.config.output) for name, one in jobs.items()}
     owners: dict[Path, str] = {}
     for name, output in outputs.items():
         if other := owners.get(output.absolute()):

@@ -10,10 +10,11 @@ from typing import Any
 
 from gossamer.files.atomic import write_text
 from gossamer.pages import charts
-from gossamer.training.runs.report import duration, header, page, section
+from gossamer.pages.shell import header, page, section
+from gossamer.pages.sizes import duration
 from gossamer.training.tasks import measure_of, read_figures
 
-Rows = Sequence[Mapping[str, Any]]
+Results = Sequence[Mapping[str, Any]]
 
 
 def write_sweep_report(folder: Path, result: Mapping[str, Any]) -> Path:
@@ -77,7 +78,7 @@ def train_loss(run: Path) -> float | None:
     return sum(last) / len(last) if last else None
 
 
-def _metric(rows: Rows) -> str:
+def _metric(rows: Results) -> str:
     measured = [row["eval_after"] for row in rows if row.get("eval_after")]
     return read_figures(measured[0]).headline.name if measured else ""
 
@@ -97,7 +98,7 @@ def _table(result: Mapping[str, Any]) -> str:
     return section("Every run", charts.table(head, rows), note=chosen)
 
 
-def _bars(done: Rows) -> str:
+def _bars(done: Results) -> str:
     """What each run came to, the best first."""
     metric = _metric(done)
     measure = measure_of(metric)
@@ -111,7 +112,7 @@ def _bars(done: Rows) -> str:
     return section("Side by side", charts.figure(picture, charts.table(("run", metric), [*ordered.items()])))
 
 
-def _curves(done: Rows) -> list[str]:
+def _curves(done: Results) -> list[str]:
     """How the figure goes with each number that was varied, one line for each combination of the other settings."""
     metric = _metric(done)
     keys = list(dict.fromkeys(key for row in done for key in row["settings"]))
@@ -140,7 +141,7 @@ def _curves(done: Rows) -> list[str]:
     return parts
 
 
-def _failures(rows: Rows) -> str:
+def _failures(rows: Results) -> str:
     failed = [(row["name"], row["error"]["code"], row["error"]["what"]) for row in rows if "error" in row]
     return (
         section("Failed", f'<div class="prose">{charts.table(("run", "error", "what"), failed)}</div>')

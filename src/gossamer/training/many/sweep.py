@@ -24,7 +24,7 @@ from gossamer.models import load_base
 from gossamer.progress import Progress
 from gossamer.spec import read_yaml, write_yaml
 from gossamer.training.config import Draft, RunConfig
-from gossamer.training.dataset import Steps, read_files
+from gossamer.training.dataset import Steps
 from gossamer.training.many.many import EncodedDatasets, Runs, train_many
 from gossamer.training.many.report import train_loss, write_sweep_report
 from gossamer.training.runs.folder import open_run
@@ -191,9 +191,8 @@ def rehearse_plan(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
     for one in plan.settings:
         row: dict[str, Any] = {"name": one.name, "settings": dict(one.own)}
         try:
-            settings = one.config.train_config()
-            steps = Steps(datasets.read(settings, progress).examples, settings)
-            report = attach(model, one.config.method, one.name, seed=settings.seed)
+            steps = Steps(datasets.read(one.config, progress).examples, one.config)
+            report = attach(model, one.config.method, one.name, seed=one.config.train.seed)
             rows.append(row | {"trainable_params": report.trainable, "steps": steps.total})
         except GossamerError as error:
             rows.append(row | {"error": error.parts()})
@@ -218,7 +217,7 @@ def _refuse_without_rows(plan: Plan) -> None:
         (one.config.data.train, one.config.data.eval, one.config.data.format): one.config.data for one in plan.settings
     }.values():
         try:
-            read_files(data)
+            data.read()
         except DataError as error:
             faults.append(error)
         else:
@@ -229,7 +228,7 @@ def _refuse_without_rows(plan: Plan) -> None:
 def _base(plan: Plan, world: World) -> tuple[Any, Any]:
     first = plan.settings[0].config
     device = first.device if world.size == 1 else str(world.device)
-    return load_base(first.base, dtype=first.dtype, device=device, quant=first.quant)
+    return load_base(first.named_base(), dtype=first.dtype, device=device, quant=first.quant)
 
 
 def _written(plan: Plan, folder: Path, runs: Runs, seconds: float) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from gossamer.errors import ArtefactError, StateError
 from gossamer.files.atomic import sha256_file, write_json
 from gossamer.methods import spectra as changes
 from gossamer.quant import QuantizedLinear
-from gossamer.training.config import RunConfig, TrainConfig
+from gossamer.training.config import RunConfig
 from gossamer.training.dataset import EncodedDataset
 from gossamer.training.memory import stored_as
 from gossamer.training.runs.report import write_report
@@ -118,13 +118,13 @@ def read_outcome(folder: RunFolder, adapter: Adapter) -> Outcome | None:
     return Outcome(report, kept) if same else None
 
 
-def run_config(model: nn.Module, name: str, config: TrainConfig | RunConfig) -> RunConfig:
+def run_config(model: nn.Module, name: str, config: RunConfig) -> RunConfig:
     """The whole config of a run of one adapter, wherever it was started from.
 
     Raises: StateError when the config names another method than the adapter's own.
     """
     method = capture(model, name).spec
-    if isinstance(config, RunConfig):
+    if config.base is not None:
         if config.method != method:
             raise StateError(
                 "the attached adapter is not of the config's method",
@@ -135,17 +135,8 @@ def run_config(model: nn.Module, name: str, config: TrainConfig | RunConfig) -> 
     base = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     parameter = next(model.parameters())
     dtype = {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(parameter.dtype, "auto")
-    return RunConfig(
-        base=base,
-        dtype=dtype,
-        quant=stored_as(model),
-        device=str(parameter.device),
-        method=method,
-        task=config.task,
-        data=config.data,
-        train=config.loop(),
-        output=config.output,
-    )
+    where = {"quant": stored_as(model), "device": str(parameter.device)}
+    return config.replace(base=base, dtype=dtype, method=method, **where)
 
 
 def _parameter_count(model: nn.Module) -> int:

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +18,8 @@ from typing import Any
 from gossamer.pages import charts
 from gossamer.errors import ArtefactError
 from gossamer.files.atomic import write_text
-from gossamer.progress import amount
+from gossamer.pages.shell import header, page, section
+from gossamer.pages.sizes import amount, duration
 from gossamer.training.tasks import LOSS, TASKS, Figures, measure_of, read_figures
 
 _MOST_POINTS = 400  # a curve of more points shows no more
@@ -57,19 +57,6 @@ def write_report(folder: Path, *, spectra: Mapping[str, Sequence[float]] | None 
     return path
 
 
-def page(title: str, *parts: str) -> str:
-    """A whole page of HTML parts in the library's style; empty parts are left out."""
-    style = resources.files("gossamer.pages").joinpath("report.css").read_text(encoding="utf-8")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)} · Gossamer</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<style>{style}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main></body></html>\n"
-    )
-
-
 def _read_report(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -90,12 +77,6 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def section(title: str, *body: str, note: str = "") -> str:
-    """A part of a page under its own heading."""
-    remark = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{remark}{''.join(body)}</section>"
-
-
 def _header(name: str, report: Mapping[str, Any]) -> str:
     """What was done, in one sentence."""
     method: dict[str, Any] = report.get("method") or {}
@@ -104,15 +85,6 @@ def _header(name: str, report: Mapping[str, Any]) -> str:
     )
     did = f"{report.get('base', 'a base model')} with {method.get('name', 'an adapter')}" + (detail and f" ({detail})")
     return header("run report", name, did, _key_figures(report))
-
-
-def header(kind: str, name: str, did: str, figures: Sequence[tuple[str, str]]) -> str:
-    """A page's name, one sentence on what was done, and the strip of key figures."""
-    strip = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in figures)
-    return (
-        f'<header><p class="eyebrow">Gossamer · {escape(kind)}</p><h1>{escape(name)}</h1>'
-        f'<p class="deck">{escape(did)}</p><dl class="figures">{strip}</dl></header>'
-    )
 
 
 def _key_figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -302,11 +274,3 @@ def _identity(report: Mapping[str, Any]) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def duration(seconds: float) -> str:
-    """As a person says it: hours and minutes, minutes and seconds, or seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -11,9 +11,9 @@ from gossamer.models import load_base
 from gossamer.progress import Progress
 from gossamer.training.config import RunConfig
 from gossamer.training.spread.world import World
-from gossamer.training.loop import train
+from gossamer.training import loop
 from gossamer.data.masks import preview
-from gossamer.training.dataset import EncodedDataset, Steps, read_files
+from gossamer.training.dataset import EncodedDataset, Steps
 from gossamer.training.memory import decide
 from gossamer.training.optim import peak_lr
 from gossamer.training.runs.outcome import Run
@@ -30,12 +30,12 @@ def run(config: RunConfig, *, resume: bool = False, progress: Progress | None = 
     show = world.shown(progress)
     go_on = resume or (world.restarts > 0 and world.first(lambda: Path(config.output).exists()))
     world.first(lambda: str(refuse_output(config.output, resume=go_on)))
-    files = read_files(config.data)
+    files = config.data.read()
     model, tokenizer, report = _prepared(config, world)
     show.say(str(report))
     if world.size > 1 and config.train.shard != "none":
         show.say(str(shard(model, world, across=config.train.shard)))
-    run = train(model, tokenizer, config, resume=go_on, progress=show, world=world, files=files)
+    run = loop.train(model, tokenizer, config, resume=go_on, progress=show, world=world, files=files)
     world.close()
     return run
 
@@ -75,14 +75,14 @@ class Rehearsal:
 
 def rehearse(config: RunConfig) -> Rehearsal:
     """Everything that `run` does before its first step, but for evaluating and writing. Raises what `run` raises."""
-    files = read_files(config.data)
+    files = config.data.read()
     model, tokenizer, report = _prepared(config, World())
-    settings, said = config.train_config(), []
-    settings.task.fits(model)
-    dataset = EncodedDataset.read(settings, tokenizer, said.append, files, model=model)
+    said: list[str] = []
+    config.task.fits(model)
+    dataset = EncodedDataset.read(config, tokenizer, said.append, files, model=model)
     lr = peak_lr(model.config, config)[1]
     pieces = preview(dataset.examples[0], tokenizer)
-    steps = Steps(dataset.examples, settings)
+    steps = Steps(dataset.examples, config)
     memory = decide(model, config, steps.largest()).rule
     return Rehearsal(config, report, tuple(said), steps.total, lr, memory, tuple(pieces))
 
@@ -91,5 +91,5 @@ def _prepared(config: RunConfig, world: World) -> tuple[Any, Any, InjectionRepor
     device = config.device if world.size == 1 else str(world.device)
     if world.size > 1 and config.train.shard != "none":
         device = "cpu"  # pages of the file, which all processes of a machine share, until they are sharded
-    model, tokenizer = load_base(config.base, dtype=config.dtype, device=device, quant=config.quant)
+    model, tokenizer = load_base(config.named_base(), dtype=config.dtype, device=device, quant=config.quant)
     return model, tokenizer, attach(model, config.method, seed=config.train.seed)
