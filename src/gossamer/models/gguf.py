@@ -20,6 +20,7 @@ from torch import Tensor
 from gossamer.errors import BaseFileError, DiskError, StateError, UnsupportedError, UsageError
 from gossamer.families import FAMILIES, GGUF_SPLITS
 from gossamer.files.atomic import require_space, written_path
+from gossamer.models.load import read_tokenizer
 from gossamer.models.mapped import Mapped, mapped_model
 
 WRITTEN = {name: one for name, one in FAMILIES.items() if one.gguf_model}
@@ -63,20 +64,26 @@ def write_gguf(folder: str | Path, output: str | Path, *, dtype: str = "auto") -
             "an architecture that is not covered", got=type(base.model).__name__, expected=", ".join(WRITTEN)
         )
     architecture = WRITTEN[config.model_type].gguf
-    tensors = _tensors(base, architecture, TYPES.get(dtype, base.model.dtype))
+    stored_as = TYPES.get(dtype, base.model.dtype)
+    tensors = _tensors(base, architecture, stored_as)
     pre = _pre_tokenizer(folder)
     nbytes = sum(base.model.get_parameter(one.parameter).numel() * one.dtype.itemsize for one in tensors)
     require_space(output, nbytes)
     with written_path(output) as path:
         writer = gguf.GGUFWriter(path, architecture)
-        _describe(writer, config, folder.name, dtype if dtype != "auto" else str(base.model.dtype))
+        _describe(writer, config, folder.name, stored_as)
         factors = _rope_factors(config)
         _add_tokens(writer, folder, pre, config.vocab_size)
-        _write(writer, base, tensors, architecture, factors)
-        _read_back(path, base, tensors, architecture)
-    kind = str(TYPES.get(dtype, base.model.dtype)).removeprefix("torch.")
-    found = {"output": str(output), "architecture": architecture, "tokenizer": pre, "tensors": len(tensors)}
-    return found | {"bytes": output.stat().st_size, "dtype": kind}
+        _write(writer, base, tensors, factors)
+        _read_back(path, base, tensors)
+    return {
+        "output": str(output),
+        "architecture": architecture,
+        "tokenizer": pre,
+        "tensors": len(tensors),
+        "bytes": output.stat().st_size,
+        "dtype": str(stored_as).removeprefix("torch."),
+    }
 
 
 def _tensors(base: Mapped, architecture: str, dtype: torch.dtype) -> list[GGUFTensor]:
@@ -98,31 +105,31 @@ def _tensors(base: Mapped, architecture: str, dtype: torch.dtype) -> list[GGUFTe
     return found
 
 
-def _describe(writer: Any, config: Any, name: str, dtype: str) -> None:
+def _describe(writer: Any, config: Any, name: str, dtype: torch.dtype) -> None:
     """The numbers of the model."""
     import gguf
 
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_name(name)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    numbers = {
+        "name": name,
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        **dict.fromkeys(("key_length", "value_length", "rope_dimension_count"), head),
+        "rope_freq_base": float(config.rope_parameters["rope_theta"]),
+        "layer_norm_rms_eps": config.rms_norm_eps,
+    }
+    for key, value in numbers.items():
+        getattr(writer, f"add_{key}")(value)
     window = getattr(config, "sliding_window", None)
     if WRITTEN[config.model_type].window and window:
         raise UnsupportedError("attention through a sliding window", got=str(window), hint="set it to null if unused")
     types = gguf.LlamaFileType
-    kinds = {"f16": types.MOSTLY_F16, "torch.float16": types.MOSTLY_F16}
-    kinds |= {"bf16": types.MOSTLY_BF16, "torch.bfloat16": types.MOSTLY_BF16}
-    writer.add_file_type(kinds.get(dtype, types.ALL_F32))
+    writer.add_file_type({torch.float16: types.MOSTLY_F16, torch.bfloat16: types.MOSTLY_BF16}.get(dtype, types.ALL_F32))
 
 
 def _rope_factors(config: Any) -> Tensor | None:
@@ -198,13 +205,11 @@ def _add_tokens(writer: Any, folder: Path, pre: str, size: int) -> None:
 
 def _begins_with_bos(folder: Path) -> bool:
     """Whether the tokenizer itself puts a token in front of every text."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = read_tokenizer(folder)
     return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def _write(writer: Any, base: Mapped, tensors: list[GGUFTensor], architecture: str, factors: Tensor | None) -> None:
+def _write(writer: Any, base: Mapped, tensors: list[GGUFTensor], factors: Tensor | None) -> None:
     import gguf
 
     kinds = gguf.GGMLQuantizationType
@@ -220,14 +225,14 @@ def _write(writer: Any, base: Mapped, tensors: list[GGUFTensor], architecture: s
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors.float().numpy())
-    for one, value in _values(base, tensors, architecture):
+    for one, value in _values(base, tensors):
         writer.write_tensor_data(value.to(one.dtype).reshape(-1).view(torch.uint8).numpy())
         base.forget(one.parameter)
     writer.close()
 
 
 @torch.no_grad()
-def _values(base: Mapped, tensors: list[GGUFTensor], architecture: str) -> Iterator[tuple[GGUFTensor, Tensor]]:
+def _values(base: Mapped, tensors: list[GGUFTensor]) -> Iterator[tuple[GGUFTensor, Tensor]]:
     """Each tensor as llama.cpp wants its rows."""
     config: Any = base.model.config
     for one in tensors:
@@ -239,12 +244,12 @@ def _values(base: Mapped, tensors: list[GGUFTensor], architecture: str) -> Itera
         yield one, value.contiguous()
 
 
-def _read_back(path: Path, base: Mapped, tensors: list[GGUFTensor], architecture: str) -> None:
+def _read_back(path: Path, base: Mapped, tensors: list[GGUFTensor]) -> None:
     """Compare numbers of every tensor with the file's. Raises `DiskError`."""
     import gguf
 
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for one, value in _values(base, tensors, architecture):
+    for one, value in _values(base, tensors):
         wanted = value.to(one.dtype).reshape(-1)
         raw = np.ascontiguousarray(stored[one.name].data).reshape(-1).view(np.uint8)
         found = torch.from_numpy(raw.copy()).view(one.dtype)
@@ -256,10 +261,7 @@ def _read_back(path: Path, base: Mapped, tensors: list[GGUFTensor], architecture
 
 def stop_of(folder: str | Path) -> str | None:
     """The text of the token that ends an answer."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return tokenizer.eos_token
+    return read_tokenizer(Path(folder)).eos_token
 
 
 def modelfile(model: str, adapter: str | None = None, stop: str | None = None) -> str:

@@ -28,14 +28,11 @@ from gossamer.models.stored import warn_if_mostly_dense
 from gossamer.models.write import forget_quantisation, without_bars
 from gossamer.quant import format_of, quantize_model
 
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
+_DTYPES = (
+    dict.fromkeys(("float32", "fp32"), torch.float32)
+    | dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16)
+    | dict.fromkeys(("float16", "fp16"), torch.float16)
+)
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -78,7 +75,10 @@ def load_base(
     forget_quantisation(model)
     if quant is not None:
         warn_if_mostly_dense(model, quant)
-    return _moved(model, place).eval(), tokenizer
+    try:
+        return model.to(place).eval(), tokenizer  # pyright: ignore[reportArgumentType]  # transformers' stub is narrower
+    except torch.OutOfMemoryError as error:
+        raise _too_large(str(place), error) from error
 
 
 def _load_folder(
@@ -107,15 +107,13 @@ def _load_folder(
 
 
 def _load_gguf(file: Path, dtype: torch.dtype | str, quant: str | None) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
-    options: dict[str, Any] = {"gguf_file": file.name} | LOCAL
+    options: dict[str, Any] = {"gguf_file": file.name, "output_loading_info": True} | LOCAL
+    options["dtype"] = torch.float32 if dtype == "auto" else dtype
     if hasattr(transformers, "GgufConfig"):
         # without it newer transformers may keep the blocks packed, in layers that cannot be trained, and fetch kernels
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    kind: Any = AutoModelForCausalLM
     with _without_reader_bar():
-        model, info = kind.from_pretrained(
-            file.parent, dtype=torch.float32 if dtype == "auto" else dtype, output_loading_info=True, **options
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(file.parent, **options)
     if quant is not None:
         quantize_model(model, quant, kept_dense(model))
     return model, read_tokenizer(file.parent, gguf_file=file.name), info
@@ -165,13 +163,6 @@ def _device(device: str | torch.device) -> torch.device:
         found = f"{torch.cuda.device_count()} CUDA devices"
         raise ResourceError("this device is not there", where=str(place), got=found, hint="device='cpu' always works")
     return place
-
-
-def _moved(model: PreTrainedModel, place: torch.device) -> PreTrainedModel:
-    try:
-        return model.to(place)  # pyright: ignore[reportArgumentType, reportReturnType]
-    except torch.OutOfMemoryError as error:
-        raise _too_large(str(place), error) from error
 
 
 def _too_large(where: str, error: Exception) -> ResourceError:

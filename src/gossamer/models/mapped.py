@@ -74,14 +74,9 @@ def mapped_model(folder: str | Path) -> Mapped:
         kind: Any = model_class(config)
         if kind is AutoModelForCausalLM:  # which wants a folder, and would read it
             kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]
-        model, info = kind.from_pretrained(
-            None,
-            config=described,
-            state_dict=dict(stored),
-            dtype=_commonest(stored),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        options |= {"config": described, "state_dict": dict(stored), "dtype": _commonest(stored)}
+        model, info = kind.from_pretrained(None, **options)
         require_exact(info, folder)
     mapped = Mapped(folder, model.eval(), shards, _places(model, shards))
     vars(model)[NOTED] = fingerprint(model, _identities(mapped))

@@ -43,6 +43,7 @@ def quantize_base(
         model, tokenizer = load_base(base, dtype=dtype, device=device, quant=quant)
     stored = storage(model)
     write_model_folder(model, tokenizer, output)
+    whole = {"parameters": stored.total, "bytes": stored.nbytes, "bits": stored.bits}
     return {
         "output": str(output),
         "quant": quant,
@@ -51,12 +52,6 @@ def quantize_base(
         "parameters": stored.packed,
         "bytes": stored.packed_bytes,
         "bits": 8 * stored.packed_bytes / stored.packed,
-        "model": {
-            "parameters": stored.total,
-            "bytes": stored.nbytes,
-            "bits": stored.bits,
-            "packed": stored.packed / stored.total,
-            "dense": stored.dense,
-        },
+        "model": whole | {"packed": stored.packed / stored.total, "dense": stored.dense},
         "seconds": time.monotonic() - start,
     }

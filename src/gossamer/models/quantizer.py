@@ -29,13 +29,9 @@ METHOD = "gossamer"
 def kept_dense(model: nn.Module) -> set[str]:
     """Paths of modules that keep their weights: the head, and whatever shares a weight with another module."""
     found = modules(model)
-    tied = {name.removesuffix(".weight") for name in _tied(model)}
-    return {path for path in found if path in tied} | heads(model, found)
-
-
-def _tied(model: nn.Module) -> set[str]:
     pairs = getattr(model, "all_tied_weights_keys", None) or {}
-    return {*pairs.keys(), *pairs.values()}
+    tied = {name.removesuffix(".weight") for name in (*pairs.keys(), *pairs.values())}
+    return (tied & found.keys()) | heads(model, found)
 
 
 class LoadingConfig(QuantizationConfigMixin):
@@ -52,15 +48,8 @@ class Quantizer(HfQuantizer):
     quantization_config: LoadingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     serialized_names = {
         "weight": [
-            "weight",
-            "weight.absmax",
-            "weight.quant_map",
-            "weight.nested_absmax",
-            "weight.nested_quant_map",
-            "weight.quant_state.bitsandbytes__nf4",
-            "weight.quant_state.bitsandbytes__fp4",
-            "SCB",
-            "weight_format",
+            *("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
+            *("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "SCB", "weight_format"),
         ]
     }
 
@@ -138,12 +127,13 @@ class _Quantize(ConversionOps):
     def __init__(self, hf_quantizer: Quantizer, quant: str) -> None:
         self.hf_quantizer, self.quant = hf_quantizer, quant
 
-    def convert(
+    # transformers declares four positional arguments and calls every operation with keywords
+    def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **_: Any
     ) -> dict[str, Tensor]:
+        """Put quantised modules into the model; what is left is for the loader to set."""
         left = {}
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
+        for name, weight in _tensors(input_dict).items():
             path = name.rpartition(".")[0]
             module = model.get_submodule(path)
             if weight.shape != module.weight.shape:  # the loader says so, once it is told that this one stays dense
@@ -162,7 +152,7 @@ class _Read(ConversionOps):
     def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
+    def convert(  # pyright: ignore[reportIncompatibleMethodOverride]  # as above
         self,
         input_dict: dict[str, Any],
         model: Any = None,
@@ -170,7 +160,8 @@ class _Read(ConversionOps):
         missing_keys: Any = None,
         **_: Any,
     ) -> dict[str, Tensor]:
-        parts = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        """Put a quantised module into the model; nothing is left for the loader to set."""
+        parts = _tensors(input_dict)
         if len(parts) == 1:
             return input_dict
         path = full_layer_name.rpartition(".")[0]
@@ -182,6 +173,11 @@ class _Read(ConversionOps):
         found = QuantizedLinear(packed, module.weight.dtype, module._parameters.get("bias"), turned)
         _place(model, path, found.train(module.training), missing_keys, full_layer_name)
         return {}
+
+
+def _tensors(read: dict[str, Any]) -> dict[str, Tensor]:
+    """The one tensor that was read for each name."""
+    return {name: value[0] if isinstance(value, list) else value for name, value in read.items()}
 
 
 def _place(model: nn.Module, path: str, module: QuantizedLinear, missing: Any, name: str) -> None:
@@ -227,11 +223,13 @@ def stored_config(model: nn.Module) -> dict[str, Any] | None:
     settings: dict[str, Any] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": dense or None}
     if first.table == "int8":
         return settings | {"load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": 0.0}
-    return settings | {
-        "load_in_8bit": False,
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": first.table,
-        "bnb_4bit_use_double_quant": first.nested_absmax is not None,
-        "bnb_4bit_compute_dtype": str(first.dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-    }
+    return (
+        settings
+        | {"load_in_8bit": False, "load_in_4bit": True}
+        | {
+            "bnb_4bit_quant_type": first.table,
+            "bnb_4bit_use_double_quant": first.nested_absmax is not None,
+            "bnb_4bit_compute_dtype": str(first.dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    )

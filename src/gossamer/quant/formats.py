@@ -30,33 +30,16 @@ class QuantFormat:
     double: bool
 
 
-FORMATS = {
-    "nf4": QuantFormat("nf4", True),
-    "nf4-single": QuantFormat("nf4", False),
-    "fp4": QuantFormat("fp4", True),
-    "fp4-single": QuantFormat("fp4", False),
-    "int8": QuantFormat("int8", False),
-}
+FORMATS = {f"{table}{end}": QuantFormat(table, not end) for table in ("nf4", "fp4") for end in ("", "-single")}
+FORMATS |= {"int8": QuantFormat("int8", False)}
 """What `quant` may be, and what it means."""
 
 # Quantiles of the normal distribution, scaled to [-1, 1], with a zero: appendix E of the QLoRA paper.
 _NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 # One sign, two exponent and one mantissa bit, in units of 1/12; the code is the bit pattern.
 _FP4 = tuple(sign * unit / 12 for sign in (1, -1) for unit in (0, 0.0625, 8, 12, 4, 6, 2, 3))
