@@ -101,10 +101,14 @@ def _find(index: str, source: ReleaseFile) -> str:
     address = f"{index}/{re.sub(r'[-_.]+', '-', source.package).lower()}/"
     with _open(address, accept=_ACCEPT) as (response, final):
         kind = response.headers.get_content_type()
-        content = _read(response, _LARGEST_LISTING)
+        content = bytearray()
+        for chunk in _chunks(response):
+            content += chunk
+            if len(content) > _LARGEST_LISTING:
+                got = f"more than {_LARGEST_LISTING:,} bytes"
+                raise DownloadError("the package index sent an endless listing", got=got)
     try:
-        text = content.decode("utf-8")
-        links = _json_links(text) if kind.endswith("json") else _html_links(text)
+        links = _links(content.decode("utf-8"), kind)
     except (ValueError, KeyError, TypeError) as error:
         where = _without_credentials(address)
         raise DownloadError("the package index sent an unreadable listing", where=where, got=str(error)) from error
@@ -118,11 +122,10 @@ def _find(index: str, source: ReleaseFile) -> str:
     return urljoin(final, links[source.file])
 
 
-def _json_links(text: str) -> dict[str, str]:
-    return {str(file["filename"]): str(file["url"]) for file in json.loads(text)["files"]}
-
-
-def _html_links(text: str) -> dict[str, str]:
+def _links(text: str, kind: str) -> dict[str, str]:
+    """File name -> address, of a listing in JSON or in HTML."""
+    if kind.endswith("json"):
+        return {str(file["filename"]): str(file["url"]) for file in json.loads(text)["files"]}
     anchors = _Anchors()
     anchors.feed(text)
     return {unquote(urlsplit(link).path).rsplit("/", 1)[-1]: link for link in anchors.links}
@@ -141,7 +144,7 @@ def _transfer(address: str, source: ReleaseFile, destination: Path, progress: On
     """Stream the file to its place; the temporary file vanishes with any error raised here."""
     with _open(address) as (response, _), new_file(destination, needed=source.size) as file:
         digest, done = hashlib.sha256(), 0
-        while chunk := _read_some(response):
+        for chunk in _chunks(response):
             done += len(chunk)
             if done > source.size:
                 break  # some other file: do not fill the disk with it
@@ -215,17 +218,9 @@ def _without_credentials(address: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1]))
 
 
-def _read_some(response: BinaryIO) -> bytes:
+def _chunks(response: BinaryIO) -> Iterator[bytes]:
     try:
-        return response.read(_CHUNK)
+        while chunk := response.read(_CHUNK):
+            yield chunk
     except _TRANSPORT_FAULTS as error:
         raise _Transient(str(error) or type(error).__name__) from error
-
-
-def _read(response: BinaryIO, largest: int) -> bytes:
-    content = bytearray()
-    while chunk := _read_some(response):
-        content += chunk
-        if len(content) > largest:
-            raise DownloadError("the package index sent an endless listing", got=f"more than {largest:,} bytes")
-    return bytes(content)

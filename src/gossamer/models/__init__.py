@@ -20,7 +20,7 @@ _HOME = {
     "tiny_tokenizer": "testing.toys",
     "write_model_folder": "models.write",
 }
-__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]  # one list, as in the package's own file
 
 if TYPE_CHECKING:
     from gossamer.catalog.catalog import data_file as data_file

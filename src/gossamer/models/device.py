@@ -10,7 +10,7 @@ import torch
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory of a device that a run may still take; None where nobody tells."""
+    """Memory of a device that a run may still take; None where that is not known."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

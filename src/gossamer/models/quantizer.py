@@ -45,6 +45,7 @@ class LoadingConfig(QuantizationConfigMixin):
 class Quantizer(HfQuantizer):
     """Puts a `QuantizedLinear` in the place of each linear module when its weight arrives."""
 
+    # transformers gives each quantizer the config that is registered with it
     quantization_config: LoadingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     serialized_names = {
         "weight": [
@@ -136,7 +137,7 @@ class _Quantize(ConversionOps):
         for name, weight in _tensors(input_dict).items():
             path = name.rpartition(".")[0]
             module = model.get_submodule(path)
-            if weight.shape != module.weight.shape:  # the loader says so, once it is told that this one stays dense
+            if weight.shape != module.weight.shape:  # left for the loader to report: this one stays dense
                 self.hf_quantizer.dense = {*(self.hf_quantizer.dense or ()), path}
                 left[name] = weight
                 continue
@@ -181,7 +182,7 @@ def _tensors(read: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _place(model: nn.Module, path: str, module: QuantizedLinear, missing: Any, name: str) -> None:
-    module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
+    vars(module)["_is_hf_initialized"] = True
     model.set_submodule(path, module)
     if missing is not None:
         missing.discard(name)

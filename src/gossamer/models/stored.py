@@ -49,7 +49,7 @@ class StorageReport:
 
     @property
     def unexpected(self) -> dict[str, int]:
-        """Dense matrices inside the layers, which who asks for 4 bits expects to be packed."""
+        """Dense matrices inside the layers, which a choice of 4 bits suggests to be packed."""
         return {kind: count for kind, count in self.dense.items() if kind not in _EXPECTED}
 
     def __str__(self) -> str:

@@ -67,7 +67,7 @@ def forget_quantisation(model: PreTrainedModel) -> None:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Keep transformers' own progress bars off the terminal: whoever called shows progress in their own way."""
+    """Keep transformers' own progress bars off the terminal; verbs show their own."""
     shown = noise.is_progress_bar_enabled()
     noise.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""The one door to whoever does the work: bitsandbytes where it is installed, else the reference, equal bit for bit."""
+"""The one door to what does the work: bitsandbytes where it is installed, else the reference, equal bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def bitsandbytes() -> Any:
     """The module, or None where it is not installed. It is kept from downloading kernels while it is imported."""
     before = {name: sys.modules[name] for name in ("kernels",) if name in sys.modules}  # transformers may have it
-    sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType]
+    sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType]  # Python's way to make an import fail
     try:
         return importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError):

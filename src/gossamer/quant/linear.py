@@ -79,7 +79,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def outline(self) -> Tensor:
-        """The dense weight, or a tensor like W that takes no memory and holds NaN: for who asks what W is like."""
+        """The dense weight, or a tensor like W that takes no memory and holds NaN: it has W's shape and dtype."""
         dense = self._parameters["weight"]
         if dense is not None:
             return dense
@@ -98,20 +98,22 @@ class QuantizedLinear(nn.Module):
         dense = self._parameters["weight"]
         if dense is not None:
             return nn.functional.linear(x, dense, self.bias)
-        return _Product.apply(x, self, self.bias)  # pyright: ignore[reportReturnType]
+        return _Product.apply(x, self, self.bias)  # pyright: ignore[reportReturnType]  # torch types no result of apply
 
     def pack(self, form: QuantFormat) -> None:
         """Store the dense weight that stands here as codes."""
         packed = quantize(self.weight.detach(), form)
         self.table, self.sampled = packed.table, None
-        for name in _PARTS:
-            setattr(self, name, getattr(packed, name))
+        self._hold(packed)
         self._parameters["weight"] = None
 
     def forget_codes(self) -> None:
         """Let the dense weight that stands in for the codes be there for good."""
+        self._hold(None)
+
+    def _hold(self, packed: Packed | None) -> None:
         for name in _PARTS:
-            setattr(self, name, None)
+            setattr(self, name, getattr(packed, name, None))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, stored={self.table}"
@@ -130,31 +132,36 @@ class QuantizedLinear(nn.Module):
     # As a file has it: bitsandbytes' names, so that transformers reads it too --------------------------------------
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
-        dense = self._parameters["weight"]
-        if dense is not None:
-            destination[f"{prefix}weight"] = dense if keep_vars else dense.detach()
-        else:
-            destination.update(
-                (f"{prefix}{name}", value) for name, value in serialized(self.packed, self.dtype).items()
-            )
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                destination[f"{prefix}{name}"] = parameter if keep_vars else parameter.detach()
+        if self.runs_packed:
+            stored = serialized(self.packed, self.dtype)
+            destination.update((f"{prefix}{name}", value) for name, value in stored.items())
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
-        missing, errors = others[2], others[4]
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         mine = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         bias = mine.pop("bias", None)
         if self.bias is not None and bias is None:
-            missing.append(f"{prefix}bias")
+            missing_keys.append(f"{prefix}bias")
         elif bias is not None and (self.bias is None or bias.shape != self.bias.shape):
             own = None if self.bias is None else tuple(self.bias.shape)
-            errors.append(f"size mismatch for {prefix}bias: {tuple(bias.shape)} in the file, {own} in the model.")
+            error_msgs.append(f"size mismatch for {prefix}bias: {tuple(bias.shape)} in the file, {own} in the model.")
         elif bias is not None and self.bias is not None:
             self.bias.data.copy_(bias)
         try:
             packed = deserialized(mine, prefix.removesuffix("."), (self.out_features, self.in_features))
         except BaseFileError as error:
-            errors.append(str(error))
+            error_msgs.append(str(error))
             return
         for name in _PARTS:
             value = getattr(packed, name)
@@ -163,7 +170,7 @@ class QuantizedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """`x W^T + b` that saves neither x nor W: W is frozen and can be rebuilt, and its gradient is nobody's."""
+    """`x W^T + b` that saves neither x nor W: W is frozen and can be rebuilt, and has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: QuantizedLinear, bias: Tensor | None) -> Tensor:

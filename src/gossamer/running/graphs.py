@@ -2,7 +2,7 @@
 
 Rows and the tokens that are looked at are rounded up to a few sizes. Tokens, places, and which slot a row's adapter is
 in are copied into tensors that a graph reads, so that no switch of adapters and no coming or going of rows records
-anything. Rows that only fill up the batch write to the cache's row that is nobody's.
+anything. Rows that only fill up the batch write to the spare row of the cache.
 
 The plain twin is the step as it is run elsewhere.
 """
@@ -81,7 +81,7 @@ class StepGraphs:
         return CapturedGraph(tokens, attention, self.record(run))
 
     def _place(self, tokens: Tensor, attention: RowAttention, step: StepInput, cache: RowCache) -> None:
-        """Copy a step into the tensors that a graph reads; what only fills up gets the cache's row that is nobody's."""
+        """Copy a step into the tensors that a graph reads; padding rows write to the spare row of the cache."""
         spare = len(tokens) - len(step.chunks)
         tokens[: len(step.tokens)] = step.tokens
         attention.rows.copy_(torch.tensor([chunk.row for chunk in step.chunks] + [cache.rows] * spare))

@@ -14,14 +14,14 @@ _PAGE, _ROWS = 128, 8
 
 
 class RowCache:
-    """Tensors of every layer with a place for each token of each row; rows in use are kept together by whoever uses it.
+    """Tensors of every layer with a place for each token of each row; rows in use come first.
 
-    One row more than there is room for is nobody's: what only fills up a batch may be written there.
+    There is a spare row behind the last: padding of a batch may be written there.
 
     Args:
         samples: for each layer what one token leaves in it, tensors (heads, d); layers may differ.
         axis: 1 for (rows, tokens, heads, d), 2 for (rows, heads, tokens, d).
-        room: rows and tokens that there is room for while nobody needs it otherwise.
+        room: rows and tokens that there is room for at the least, as long as no sequence needs more of either.
 
     Attributes:
         layers: for each layer its tensors.
@@ -93,7 +93,7 @@ class RowCache:
             self._first(one, row, tokens).copy_(values.narrow(kept.axis, 0, tokens))
 
     def trim(self) -> None:
-        """Nobody is there: go back to the room that there is while nobody needs it otherwise."""
+        """Forget everything, and go back to `room`."""
         if (self.rows, self.tokens) != self.room:
             (self.rows, self.tokens), self.laid, self.layers = self.room, self.laid + 1, []  # first let go
             self.layers = [self._empty(sample) for sample in self.samples]

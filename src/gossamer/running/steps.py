@@ -41,7 +41,7 @@ class StepInput:
     Attributes:
         tokens: (N,) ids, chunk after chunk.
         chunks: cover them, each of another row; those that continue a sequence come first.
-        wanted: numbers of the chunks after whose last token the logits are asked for, ascending.
+        wanted: numbers of the chunks after whose last token the logits are wanted, ascending.
     """
 
     tokens: Tensor

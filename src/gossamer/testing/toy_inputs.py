@@ -1,4 +1,4 @@
-"""What the toys are asked: seeded arguments for one forward pass with a loss, one function for each kind of model."""
+"""Inputs of the toys: seeded arguments for one forward pass with a loss, one function for each kind of model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def classified_image(rows: int, generator: Generator) -> Inputs:
 
 
 def image_and_text(rows: int, generator: Generator) -> Inputs:
-    """An image and the text that belongs to it; the other rows are what it is told from."""
+    """An image and the text that belongs to it; the other rows are its negatives."""
     ids, image = _ids(rows, generator), _image(rows, generator)
     return {"input_ids": ids, "pixel_values": image, "return_loss": torch.tensor(True)}
 
