@@ -35,7 +35,7 @@ class Fast:
     rule: str
 
     def options(self, *, shared: bool | None = None) -> dict[str, bool]:
-        """What `collate` is told; `shared` for rows of an adapter of its own among several."""
+        """Arguments of `collate`; `shared` for rows of an adapter of its own among several."""
         return {"packed": self.packed, "shared": self.shared if shared is None else self.packed and shared}
 
 

@@ -1,4 +1,4 @@
-"""Whether a model sees the tokens that it is to predict: not asked of names and flags, but tried.
+"""Whether a model sees the tokens that it is to predict: tried, not read off names and flags.
 
 T rows of T tokens go through the model, without adapters and without gradients. Row 0 is as it is, and row j has
 another token at place j. Where the logits at a place i < j differ from those of row 0, place i read a later token:
@@ -65,7 +65,7 @@ def _leak(model: nn.Module, first: int) -> tuple[int, int, float] | None:
     ids[later, later] = (ids[later, later] + 1) % words
     logits = _logits(model, ids)
     if logits.ndim != 3 or logits.shape[:2] != ids.shape:
-        return None  # said elsewhere, with the shapes
+        return None  # `supervised_logits` raises for it, with the shapes
     moved = (logits[1:] - logits[:1]).float().abs().amax(-1)  # (later place - 1, place)
     own = moved[later - 1, later].clamp(min=torch.finfo(torch.float32).tiny)
     ahead = moved[:, :-1].tril() / own[:, None]  # row j - 1 keeps the places before j

@@ -41,7 +41,7 @@ class EncodedDataset:
     identity: dict[str, Any]
     """sha256 of the files and of the tokens that the tokenizer made of them."""
     date: str | None = None
-    """The day that the chat template was told, where it asks for one."""
+    """The day that the chat template writes, where it writes one."""
 
     @classmethod
     def read(
@@ -58,7 +58,7 @@ class EncodedDataset:
 
         Args:
             files: what `config.data.read()` gave already.
-            model: whose generation must stop where the answers end; None if that is not to be said.
+            model: whose generation must stop where the answers end; None leaves that out.
             began: the day the run began, as `2026-12-31`; today when None. The config's own day comes first.
 
         Raises `DataError` with every fault.

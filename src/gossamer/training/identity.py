@@ -35,7 +35,7 @@ def split_settings(config: LoopConfig) -> dict[str, Any]:
 
 
 def split_anew(state: TrainState, checkpoint: Mapping[str, Any]) -> str:
-    """What is said when a run goes on with its steps split otherwise than before."""
+    """A line on a run that goes on with its steps split otherwise than before; empty where it does not."""
     now = split_settings(state.config)
     then = now | checkpoint.get("split", {})
     changes = [f"{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value]

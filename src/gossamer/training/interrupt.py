@@ -12,7 +12,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop, and how. Empty until then."""
+    """Whether a signal asked the run to stop, and which: empty until then."""
 
     signal = ""
 

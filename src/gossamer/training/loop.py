@@ -57,12 +57,12 @@ def train(
     """Train the one trainable adapter of a model, and write a run folder.
 
     Args:
-        model: a causal language model with an adapter attached; its base may be float32 or bfloat16.
+        model: one that fits the task, with an adapter attached; its base may be float32 or bfloat16.
         tokenizer: the model's own.
         config: what to do; one that names a base is written to the folder as it is.
         resume: go on from the newest whole checkpoint in the output folder. On a CPU the adapter then ends bit for bit
             as without the interruption.
-        progress: what is told how far the run is; by default a bar or lines on the error stream.
+        progress: shows how far the run is; by default a bar or lines on the error stream.
         world: the processes of the run; by default those that torchrun started, or this one alone.
         files: the rows, where `config.data.read()` has been called already.
 
@@ -97,10 +97,10 @@ def train(
 
 
 class Loop:
-    """Trains every state to its end; they take turns, step by step.
+    """Trains every adapter to its end; they take turns, step by step.
 
     Args:
-        together: an error of one state ends that one alone, and is kept in `failed`.
+        together: an error of one adapter ends that one alone, and is kept in `failed`.
         at_once: tokens of several adapters that go through the model together; by default as many as the largest batch
             of any of them has, so that memory is that of one.
 
@@ -281,7 +281,7 @@ class Loop:
             self.show.start(sum(one.left for one in self.live), "training")
 
     def _pause(self) -> None:
-        """Stop here if somebody asked for it; what is to be saved is saved in `_saved`, on the way out."""
+        """Stop here if a signal came; `_saved` saves what has begun, on the way out."""
         if by := self.world.stop(self.stop):
             raise Interrupted(f"stopped by {by}")
 

@@ -52,12 +52,11 @@ class MemoryPolicy:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise
-            said = str(error).splitlines()[0] if str(error) else ""
-            raise ResourceError("out of memory", got=said, hint=self.hint) from error
+            raise ResourceError("out of memory", got=str(error).partition("\n")[0], hint=self.hint) from error
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether torch or Python said that memory ran out."""
+    """Whether an error of torch's or Python's means that memory ran out."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or (type(error) is RuntimeError and "can't allocate memory" in str(error))
 
@@ -74,13 +73,13 @@ def decide(model: PreTrainedModel, config: RunConfig, part: tuple[int, int]) -> 
 
 
 def _decided(model: PreTrainedModel, config: RunConfig, part: tuple[int, int]) -> tuple[bool, str]:
-    asked, obstacle = config.train.checkpointing, _obstacle(model)
-    if asked == "on" and obstacle:
+    chosen, obstacle = config.train.checkpointing, _obstacle(model)
+    if chosen == "on" and obstacle:
         raise UnsupportedError(
             "gradient checkpointing cannot be used here", got=obstacle, hint="train.checkpointing: auto leaves it off"
         )
-    if asked != "auto":
-        return asked == "on", f"checkpointing {asked}"
+    if chosen != "auto":
+        return chosen == "on", f"checkpointing {chosen}"
     if obstacle:
         return False, f"checkpointing auto: off, {obstacle}"
     if any(getattr(module, _FLAG, False) for module in model.modules()):

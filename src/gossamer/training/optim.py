@@ -22,11 +22,11 @@ EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 """Our name -> the class in bitsandbytes."""
 
 
-def usable_optimizer(asked: str, device: torch.device) -> tuple[str, str]:
-    """The optimiser that a device can run, and a line that says so when it is not the one that was asked for."""
-    if asked in EIGHT_BIT and device.type != "cuda":
-        return "adamw", f"optimizer {asked} needs a CUDA device; on {device.type} this run uses adamw, in float32"
-    return asked, ""
+def usable_optimizer(kind: str, device: torch.device) -> tuple[str, str]:
+    """The optimiser that a device can run, and a line that says so where it is not the one of the config."""
+    if kind in EIGHT_BIT and device.type != "cuda":
+        return "adamw", f"optimizer {kind} needs a CUDA device; on {device.type} this run uses adamw, in float32"
+    return kind, ""
 
 
 def make_optimizer(
@@ -46,8 +46,7 @@ def make_optimizer(
         neutral: parameters that decay does not pull to zero -> what it pulls them to instead, or None for those that
             it leaves alone: `p = p - lr * weight_decay * (p - neutral)` in front of each step.
 
-    Raises: UsageError when a ratio is asked for and no parameter is an outer factor; UnsupportedError when an 8-bit
-    optimiser is asked for and bitsandbytes is not there.
+    Raises: UsageError for a ratio without an outer factor; UnsupportedError for 8-bit moments without bitsandbytes.
     Source: decay towards a value: Li et al. 2018, arXiv:1802.01483, equation 2, decoupled as in Loshchilov and Hutter
     2017, arXiv:1711.05101. LoRA+: Hayou et al. 2024, arXiv:2402.12354, section 4. 8-bit moments: Dettmers et al. 2022,
     arXiv:2110.02861, section 2; paged: Dettmers et al. 2023, arXiv:2305.14314, section 3.

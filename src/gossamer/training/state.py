@@ -112,7 +112,7 @@ class TrainState:
         self.logged_at = (0, 0.0)  # tokens and seconds, for the rate since the last line
 
     def _neutral(self) -> dict[str, Tensor | None]:
-        """What weight decay pulls parameters to; said where it leaves some alone."""
+        """What weight decay pulls parameters to; a line names those that it leaves alone."""
         neutral = neutral_values(self.model, self.name)
         spread = [name for name, goal in neutral.items() if isinstance(goal, DTensor)]
         if spread:
@@ -175,9 +175,9 @@ class TrainState:
             self.training_seconds = checkpoint.state["training_seconds"]
             self.seconds_before += checkpoint.state["seconds"]
             self.stopping = Stopping(**checkpoint.state["stopping"])
-            for said in (self.world.resumed(checkpoint.state.get("processes", 1)), split_anew(self, checkpoint.state)):
-                if said:
-                    self.show.say(said)
+            changes = self.world.resumed(checkpoint.state.get("processes", 1)), split_anew(self, checkpoint.state)
+            for line in filter(None, changes):
+                self.show.say(line)
             self.show.say(f"resuming after step {self.step:,} of {self.steps.total:,}")
         else:
             key = (id(self.dataset), start.digest)
