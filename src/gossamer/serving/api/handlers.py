@@ -32,7 +32,7 @@ from gossamer.serving.api.requests import (
 )
 from gossamer.serving.api.responses import CompletionUsage, EmbeddingList
 from gossamer.serving.api.service import Service
-from gossamer.serving.api.worker import SequenceGroup
+from gossamer.serving.api.worker import SequenceGroup, Update
 from gossamer.serving.grammar import check_schema
 from gossamer.serving.sequence import Reply, Sequence
 
@@ -122,12 +122,12 @@ class GenerationHandler(RequestHandler[GenerationBody]):
         news = self._news()
         if self.body.stream:
             first = await self.service.until_gone(self.request, anext(news))  # then the adapters' digests are known
-            return EventStream(self, first, news, self.body.stream_options or StreamOptions())
+            return EventStream(self, first, news)
         await self.service.until_gone(self.request, _exhaust(news))
         replies = [reply for one in self.sequences if (reply := one.reply)]
         return self.builder.whole(replies, self.usage, self.digests).response(headers=adapter_header(self.digests))
 
-    async def _news(self) -> AsyncIterator[tuple[int, Reply]]:
+    async def _news(self) -> AsyncIterator[Update]:
         """Hand it to the engine; gives what comes: which sequence, and what is new of it."""
         metrics, began = self.service.metrics, time.monotonic()
         self.group = await self.base.worker.submit(self.sequences)
@@ -235,14 +235,9 @@ def _packed(row: list[float]) -> str:
 class EventStream(StreamingResponse):
     """Server-sent events of completions; when the client leaves, the request is over."""
 
-    def __init__(
-        self,
-        handler: GenerationHandler[Any],
-        first: tuple[int, Reply],
-        rest: AsyncIterator[tuple[int, Reply]],
-        options: StreamOptions,
-    ) -> None:
-        self.handler, self.first, self.rest, self.options = handler, first, rest, options
+    def __init__(self, handler: GenerationHandler[Any], first: Update, rest: AsyncIterator[Update]) -> None:
+        self.handler, self.first, self.rest = handler, first, rest
+        self.options: StreamOptions = handler.body.stream_options or StreamOptions()
         super().__init__(self._events(), media_type="text/event-stream", headers=adapter_header(handler.digests))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

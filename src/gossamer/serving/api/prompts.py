@@ -42,22 +42,17 @@ def rendered(tokenizer: Any, messages: Sequence[ChatMessage], how: TemplateOptio
         for number, named in enumerate(messages):
             others = [one.plain(named=place != number) for place, one in enumerate(messages)]
             if named.name and _written(tokenizer, others, options) == text:
-                raise UsageError(
-                    "the chat template of this model does not write names",
-                    where=f"messages.{number}.name",
-                    hint="say in the content who speaks",
-                )
+                what, hint = "the chat template of this model does not write names", "say in the content who speaks"
+                raise UsageError(what, where=f"messages.{number}.name", hint=hint)
     return text
 
 
 def _written(tokenizer: Any, turns: list[dict[str, str]], options: Mapping[str, Any]) -> str:
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, **options)
-    except TemplateError as error:  # a template's own rules, as of turns, in its own words
-        got = str(error)[:300] or type(error).__name__
-        raise UsageError("the chat template refuses these messages", where="messages", got=got) from None
-    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-        got = type(error).__name__
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        said = str(error)[:300] if isinstance(error, TemplateError) else ""  # a template's own rules, as of turns
+        got = said or type(error).__name__
         raise UsageError("the chat template refuses these messages", where="messages", got=got) from None
 
 

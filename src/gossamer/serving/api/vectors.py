@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,8 @@ class Vectors(Backend):
         self.embedder = await self.aside(self.make)
 
     @property
-    def digests(self) -> Mapping[str, str]:
-        """Of its adapters, by name."""
+    def names(self) -> Mapping[str, str]:
         return self.embedder.digests if self.embedder else {}
-
-    @property
-    def names(self) -> Collection[str]:
-        return self.digests
 
     @property
     def folder(self) -> Folder | None:
@@ -51,7 +46,7 @@ class Vectors(Backend):
     async def register(self, name: str, folder: Path) -> str:
         assert self.embedder
         await self.aside(self.embedder.register, name, folder)
-        return self.digests[name]
+        return self.names[name]
 
     async def unregister(self, name: str) -> None:
         assert self.embedder
@@ -60,11 +55,11 @@ class Vectors(Backend):
     async def cards(self, tenant: Tenant) -> list[ModelCard]:
         if self.embedder is None:
             return []
-        mine = [self.card(name, digest) for name, digest in sorted(self.digests.items()) if tenant.may(name)]
+        mine = [self.card(name, digest) for name, digest in sorted(self.names.items()) if tenant.may(name)]
         return [self.card(self.name), *mine]
 
     async def adapter_card(self, name: str) -> ModelCard:
-        return self.card(name, self.digests[name])
+        return self.card(name, self.names[name])
 
     def close(self) -> None:
         self.thread.shutdown(cancel_futures=True)

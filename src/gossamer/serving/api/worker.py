@@ -20,8 +20,8 @@ from gossamer.serving.engine import Engine
 from gossamer.serving.sequence import Reply, Sequence
 
 Value = TypeVar("Value")
-News = tuple["SequenceGroup", int, Reply | BaseException]
-"""Whose, of which of its sequences, and what is new of it or why it failed."""
+Update = tuple[int, Reply]
+"""Of which sequence of a group, and what is new of it."""
 
 
 class SequenceGroup:
@@ -34,7 +34,7 @@ class SequenceGroup:
         self.worker, self.sequences, self.open = worker, sequences, len(sequences)
         self.news: asyncio.Queue[tuple[int, Reply | BaseException]] = asyncio.Queue()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Reply]]:
+    async def __aiter__(self) -> AsyncIterator[Update]:
         while self.open:
             index, new = await self.news.get()
             if isinstance(new, BaseException):
@@ -218,6 +218,6 @@ def _settle(answer: asyncio.Future, settle: Callable[[object], None], value: obj
         settle(value)
 
 
-def _deliver(news: Iterable[News]) -> None:
+def _deliver(news: Iterable[tuple[SequenceGroup, int, Reply | BaseException]]) -> None:
     for group, index, new in news:
         group.news.put_nowait((index, new))
