@@ -28,7 +28,7 @@ from gossamer.models.stored import warn_if_mostly_dense
 from gossamer.models.write import forget_quantisation, without_bars
 from gossamer.quant import format_of, quantize_model
 
-_DTYPES = (
+_DTYPES: dict[str, torch.dtype] = (
     dict.fromkeys(("float32", "fp32"), torch.float32)
     | dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16)
     | dict.fromkeys(("float16", "fp16"), torch.float16)
@@ -112,8 +112,9 @@ def _load_gguf(file: Path, dtype: torch.dtype | str, quant: str | None) -> tuple
     if hasattr(transformers, "GgufConfig"):
         # without it newer transformers may keep the blocks packed, in layers that cannot be trained, and fetch kernels
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    kind: Any = AutoModelForCausalLM  # its stub knows no loading info
     with _without_reader_bar():
-        model, info = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+        model, info = kind.from_pretrained(file.parent, **options)
     if quant is not None:
         quantize_model(model, quant, kept_dense(model))
     return model, read_tokenizer(file.parent, gguf_file=file.name), info
