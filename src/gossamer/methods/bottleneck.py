@@ -24,9 +24,7 @@ Activation = Literal["relu", "gelu", "silu"]
 class Bottleneck(TargetedMethod):
     """`h + up(act(down(h)))` behind the module that gives h; what Houlsby and Lin share."""
 
-    dotted_slots: ClassVar[tuple[str, ...]] = tuple(
-        f"{part}.{name}" for part in ("down", "up", "norm") for name in ("weight", "bias")
-    )
+    dotted_slots: ClassVar[tuple[str, ...]] = ("down.bias", "down.weight", "up.bias", "up.weight")
 
     normed: ClassVar[bool] = False
     """Whether a layer normalisation of its own comes before `down`."""
@@ -129,6 +127,7 @@ class Lin(Bottleneck):
     lr_over_lora: ClassVar[float] = 1.0
     roles = ("feedforward-output",)
     normed = True
+    dotted_slots = (*Bottleneck.dotted_slots, "norm.bias", "norm.weight")
 
     activation: Activation = "relu"
 

@@ -109,10 +109,12 @@ def restored(layout: PeftLayout, spec: TargetedMethod, tensors: Tensors) -> Tens
     """What was written, bit for bit; spec is the adapter's own."""
     if layout.mark or spec.dotted_slots:
         found: dict[str, dict[str, Tensor]] = {}
+        parts = {slot.partition(".")[0] for slot in spec.dotted_slots}
         for path, slots in tensors.items():
             owner, _, part = path.rpartition(".")
+            layer = all(f"{owner}.{one}".lstrip(".") in tensors for one in parts) and not is_saved(owner, spec)
             for slot, tensor in slots.items():
-                inside = f"{part}.{slot}" in spec.dotted_slots and not is_saved(path, spec)
+                inside = layer and f"{part}.{slot}" in spec.dotted_slots
                 placed = (owner, f"{part}.{slot}") if inside else (path, slot.removeprefix(layout.mark))
                 _place(found, *placed, tensor, path)
         return found
