@@ -57,35 +57,23 @@ def new_file(path: str | Path, *, needed: int | None = None) -> Iterator[BinaryI
 
     Raises `DiskError` when writing, flushing or renaming fails; the old content is then still there.
     """
-    path = Path(path)
-    temporary = _beside(path)
-    with _as_disk_error(path, temporary, needed):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:  # KeyboardInterrupt too: nothing that looks like a result may stay
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+    with written_path(path, needed=needed) as temporary, open(temporary, "xb") as file:
+        yield file
 
 
 @contextmanager
-def written_path(path: str | Path) -> Iterator[Path]:
+def written_path(path: str | Path, *, needed: int | None = None) -> Iterator[Path]:
     """The same for libraries that open files themselves: a path to write to that becomes `path` when the block ends."""
     path = Path(path)
     temporary = _beside(path)
-    with _as_disk_error(path, temporary, None):
+    with _as_disk_error(path, temporary, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException:  # KeyboardInterrupt too: nothing that looks like a result may stay
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)

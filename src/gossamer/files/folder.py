@@ -17,6 +17,7 @@ from torch import Tensor
 from gossamer.errors import AdapterFileError, UnsupportedError
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "gossamer.json"
+PICKLE = "adapter_model.bin"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -57,12 +58,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises `AdapterFileError`; `UnsupportedError` for a pickle.
     """
     path = folder / WEIGHTS
-    if not path.exists() and (folder / "adapter_model.bin").exists():
-        raise UnsupportedError(
-            "only safetensors are read: a .bin file is a pickle, which can run code",
-            where=str(folder / "adapter_model.bin"),
-            hint="load it once with PEFT, and its save_pretrained(folder) writes safetensors",
-        )
+    refuse_pickle(folder)
     try:
         content = _read_bytes(path)
         tensors = load_safetensors(content)
@@ -78,6 +74,16 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterFileError("the file holds no tensors", where=str(path))
     _check_numbers(tensors, str(path))
     return tensors, header.get("__metadata__") or {}
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Raise `UnsupportedError` for an older adapter, which is a pickle."""
+    if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
+        raise UnsupportedError(
+            "only safetensors are read: a .bin file is a pickle, which can run code",
+            where=str(folder / PICKLE),
+            hint="load it once with PEFT, and its save_pretrained(folder) writes safetensors",
+        )
 
 
 def _check_numbers(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gossamer.errors import AdapterFileError, UnsupportedError
+from gossamer.errors import AdapterFileError
 from gossamer.files.atomic import TEMPORARY_SUFFIX
-from gossamer.files.folder import CONFIG, OURS, WEIGHTS, missing_hint, read_json
+from gossamer.files.folder import CONFIG, OURS, PICKLE, WEIGHTS, missing_hint, read_json, refuse_pickle
 
-PICKLE = "adapter_model.bin"
 _MOST_HEADER = 2**27
 
 
@@ -72,12 +71,7 @@ def glance(folder: Path) -> Mapping[str, Any] | None:
     """
     read_json(folder / CONFIG, missing=missing_hint(folder))
     weights = folder / WEIGHTS
-    if not weights.exists() and (folder / PICKLE).exists():
-        raise UnsupportedError(
-            "only safetensors are read: a .bin file is a pickle, which can run code",
-            where=str(folder / PICKLE),
-            hint="load it once with PEFT and save_pretrained(safe_serialization=True)",
-        )
+    refuse_pickle(folder)
     if not os.path.isfile(weights):
         raise AdapterFileError("cannot read an adapter's file", where=str(weights), got="no such file")
     try:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.adapter import Adapter
-from gossamer.attachment import attach, base_fingerprint, merge, unmerge, use
+from gossamer.attachment import base_fingerprint, merge, unmerge
 from gossamer.errors import BaseMismatchError, StateError, UsageError
 from gossamer.files.atomic import new_folder
 from gossamer.files.folder import read_json
 from gossamer.files.shards import INDEX
 from gossamer.merging.companions import Companions, held
 from gossamer.merging.losses import losses
-from gossamer.merging.streamed import NOTE, copy_rest, merge_streamed, outlined, stand, streamable
+from gossamer.merging.streamed import NOTE, change_of, copy_rest, merge_streamed, outlined, stand, streamable
 from gossamer.merging.vocabulary import own_vocabulary, room_for_vocabulary, rows_of
 from gossamer.models import load_base, make_dense
 from gossamer.models.locate import locate
@@ -121,7 +121,7 @@ def merge_into_base(
         done["notes"].append("tokenizer and settings stay those of the merged folder, which may be the adapter's")
     mapped = _mapped(folder, quant, requantize)
     mapped = None if mapped and own_vocabulary(mapped.model, scaled) else mapped
-    groups = stand(mapped, scaled, force_base=force_base) if mapped else []
+    groups = change_of(mapped, scaled, force_base=force_base) if mapped else []
     streams = mapped is not None and streamable(mapped, groups)
     if dry_run:
         done |= {"streamed": streams}
@@ -187,21 +187,11 @@ def _compared(
 ) -> dict[str, float]:
     """The written model beside the base with its adapters, one after the other in memory."""
     model, _ = load_base(base, device=device)
-    _stand(model, adapters, force_base)
+    stand(model, adapters, force_base=force_base)
     before = _sampled_output(model)
     del model
     written = _sampled_output(load_base(output, device=device)[0])
     return {"max_error": (written - before).abs().max().item(), "max_logit": before.abs().max().item()}
-
-
-def _stand(model: nn.Module, adapters: Sequence[Adapter], force_base: bool) -> int:
-    """Attach the adapters, all of them active; how many modules carry any."""
-    names = [f"adapter-{number}" for number in range(len(adapters))]
-    paths: set[str] = set()
-    for name, adapter in zip(names, adapters, strict=True):
-        paths |= {row.path for row in attach(model, adapter, name, force_base=force_base).sites}
-    use(model, *names)
-    return len(paths)
 
 
 def _in_memory(
@@ -222,7 +212,11 @@ def _in_memory(
     if stored:  # the merge is done in float32, whatever it is stored as in the end
         model.float()
     with room_for_vocabulary(model, adapters) as notes:
-        done: dict[str, Any] = {"streamed": False, "modules": _stand(model, adapters, force_base), "notes": notes}
+        done: dict[str, Any] = {
+            "streamed": False,
+            "modules": len(stand(model, adapters, force_base=force_base)),
+            "notes": notes,
+        }
     companions.require_rows(rows_of(model))
     before = _sampled_output(model)
     done["choices"] = _fold(model, requantize)

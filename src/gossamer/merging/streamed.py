@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer.adapter import Adapter
-from gossamer.attachment import Group, attach, merge_groups, use
+from gossamer.attachment import Group, attach, attached, merge_groups, use
 from gossamer.errors import DiskError, GossamerError, NonFiniteError, StateError
 from gossamer.files.atomic import TEMPORARY_SUFFIX, continued_folder, new_file, require_space, sha256_file, write_json
 from gossamer.files.folder import read_json
@@ -43,16 +43,18 @@ _READ_IN = 1 << 27
 """Bytes of the largest tensor that is read into memory before its turn."""
 
 
-def stand(base: Mapped, adapters: Sequence[Adapter], *, force_base: bool = False) -> list[Group]:
-    """Attach the adapters to a mapped base, and say what a merge of them all would change.
-
-    Raises what `attach` raises.
-    """
+def stand(model: nn.Module, adapters: Sequence[Adapter], *, force_base: bool = False) -> set[str]:
+    """Attach the adapters, all of them active; paths of the modules that carry any. Raises what `attach` raises."""
     names = [f"adapter-{number}" for number in range(len(adapters))]
-    for name, adapter in zip(names, adapters, strict=True):
-        attach(base.model, adapter, name, force_base=force_base)
-    use(base.model, *names)
-    return merge_groups(base.model, *names, dtype=torch.promote_types(base.model.dtype, torch.float32))
+    reports = [attach(model, one, name, force_base=force_base) for name, one in zip(names, adapters, strict=True)]
+    use(model, *names)
+    return {row.path for report in reports for row in report.sites}
+
+
+def change_of(base: Mapped, adapters: Sequence[Adapter], *, force_base: bool = False) -> list[Group]:
+    """Stand the adapters at a mapped base, and say what a merge of them all would change."""
+    stand(base.model, adapters, force_base=force_base)
+    return merge_groups(base.model, *attached(base.model), dtype=torch.promote_types(base.model.dtype, torch.float32))
 
 
 def streamable(base: Mapped, groups: Sequence[Group]) -> bool:
@@ -83,7 +85,7 @@ def merge_streamed(
     """Write the folder of a base with what stands at it folded in; see `merge_into_base`.
 
     Args:
-        base, groups: of `stand`, and `streamable`.
+        base, groups: of `change_of`, and `streamable`.
         note: what is merged, written into the folder; an interrupted merge is continued only by one with an equal note.
         dtype: of all floating parameters; None keeps what each is stored in.
         companions: the adapters' own tokenizer and settings, which take the place of the base's.
