@@ -40,7 +40,7 @@ from gossamer.training.state import TrainState
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Work = tuple[TrainState, MicroBatch]
+Assignment = tuple[TrainState, MicroBatch]
 """Rows of one adapter that go through the model together."""
 
 
@@ -196,7 +196,7 @@ class Loop:
                     state.close_step()
                     yield state
 
-    def _turns(self, due: Sequence[TrainState]) -> Iterator[tuple[list[TrainState], list[list[Work]]]]:
+    def _turns(self, due: Sequence[TrainState]) -> Iterator[tuple[list[TrainState], list[list[Assignment]]]]:
         """Who learns next, and from what: lists of micro-batches that go through the model at once.
 
         Several processes take one adapter after the other, each with its share of the rows.
@@ -207,7 +207,7 @@ class Loop:
         for group in self._groups([(state, one) for state in due for one in state.exchange.mine]):
             yield [*dict.fromkeys(state for state, _ in group)], [group]
 
-    def _groups(self, work: Sequence[Work]) -> Iterator[list[Work]]:
+    def _groups(self, work: Sequence[Assignment]) -> Iterator[list[Assignment]]:
         """Micro-batches that go through the model at once: no more tokens than the largest of them has, or `at_once`.
 
         An adapter that draws random numbers is alone, as these come from its own sequence; so is one whose task's loss
@@ -215,7 +215,7 @@ class Loop:
         """
         sizes = [state.size(micro_batch) for state, micro_batch in work]
         most = self.at_once or max(sizes, default=0)
-        group: list[Work] = []
+        group: list[Assignment] = []
         room = 0
         for (state, micro_batch), size in zip(work, sizes, strict=True):
             if group and (size > room or not self.fast.packed or not state.mixes_with(group[0][0])):
@@ -227,7 +227,7 @@ class Loop:
         if group:
             yield group
 
-    def _backward(self, group: Sequence[Work]) -> None:
+    def _backward(self, group: Sequence[Assignment]) -> None:
         """Run the rows of micro-batches forwards and backwards at once."""
         batches, spans, first = [], [], 0
         for state, micro_batch in group:
