@@ -48,9 +48,7 @@ def linears(x: Tensor, maps: Sequence[AffineMap], terms: Sequence[Sequence[Term]
 
     Source: Hu et al. 2021, arXiv:2106.09685, equation 3.
     """
-    group, factors = _split(maps, terms)
-    outs = _Linears.apply(x.flatten(0, -2), group, *factors)
-    return tuple(out.view(*x.shape[:-1], -1) for out in outs)  # pyright: ignore[reportOptionalIterable]
+    return _beside(x, None, maps, terms)
 
 
 def normed_linears(
@@ -60,9 +58,15 @@ def normed_linears(
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """
+    return _beside(x, norm, maps, terms)
+
+
+def _beside(
+    x: Tensor, norm: Norm | None, maps: Sequence[AffineMap], terms: Sequence[Sequence[Term]]
+) -> tuple[Tensor, ...]:
     group, factors = _split(maps, terms)
-    outs = _NormedLinears.apply(x.flatten(0, -2), norm, group, *factors)
-    return tuple(out.view(*x.shape[:-1], -1) for out in outs)  # pyright: ignore[reportOptionalIterable]
+    outs: Any = _Linears.apply(x.flatten(0, -2), norm, group, *factors)
+    return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
 
 def gated_mlp(
@@ -192,25 +196,9 @@ def _stacked(first: Sequence[Tensor], x: Tensor) -> Tensor:
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: _Group, *factors: Tensor) -> tuple[Tensor, ...]:
-        outs, downs = group.forward(x, factors)
-        ctx.save_for_backward(x, *downs, *factors)
-        ctx.group = group
-        return tuple(outs)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Any, ...]:
-        x, *rest = ctx.saved_tensors
-        downs, factors = rest[: len(ctx.group.parts)], rest[len(ctx.group.parts) :]
-        inner, grads = ctx.group.backward(slopes, x, downs, factors, ctx.needs_input_grad[0])
-        return inner, None, *grads
-
-
-class _NormedLinears(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm, group: _Group, *factors: Tensor) -> tuple[Tensor, ...]:
-        inverse = norm.inverse(x)
-        outs, downs = group.forward(norm.forward(x, inverse), factors)
+    def forward(ctx: Any, x: Tensor, norm: Norm | None, group: _Group, *factors: Tensor) -> tuple[Tensor, ...]:
+        inverse: Any = norm.inverse(x) if norm else None
+        outs, downs = group.forward(norm.forward(x, inverse) if norm else x, factors)
         ctx.save_for_backward(x, inverse, *downs, *factors)
         ctx.norm, ctx.group = norm, group
         return tuple(outs)
@@ -218,11 +206,12 @@ class _NormedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Any, ...]:
         x, inverse, *rest = ctx.saved_tensors
-        downs, factors = rest[: len(ctx.group.parts)], rest[len(ctx.group.parts) :]
-        wanted, normed = ctx.needs_input_grad[0], ctx.norm.forward(x, inverse)
-        inner, grads = ctx.group.backward(slopes, normed, downs, factors, wanted)
+        norm, parts, wanted = ctx.norm, len(ctx.group.parts), ctx.needs_input_grad[0]
+        normed = norm.forward(x, inverse) if norm else x
+        inner, grads = ctx.group.backward(slopes, normed, rest[:parts], rest[parts:], wanted)
         del normed
-        return (None if inner is None else ctx.norm.backward(inner, x, inverse)), None, None, *grads
+        inner = norm.backward(inner, x, inverse) if norm and inner is not None else inner
+        return inner, None, None, *grads
 
 
 class _GatedMLP(torch.autograd.Function):

@@ -128,10 +128,7 @@ class Routed:
             owners += [one for one, pair in enumerate(pairs) for _ in range(pair.rank)]
             self.columns.append(slice(end, end := end + outer[-1].shape[1]))
         self.inner, self.outer = torch.cat(inner), outer
-        of_row = torch.full((routing.rows,), -1)
-        for rows, mix in routing.runs:
-            of_row[rows] = number[mix]
-        self.others = (of_row.unsqueeze(1) != torch.tensor(owners)).to(self.inner.device)
+        self.others = (routing.numbered(number, -1).unsqueeze(1) != torch.tensor(owners)).to(self.inner.device)
 
 
 def add_product(out: Tensor, down: Tensor, outer: Tensor) -> None:
@@ -148,10 +145,7 @@ class _Rest:
     def __init__(self, routing: Routing[Mix], made: Mapping[Mix, Stack]) -> None:
         first = next(iter(made.values()))
         number = {mix: index + 1 for index, mix in enumerate(made)}  # 0: rows that nothing is changed for
-        of_row = torch.zeros(routing.rows, dtype=torch.int64)
-        for rows, mix in routing.runs:
-            of_row[rows] = number[mix]
-        self.index = of_row.to(first.lora_A.device)
+        self.index = routing.numbered(number, 0).to(first.lora_A.device)
         shares = [stack.rest or (LinearChange(),) * len(first.pairs) for stack in made.values()]
         each = [[one[place] for one in shares] for place in range(len(first.pairs))]  # for each map, of all mixes
         self.given = _table([one.given for one in each[0]], 1.0)

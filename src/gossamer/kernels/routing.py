@@ -155,6 +155,11 @@ class Routing(Generic[Adapters]):
         """The mixes that there are, the empty one not among them."""
         return tuple(dict.fromkeys(mix for _, mix in self.runs))
 
+    def numbered(self, number: Mapping[Adapters, int], base: int) -> Tensor:
+        """The number of each row's mix, (rows,) int64; `base` for the base alone."""
+        numbers = torch.tensor([number.get(mix, base) for mix in self.mixes], dtype=torch.int64)
+        return numbers.repeat_interleave(torch.tensor(self.lengths, dtype=torch.int64))
+
     @property
     def way(self) -> str:
         """How terms are best added: "none", "segmented", "concatenated" or "gathered"."""

@@ -110,11 +110,8 @@ class Slotted(Slots):
         place = {mix: self.mixes.index(mix) if mix in self.mixes else next(free) for mix in made}
         for mix, slot in place.items():
             self.lay(slot, mix, made[mix])
-        slots = torch.tensor([place.get(mix, -1) for mix in routing.mixes], dtype=torch.int32)
         self.of_row.fill_(-1)
-        self.of_row[: routing.rows] = slots.repeat_interleave(torch.tensor(routing.lengths, dtype=torch.int64)).to(
-            self.of_row
-        )
+        self.of_row[: routing.rows] = routing.numbered(place, -1).to(self.of_row)
 
     def add(self, x: Tensor, outs: Sequence[Tensor]) -> None:
         """Add the terms, in place."""
