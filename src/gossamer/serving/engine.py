@@ -28,7 +28,7 @@ from gossamer.running.whole_steps import TransformersDecoder, refusal
 from gossamer.serving.detokenizer import Detokenizer
 from gossamer.serving.folder import Folder
 from gossamer.serving.grammar import Grammar
-from gossamer.serving.prefixes import LEAST, Prefixes, common
+from gossamer.serving.prefixes import LEAST, PrefixCache, common
 from gossamer.serving.sampling import FinishReason, SampledToken, Sampler, Sampling
 from gossamer.serving.scheduler import Limits, Scheduler
 from gossamer.serving.sequence import Reply, Sequence, SequenceState
@@ -75,7 +75,7 @@ class Engine:
         self.scheduler = Scheduler(limits or Limits())
         most = self.scheduler.limits
         self.cache = self.decoder.cache(most.rows, most.cache // most.rows)
-        self.prefixes = Prefixes(prefixes)
+        self.prefixes = PrefixCache(prefixes)
         self.terms = BatchTerms()
         self.context: int = min(positions(self.model) or self.scheduler.limits.cache, self.scheduler.limits.cache)
         """Tokens that a prompt and its answer may have together."""

@@ -23,7 +23,7 @@ class _Entry:
     kept: KeptRow
 
 
-class Prefixes:
+class PrefixCache:
     """What was read, as much of it as there is room for; what was used longest ago goes first.
 
     Args:

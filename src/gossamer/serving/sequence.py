@@ -144,7 +144,7 @@ class Sequence:
         return self._reply(*before)
 
     def _reply(self, tokens: int, letters: int) -> Reply:
-        fresh, logprobs = tuple(self.drawn[tokens:]), tuple(self.logprobs[tokens:])
+        fresh, logprobs = tuple(self.ids[len(self.prompt) + tokens :]), tuple(self.logprobs[tokens:])
         tops = tuple(self.tops[tokens:])
         return Reply(self.text[letters:], fresh, logprobs, self.digests, self.finish, tops, self.reused)
 
