@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def grid(folder: Path, text: str, *overrides: str) -> sweep.Plan:
+def grid(folder: Path, text: str, *overrides: str) -> sweep.SweepPlan:
     (folder / "grid.yaml").write_text(text)
     return sweep.read_sweep(folder / "run.yaml", folder / "grid.yaml", overrides)
 

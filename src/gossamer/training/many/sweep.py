@@ -38,7 +38,7 @@ MOST = 1000
 
 
 @dataclass(frozen=True)
-class Setting:
+class Variant:
     """One run of several: its name, what is its own (dotted key -> value), and its whole config."""
 
     name: str
@@ -47,17 +47,17 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """Runs that share a base. `kind` is "sweep" or "fleet"; `shared` is what the config file says."""
 
     kind: str
     output: str
     shared: Mapping[str, Any]
-    settings: tuple[Setting, ...]
+    settings: tuple[Variant, ...]
     notes: tuple[str, ...] = ()
 
 
-def read_sweep(config: str | Path, sweep: str | Path, overrides: Sequence[str] = ()) -> Plan:
+def read_sweep(config: str | Path, sweep: str | Path, overrides: Sequence[str] = ()) -> SweepPlan:
     """The grid of a YAML file such as `{method.r: [4, 8], train.lr: [1e-4, 5e-4]}` over a config file.
 
     Raises: SpecError with all faults at once, each with its place in either file.
@@ -86,7 +86,7 @@ def read_sweep(config: str | Path, sweep: str | Path, overrides: Sequence[str] =
     return _plan("sweep", draft, drafts, owns, _distinct([_name_of(own) for own in owns]))
 
 
-def read_fleet(config: str | Path, folder: str | Path, overrides: Sequence[str] = ()) -> Plan:
+def read_fleet(config: str | Path, folder: str | Path, overrides: Sequence[str] = ()) -> SweepPlan:
     """One adapter for each data set of a folder: a data file, or a folder with `train.*` and perhaps `eval.*`.
 
     The config's own `data.train` is not read; its `data.eval` measures the data sets that have no rows for that.
@@ -136,22 +136,22 @@ def _plan(
     owns: list[dict[str, Any]],
     names: list[str],
     notes: tuple[str, ...] = (),
-) -> Plan:
+) -> SweepPlan:
     """Validate every variant, and give each its folder below the config's."""
     settings, faults = [], []
     for one, own, name in zip(drafts, owns, names, strict=True):
         output = str(Path(str(draft.fields.get("output", ""))) / name)
         try:
             whole = one.put(("output",), output, draft.lines.at(("output",))) if "output" in draft.fields else one
-            settings.append(Setting(name, own, whole.config()))
+            settings.append(Variant(name, own, whole.config()))
         except SpecError as error:
             faults += error.faults
     if faults:
         raise SpecError(f"the {kind} is not valid", faults=dict.fromkeys(faults))
-    return Plan(kind, str(draft.fields["output"]), draft.fields, tuple(settings), notes)
+    return SweepPlan(kind, str(draft.fields["output"]), draft.fields, tuple(settings), notes)
 
 
-def run_plan(plan: Plan, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def run_plan(plan: SweepPlan, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Train every setting on one base, and write sweep.json and sweep.html (or fleet.*) beside the run folders.
 
     Returns:
@@ -179,7 +179,7 @@ def run_plan(plan: Plan, *, resume: bool = False, progress: Progress | None = No
     return result
 
 
-def rehearse_plan(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
+def rehearse_plan(plan: SweepPlan, progress: Progress) -> list[dict[str, Any]]:
     """The settings with the size of each adapter and its steps, or its error; nothing is trained or written."""
     _refuse_without_rows(plan)
     model, tokenizer = _base(plan, World())
@@ -210,7 +210,7 @@ def _kinds(kind: type[GossamerError]) -> list[type[GossamerError]]:
     return [kind, *(one for below in kind.__subclasses__() for one in _kinds(below))]
 
 
-def _refuse_without_rows(plan: Plan) -> None:
+def _refuse_without_rows(plan: SweepPlan) -> None:
     """Raise the first `DataError` where there is none of the settings whose files can be read."""
     faults = []
     for data in {
@@ -225,13 +225,13 @@ def _refuse_without_rows(plan: Plan) -> None:
     raise faults[0]
 
 
-def _base(plan: Plan, world: World) -> tuple[Any, Any]:
+def _base(plan: SweepPlan, world: World) -> tuple[Any, Any]:
     first = plan.settings[0].config
     device = first.device if world.size == 1 else str(world.device)
     return load_base(first.named_base(), dtype=first.dtype, device=device, quant=first.quant)
 
 
-def _written(plan: Plan, folder: Path, runs: Runs, seconds: float) -> dict[str, Any]:
+def _written(plan: SweepPlan, folder: Path, runs: Runs, seconds: float) -> dict[str, Any]:
     """The result, as it was written."""
     result = _result(plan, runs) | {"seconds": seconds, "gossamer": __version__}
     write_json(folder / f"{plan.kind}.json", result)
@@ -239,7 +239,7 @@ def _written(plan: Plan, folder: Path, runs: Runs, seconds: float) -> dict[str, 
     return result
 
 
-def _result(plan: Plan, runs: Runs) -> dict[str, Any]:
+def _result(plan: SweepPlan, runs: Runs) -> dict[str, Any]:
     rows = []
     for one in plan.settings:
         row: dict[str, Any] = {"name": one.name, "settings": dict(one.own), "output": one.config.output}
