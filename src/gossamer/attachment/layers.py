@@ -90,7 +90,9 @@ def _whole(path: str, selection: Selection) -> list[str]:
 
 def _built(model: nn.Module, spec: TargetedMethod, selection: Selection, tensors: Tensors) -> MadeLayers:
     layers: MadeLayers = {}
-    common = spec.common([selection.shapes[path] for path in selection.targets], tensors.get("", {}))
+    shapes = [selection.shapes[path] for path in selection.targets]
+    spec.check(shapes)
+    common = spec.common(shapes, tensors.get("", {}))
     if common is None and "" in tensors and "" not in selection.paths:
         raise AdapterFileError("tensors without a module, which this method has no use for", got=str([*tensors[""]]))
     for path in selection.paths:

@@ -90,15 +90,13 @@ class IA3(TargetedMethod):
     def build(self, shape: Shape, slots: Mapping[str, Tensor], common: nn.Module | None) -> Layer:
         return IA3Layer(shape, slots[SLOT], self.scales_input(shape.path))
 
-    def common(self, shapes: Sequence[Shape], stored: Mapping[str, Tensor]) -> nn.Module | None:
-        """Nothing is shared; but this is where all modules are seen, so that each pattern must name one of them."""
+    def check(self, shapes: Sequence[Shape]) -> None:
         pattern = self.feedforward_modules
         entries = pattern if isinstance(pattern, tuple) else (pattern,) if pattern != "auto" else ()
         for entry in entries:
             if not any(_names(entry, shape.path, isinstance(pattern, str)) for shape in shapes):
                 paths = ", ".join(shape.path for shape in shapes[:4])
                 raise TargetError("feedforward_modules names no target", got=repr(entry), expected=f"among {paths} ...")
-        return None
 
     def scales_input(self, path: str) -> bool:
         """Whether the module at `path` is a feedforward one, whose input is scaled instead of its output."""

@@ -85,6 +85,10 @@ class TargetedMethod(Method):
         """What all layers of one adapter share, drawn anew or from stored tensors."""
         return None
 
+    def check(self, shapes: Sequence[Shape]) -> None:
+        """Raise an error for a setting that names none of the modules where layers will stand."""
+        return
+
     def bias_modules(self, targets: list[str], biased: list[str]) -> list[str]:
         """Which modules, of those that own a bias and are not targets, get a trained bias of their own."""
         return []
