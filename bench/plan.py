@@ -12,73 +12,68 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-import weakref
-from collections.abc import Iterable
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 import gossamer as gs
 from bench.common import Row, report
 from gossamer.data.batches import Batch, collate
 from gossamer.data.masks import Example
+from gossamer.methods import METHODS, TargetedMethod
 from gossamer.models import tiny
 from gossamer.planning import Plan, plan
+from gossamer.planning.fake import tensors
+from gossamer.planning.live import LiveBytes
+from gossamer.planning.losses import whole_output
+from gossamer.planning.setting import TrainingSetting
 from gossamer.running.fast import fast_path
 from gossamer.training.loss import supervised_nll
+from gossamer.training.memory import checkpointing
 from gossamer.training.optim import make_optimizer
 
-WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4}
-WIDE |= {"intermediate_size": 704, "vocab_size": 2048}
-TOYS: dict[str, dict[str, Any]] = {
-    "llama": WIDE,
-    "qwen2": WIDE | {"vocab_size": 8192, "tie_word_embeddings": True},
-    "gpt2": {"n_embd": 256, "n_layer": 4, "n_head": 8, "vocab_size": 2048},
-    "mistral": WIDE | {"head_dim": 32, "num_key_value_heads": 4, "intermediate_size": 512},
-    "gemma3": WIDE | {"head_dim": 32, "layer_types": ["full_attention"] * 4},
-    "opt": {"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 4, "ffn_dim": 1024}
-    | {"word_embed_proj_dim": 256, "vocab_size": 2048},
+WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 5, "vocab_size": 2048}
+GATED = WIDE | {"num_key_value_heads": 2, "intermediate_size": 704}
+PLAIN = WIDE | {"intermediate_size": 1024}
+PAIR: dict[str, Any] = {"d_model": 256, "vocab_size": 2048} | {
+    f"{stack}_{field}": value
+    for stack in ("encoder", "decoder")
+    for field, value in (("layers", 5), ("attention_heads", 8), ("ffn_dim", 1024))
 }
-"""Toys wide enough that what is fixed does not decide."""
-
-
-class Live(TorchDispatchMode):
-    """While open, `now` is the bytes of all tensors known, and `peak` the most there has been."""
-
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.storages: dict[int, Any] = {}
-        for tensor in known:
-            self.add(tensor)
-
-    def add(self, tensor: Tensor) -> None:
-        """Count the tensor's storage until it is freed; a tensor of the meta device has none."""
-        if tensor.is_meta:
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self.storages and storage.nbytes():
-            self.storages[key] = weakref.finalize(storage, self._freed, key, storage.nbytes())
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-
-    def _freed(self, key: int, size: int) -> None:
-        del self.storages[key]
-        self.now -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
-            if isinstance(value, Tensor):
-                self.add(value)
-        return out
+TOYS: dict[str, dict[str, Any]] = {
+    "llama": GATED,
+    "qwen2": GATED | {"vocab_size": 8192, "tie_word_embeddings": True},
+    "gpt2": {"n_embd": 256, "n_layer": 5, "n_head": 8, "vocab_size": 2048},
+    "mistral": GATED | {"head_dim": 32, "num_key_value_heads": 4, "intermediate_size": 512},
+    "gemma": GATED | {"head_dim": 32},
+    "gemma3": GATED | {"head_dim": 32, "layer_types": ["full_attention"] * 5},
+    "mixtral": GATED,
+    "qwen3_moe": GATED | {"head_dim": 32, "moe_intermediate_size": 256},
+    "phi": PLAIN,
+    "falcon": WIDE | {"ffn_hidden_size": 1024},
+    "bloom": {"hidden_size": 256, "n_layer": 5, "n_head": 8, "vocab_size": 2048},
+    "gpt_neox": PLAIN,
+    "opt": WIDE | {"ffn_dim": 1024, "word_embed_proj_dim": 256},
+    "t5": {"d_model": 256, "d_kv": 32, "d_ff": 1024, "num_layers": 5, "num_decoder_layers": 5, "num_heads": 8}
+    | {"vocab_size": 2048},
+    "bart": PAIR,
+    "bert": PLAIN,
+    "bert_mlm": PLAIN,
+    "roberta": PLAIN,
+    "deberta_v2": PLAIN,
+    "llama_classifier": GATED,
+    "vit": {"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 5, "intermediate_size": 1024}
+    | {"image_size": 64, "patch_size": 4},
+}
+"""Toys wide enough that what is fixed does not decide, and deep enough that a layer stands for others."""
+TEXT = ("llama", "qwen2", "gpt2", "mistral", "gemma", "gemma3", "mixtral", "qwen3_moe", "phi", "falcon", "bloom")
+TEXT += ("gpt_neox", "opt")
+"""Those that are trained on the next token."""
 
 
 @dataclass(frozen=True)
@@ -89,24 +84,25 @@ class Case:
     method: str = "lora"
     quant: str | None = None
     batch: int = 2
-    sequence: int = 256
+    sequence: int = 128
     checkpointing: bool = False
     padded: bool = False
     supervised: float = 0.5
     dtype: str = "float32"
-    fast: bool = False
+    fast: bool = True
 
     def __str__(self) -> str:
         marks = [self.model, self.method, self.quant or "", f"{self.batch}x{self.sequence}", self.dtype]
         marks += ["checkpointed" if self.checkpointing else "", "padded" if self.padded else ""]
-        marks += ["fast" if self.fast else ""]
+        marks += ["" if self.fast else "plain"]
         return " ".join(mark for mark in marks if mark)
 
-    def spec(self) -> gs.LoRA | gs.DoRA | gs.FullTuning:
+    def spec(self) -> TargetedMethod:
         """What is trained."""
         pair = ("c_attn",) if self.model == "gpt2" else ("q_proj", "v_proj")
-        kinds = {"qv": gs.LoRA(r=8, target_modules=pair), "dora": gs.DoRA(r=8), "full": gs.FullTuning()}
-        return kinds.get(self.method) or gs.LoRA(r=8)
+        starts = {"qv": gs.LoRA(r=8, target_modules=pair), "pissa": gs.LoRA(r=8, start="pissa")}
+        starts["dropout"] = gs.LoRA(r=8, dropout=0.1)
+        return starts.get(self.method) or METHODS[self.method]()
 
     def build(self) -> Any:
         """The model, quantised where that is asked for."""
@@ -121,10 +117,13 @@ class Case:
             quantize_model(model, self.quant, skip=["lm_head"])
         return model
 
-    def planned(self, config: dict[str, Any]) -> Plan:
-        """The prediction, from the config alone."""
+    def planned(self) -> Plan:
+        """The prediction, from the classes alone."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shape: Any = replace(self, quant=None).build() if self.model in TOYS else self.model
         return plan(
-            config, self.spec(), quant=self.quant, sequence=self.sequence, batch=self.batch, dtype=self.dtype,
+            shape, self.spec(), quant=self.quant, sequence=self.sequence, batch=self.batch, dtype=self.dtype,
             checkpointing=self.checkpointing, supervised=self.supervised, padded=self.padded, fused=self.fast,
         )  # fmt: skip
 
@@ -133,46 +132,42 @@ def toys() -> list[Case]:
     """A few, for the ordinary tests: seconds in all."""
     return [
         Case("llama"),
-        Case("llama", "qv", padded=True),
+        Case("llama", "qv", padded=True, fast=False),
         Case("llama", "full", batch=1, checkpointing=True),
         Case("llama", "dora", batch=1, dtype="bfloat16"),
-        Case("llama", quant="nf4", checkpointing=True),
-        Case("qwen2", quant="int8", supervised=0.2),
-        Case("qwen2", "full", batch=1, sequence=128),
+        Case("qwen2", quant="nf4", checkpointing=True),
         Case("gpt2", batch=1, checkpointing=True),
-        Case("opt", batch=1, supervised=1.0),
-        Case("llama", fast=True),
-        Case("llama", "qv", fast=True, dtype="bfloat16"),
-        Case("qwen2", quant="nf4", fast=True, checkpointing=True),
-        Case("gpt2", fast=True, supervised=1.0),
+        Case("mixtral"),
+        Case("bert", "houlsby"),
+        Case("t5"),
+        Case("vit", "full"),
     ]
 
 
 def grid() -> list[Case]:
-    """All of them: method, quantisation, batch, sequence, checkpointing, on the real model and on toys."""
-    real = "smollm2-135m"
-    cases = [
-        Case(real, method, batch=batch, sequence=sequence, checkpointing=checkpointing, padded=batch > 1)
-        for method in ("lora", "qv", "full")
-        for batch, sequence in ((1, 128), (2, 256))
-        for checkpointing in (False, True)
-    ]
+    """All of them: architectures, methods, quantisation, sizes, checkpointing, types."""
+    cases = [Case(toy) for toy in TOYS]
+    cases += [Case(toy, "full", checkpointing=True) for toy in ("gpt2", "mixtral", "phi", "bert", "vit", "gemma")]
+    cases += [Case(toy, checkpointing=True) for toy in ("llama", "gemma3", "opt", "bert", "bart", "vit", "bloom")]
+    cases += [Case("llama", one) for one in METHODS if one not in ("lora", "bitfit")]
+    cases += [Case("gpt2", one) for one in ("bitfit", "dora", "ia3", "houlsby", "prefix", "prompt", "full", "vera")]
+    cases += [Case("bert", one) for one in ("bitfit", "dora", "ia3", "norm", "lin")]
+    cases += [Case("llama", "pissa"), Case("llama", "dropout"), Case("llama", "qv")]
+    cases += [Case(toy, quant=quant) for toy in ("llama", "gpt2", "mixtral") for quant in ("nf4", "int8")]
     cases += [
-        Case(real, quant=quant, batch=2, sequence=256, checkpointing=checkpointing)
-        for quant in ("nf4", "int8")
-        for checkpointing in (False, True)
+        Case("llama", quant="nf4", checkpointing=True, batch=4),
+        Case("t5", quant="nf4"),
+        Case("vit", quant="nf4"),
     ]
-    cases += [Case(real, batch=1, sequence=512, supervised=0.1), Case(real, "dora", batch=1, sequence=256)]
-    cases += [
-        Case(toy, method, batch=2, checkpointing=checkpointing, padded=toy == "mistral")
-        for toy in ("gpt2", "mistral", "gemma3")
-        for method in ("lora", "full")
-        for checkpointing in (False, True)
-    ]
-    return [*cases, *toys()]
+    cases += [Case(toy, padded=True, batch=3) for toy in ("llama", "gemma3", "falcon", "mistral")]
+    cases += [Case("llama", batch=batch, sequence=tokens) for batch, tokens in ((1, 512), (8, 32), (1, 64))]
+    cases += [Case("qwen2", supervised=share) for share in (0.05, 1.0)]
+    cases += [Case(toy, dtype="bfloat16") for toy in ("llama", "gpt2", "vit", "mixtral")]
+    cases += [Case(toy, fast=False) for toy in ("llama", "gpt2")]
+    return [*dict.fromkeys([*cases, *toys()])]
 
 
-def batch_of(vocabulary: int, case: Case, options: dict[str, bool]) -> Batch:
+def batch_of(vocabulary: int, case: Case, packed: bool) -> Batch:
     """Random tokens; the last share of each row has labels; a padded batch has one row that is a token shorter."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (case.batch, case.sequence), generator=draw).tolist()
@@ -181,13 +176,12 @@ def batch_of(vocabulary: int, case: Case, options: dict[str, bool]) -> Batch:
     examples = [Example(row, learned, "") for row in ids]
     if case.padded:
         examples[0] = Example(ids[0][:-1], learned[:-1], "")
-    return collate(examples, 0, packed=options.get("packed", False))
+    return collate(examples, 0, packed=packed)
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+def step(compute: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
     """One step, as the training loop takes it."""
-    loss = supervised_nll(model, batch).sum() / batch.supervised
-    loss.backward()
+    compute().backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
@@ -195,31 +189,37 @@ def step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def measured(case: Case) -> tuple[int, int, dict[str, Any]]:
-    """Peak of live tensor bytes in the second step, when the moments are there from its start; peak of the process's
-    resident set in it (0 where the system does not tell); the model's config."""
+def measured(case: Case) -> tuple[int, int]:
+    """Peak of live tensor bytes in the second step, when the moments are there from its start; and peak of the
+    process's resident set in it, 0 where the system does not tell."""
     model = case.build()
     gs.attach(model, case.spec())
-    if case.checkpointing:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # its new name is not in the oldest transformers we allow
-            model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = make_optimizer(gs.trainable_parameters(model), 0.0)
-    with fast_path(model) if case.fast else nullcontext() as fast:
-        return _watched(model, optimizer, batch_of(model.config.vocab_size, case, fast.options() if fast else {}))
+    with ExitStack() as stack:
+        fast = stack.enter_context(fast_path(model, fused=case.fast))
+        stack.enter_context(checkpointing(model, case.checkpointing))
+        if case.model not in TEXT:
+            setting = TrainingSetting(case.sequence, case.batch, dtype=case.dtype)
+            return _watched(model, optimizer, lambda: whole_output(model, setting))
+        packed = fast.packed and not case.padded
+        batch = batch_of(model.config.vocab_size, case, packed)
+        return _watched(model, optimizer, lambda: supervised_nll(model, batch).sum() / batch.supervised, batch)
 
 
-def _watched(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> tuple[int, int, dict[str, Any]]:
-    step(model, optimizer, batch)
+def _watched(
+    model: Any, optimizer: torch.optim.Optimizer, compute: Callable[[], Tensor], batch: Any = None
+) -> tuple[int, int]:
+    step(compute, optimizer)
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    known = [*model.parameters(), *model.buffers(), *states, batch.input_ids, batch.attention_mask]
+    known = [*model.parameters(), *(one for one in tensors(model).values()), *states]
+    known += [batch.input_ids, batch.attention_mask] if batch else []
     gc.collect()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident set so far
-    with Live(known) as live:
-        step(model, optimizer, batch)
-    return live.peak, _highest_resident(), model.config.to_dict()
+    with LiveBytes(known) as live:
+        step(compute, optimizer)
+    return live.peak, _highest_resident()
 
 
 def _highest_resident() -> int:
@@ -234,8 +234,8 @@ def rows_of(cases: Iterable[Case]) -> list[Row]:
     """One row a configuration."""
     rows = []
     for case in cases:
-        peak, resident, config = measured(case)
-        planned = case.planned(config)
+        peak, resident = measured(case)
+        planned = case.planned()
         rows.append(
             {
                 "configuration": str(case),

@@ -29,6 +29,7 @@ BESIDE = {
     "files": {"methods", "attachment"},
     "models": {"catalog", "testing"},
     "testing": {"running"},
+    "planning": {"models", "running"},
     "studies": {"training", "merging", "serving", "analysis"},
 }
 

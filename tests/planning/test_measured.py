@@ -10,40 +10,67 @@ import torch
 from torch import Tensor
 
 import gossamer as gs
-from bench.plan import Case, Live, grid, measured, toys
+from bench.plan import Case, grid, measured, toys
+from bench.profiles import made, questions
 from gossamer.models import tiny
 from gossamer.planning import plan
-from gossamer.planning.layers import Layers
-from gossamer.planning.method import Tuning
-from gossamer.planning.setting import Setting
-from gossamer.planning.shape import ModelShape
+from gossamer.planning.live import LiveBytes
+from gossamer.planning.profiles import key_of, profiles
+from gossamer.planning.setting import TrainingSetting
+from gossamer.planning.step import followed
 
-TOLERANCE, MEDIAN = 0.10, 0.05
+OVER, UNDER, MEDIAN = 0.10, 0.10, 0.05
 
 
 def ratio(case: Case) -> float:
-    peak, _, config = measured(case)
-    return case.planned(config).peak / peak
+    return case.planned().peak / measured(case)[0]
 
 
 @pytest.mark.parametrize("case", toys(), ids=str)
 def test_the_peak_of_a_toys_step(case: Case):
-    assert ratio(case) == pytest.approx(1, abs=0.02)
+    assert ratio(case) == pytest.approx(1, abs=0.08)
 
 
 @pytest.mark.slow
 def test_the_peak_of_every_configuration():
     cases = grid()
-    assert len(cases) >= 24
+    assert len(cases) >= 60
     ratios = {str(case): ratio(case) for case in cases}
-    far = {name: round(one, 3) for name, one in ratios.items() if abs(one - 1) > TOLERANCE}
+    far = {name: round(one, 3) for name, one in ratios.items() if not 1 - UNDER <= one <= 1 + OVER}
     assert not far
     assert abs(statistics.median(ratios.values()) - 1) <= MEDIAN
 
 
+def same_profile(wanted: int | None) -> None:
+    kept = profiles()
+    every = [*questions()]
+    assert {key_of(*one) for one in every} == {*kept}
+    for family, tuning, setting in every if wanted is None else [every[wanted]]:
+        assert made(family, tuning, setting) == kept[key_of(family, tuning, setting)]
+
+
+def test_a_profile_is_what_is_followed_now():
+    same_profile(1)
+
+
+@pytest.mark.slow
+def test_every_profile_is_what_is_followed_now():
+    same_profile(None)
+
+
+@pytest.mark.parametrize("given", [{"quant": "nf4"}, {"batch": 3, "sequence": 700, "checkpointing": True}], ids=str)
+def test_a_profile_says_what_following_the_model_says(given: dict[str, Any]):
+    kept = plan("smollm2-135m", {"r": 16}, **given)
+    shape = plan(kept.shape.config(), {"r": 16}, **given)
+    assert kept.memory.step.stretches[0].sizes != shape.memory.step.stretches[0].sizes
+    assert kept.peak == pytest.approx(shape.peak, rel=1e-3)
+    assert kept.trainable == shape.trainable
+    assert kept.memory.weights == shape.memory.weights
+
+
 def test_the_tool_counts_storages_once_and_hears_of_their_end():
     known = torch.ones(256)
-    with Live([known, known[:10]]) as live:
+    with LiveBytes([known, known[:10]]) as live:
         assert live.now == 1024
         doubled = known * 2
         view = doubled.view(2, 128)
@@ -82,7 +109,8 @@ def test_what_one_layer_keeps_is_the_formula(dtype: torch.dtype, targets: Any):
     norms 2 h (4 bytes; in float32 these are the residual stream itself) + 8
     attention (2 q + 2 k) b + 4 n,      MLP 3 f b,      LoRA its inputs, each once, and r b a module
     """
-    model = tiny("llama", dtype=dtype, num_key_value_heads=2, intermediate_size=96)
+    config = {"num_key_value_heads": 2, "intermediate_size": 96, "num_hidden_layers": 4}
+    model = tiny("llama", dtype=dtype, **config)
     spec = gs.LoRA(r=8, target_modules=targets)
     gs.attach(model, spec)
     batch, sequence = 2, 12
@@ -91,21 +119,18 @@ def test_what_one_layer_keeps_is_the_formula(dtype: torch.dtype, targets: Any):
     cosines = model.model.rotary_emb(x, torch.arange(sequence)[None])
     saved = saved_by_a_layer(model.train(), {"position_embeddings": cosines, "attention_mask": None}, x)
 
-    adapted = set(Tuning.of(spec).targets(shape_of_toy()))
-    names = {linear.role for linear in adapted}
+    ends = {name.removesuffix("_proj")[:4] for name in targets} if targets != "all-linear" else None
+    names = ends or {"q", "k", "v", "o", "gate", "up", "down"}
     read = hidden * bool({"q", "k", "v"} & names) + hidden * bool({"gate", "up"} & names)  # o and down read kept ones
     read += inner * ("down" in names)
     each = 4 * 2 * hidden + 8 + width * (2 * queries + 2 * keys) + 4 * heads + width * 3 * inner
     each += width * (read + 8 * len(names))
     assert saved == rows * each
-    setting = Setting(sequence=sequence, batch=batch, dtype=str(dtype)[6:], padded=False, fused=False)
-    assert Layers(shape_of_toy(), Tuning.of(spec), setting).decoder().saved == saved
-
-
-def shape_of_toy() -> ModelShape:
-    return ModelShape("toy", 2, 64, 4, 320, 96, kv_heads=2)
+    setting = TrainingSetting(sequence, batch, dtype=str(dtype)[6:], padded=False, fused=False)
+    step = followed(tiny("llama", dtype=dtype, **config), spec, setting, False)
+    assert next(one.net for one in step.stretches if one.name == "a layer, forwards") == saved
 
 
 def test_checkpointing_keeps_one_hidden_state_a_layer():
     kept = plan("llama-3.1-8b", sequence=4096, checkpointing=True).memory.activations
-    assert kept == 32 * 4096 * 4096 * 2
+    assert kept == pytest.approx(32 * 4096 * 4096 * 2, rel=0.05)  # and the head's input, and what all layers share

@@ -108,8 +108,6 @@ def _model(config: str | None, options: dict[str, Any]) -> Any:
         return config
     if not numbers:
         raise click.UsageError("name a model, or type its numbers in: --layers, --hidden, --heads, --vocab, ...")
-    if not gated:
-        numbers |= {"family": "opt", "gated": False, "activation": "gelu", "norm": "layer", "rotary": 0.0}
     return numbers | {"gated": gated, "tied": tied}
 
 

@@ -14,10 +14,7 @@ _SHAPES = (
     ModelShape("llama-3.1-405b", 126, 16_384, 128, _LLAMA3, 53_248, kv_heads=8),
     ModelShape("llama-2-7b", 32, 4096, 32, 32_000, 11_008, dtype="float16"),
     ModelShape("llama-65b", 80, 8192, 64, 32_000, 22_016, dtype="float16"),
-    ModelShape(
-        "gpt-3-175b", 96, 12_288, 96, 50_257, 4 * 12_288, family="opt", gated=False, activation="gelu", norm="layer",
-        rotary=0.0, positions=2048, qkv_bias=True, output_bias=True, mlp_bias=True, tied=True, dtype="float16",
-    ),
+    ModelShape("gpt-3-175b", 96, 12_288, 96, 50_257, 4 * 12_288, gated=False, tied=True, dtype="float16"),
 )  # fmt: skip
 KNOWN = {shape.name: shape for shape in _SHAPES}
 """Name -> numbers."""

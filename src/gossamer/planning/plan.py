@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gossamer.planning.devices import UTILISATION, Device, device_of
-from gossamer.planning.memory import Memory, Moment
+from gossamer.planning.memory import MemoryBreakdown
 from gossamer.planning.method import Tuning
 from gossamer.planning.page import write_page
-from gossamer.planning.setting import Setting
+from gossamer.planning.setting import TrainingSetting
 from gossamer.planning.shape import ModelShape
 from gossamer.planning.source import shape_of
 from gossamer.planning.table import as_dict, as_text
-from gossamer.planning.verdicts import Verdict, verdicts
+from gossamer.planning.timeline import Moment
+from gossamer.planning.verdicts import DeviceVerdict, verdicts
+
+if TYPE_CHECKING:
+    from gossamer.planning.losses import StepLoss
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Plan:
         notes: what was decided, and what is not certain.
     """
 
-    memory: Memory
+    memory: MemoryBreakdown
     device: Device | None = None
     notes: tuple[str, ...] = ()
 
@@ -43,7 +47,7 @@ class Plan:
         return self.memory.tuning
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> TrainingSetting:
         """How it is trained."""
         return self.memory.setting
 
@@ -86,7 +90,7 @@ class Plan:
             "adapters": memory.adapters,
             "gradients": moment.gradients,
             "optimizer": memory.optimizer,
-            "activations": moment.activations + memory.shared,
+            "activations": moment.activations,
             "transient": moment.transient,
         }
 
@@ -110,7 +114,7 @@ class Plan:
 
     @property
     def _beside(self) -> int:
-        return 0 if self.memory.full else self.trainable * self.tuning.pairs
+        return 0 if self.memory.full else self.trainable
 
     @property
     def _attention(self) -> float:
@@ -130,15 +134,19 @@ class Plan:
     @property
     def adapter_bytes(self) -> int:
         """What was trained, on disk."""
-        return self.trainable * self.memory.trained_width
+        return self.memory.gradients
 
     def changed(self, **changes: Any) -> Plan:
         """The plan with some of `plan`'s settings changed."""
         checkpointing = changes.get("checkpointing", self.checkpointing)
         setting = replace(self.setting, **{**changes, "checkpointing": checkpointing})
-        return replace(self, memory=Memory(self.shape, self.tuning, setting, bool(checkpointing)), notes=())
+        return replace(
+            self,
+            memory=MemoryBreakdown(self.shape, self.tuning, setting, bool(checkpointing), self.memory.loss),
+            notes=(),
+        )
 
-    def verdicts(self, devices: tuple[Any, ...] = (8, 16, 24, 48, 80)) -> list[Verdict]:
+    def verdicts(self, devices: tuple[Any, ...] = (8, 16, 24, 48, 80)) -> list[DeviceVerdict]:
         """For each size of card in GiB, and this machine: whether it fits, and the least change that makes it fit."""
         return verdicts(self, devices)
 
@@ -171,6 +179,7 @@ def plan(
     path: str = "gossamer",
     fused: bool = True,
     device: Any = None,
+    loss: StepLoss | None = None,
 ) -> Plan:
     """What a training run takes: memory by piece and moment, operations and time a token, disk. No weights; torch only
     to count the towers of a model of several parts.
@@ -189,13 +198,17 @@ def plan(
         path: "gossamer", or "peft" for a plain loop over transformers and PEFT: all logits, inputs copied to float32.
         fused: decoder layers that this library has fused ones for run as those.
         device: a name of `DEVICES`, "this machine", or bytes of memory.
+        loss: what a step computes, `(model, setting) -> Tensor` on fake tensors, inputs included; by default what the
+            model is usually trained on.
 
     Raises: BaseFileError, SpecError, TargetError, UnsupportedError and UsageError, each with the nearest right answer.
     """
     shape, tuning, place = shape_of(model), Tuning.of(method), device_of(device)
     sizes, types = (sequence, batch, accumulation), (dtype, adapter_dtype, quant)
-    setting = Setting(*sizes, *types, optimizer, checkpointing, supervised, padded, path, fused)
-    chosen = Plan(Memory(shape, tuning, setting, setting.checkpointing is True), place, _notes(shape, setting))
+    setting = TrainingSetting(*sizes, *types, optimizer, checkpointing, supervised, padded, path, fused)
+    chosen = Plan(
+        MemoryBreakdown(shape, tuning, setting, setting.checkpointing is True, loss), place, _notes(shape, setting)
+    )
     peak = chosen.peak  # here, so that what cannot be planned is said now
     if setting.checkpointing != "auto":
         return chosen
@@ -208,21 +221,17 @@ def plan(
     return replace(chosen, notes=(*chosen.notes, said))
 
 
-def _notes(shape: ModelShape, setting: Setting) -> tuple[str, ...]:
+def _notes(shape: ModelShape, setting: TrainingSetting) -> tuple[str, ...]:
     notes = []
-    if shape.parts:
-        named = ", ".join(f"{part.name} ({part.parameters:,})" for part in shape.parts)
+    if shape.towers:
+        named = ", ".join(f"{one.name} ({one.parameters:,})" for one in shape.towers)
         notes.append(
             f"frozen beside the language model, and counted with the base: {named}; what they keep while they read an "
             "image or a sound is not counted"
         )
-    dense = shape.layers * shape.experts * shape.expert_weights
+    dense = shape.parameters.get("experts", 0)
     if setting.quant and dense:
         notes.append(f"stacked experts, {dense / shape.total:.0%} of the parameters, stay in {setting.dtype}")
-    if shape.experts:
-        notes.append("experts: activations were measured on toys alone, with the plain loop over experts")
-    if shape.family == "llama" and shape.norms == 4 and not shape.head_norm:
-        notes.append("soft-capped attention keeps its scores, which this plan does not count")
     if setting.optimizer.startswith("paged"):
         notes.append("paged moments lie in the host's memory while the device needs its own")
     return tuple(notes)

@@ -39,7 +39,7 @@ def moments(numbers: int, width: int, optimizer: str) -> int:
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainingSetting:
     """A training step, but for the model and what is trained; see `plan` for what each means."""
 
     sequence: int = 1024

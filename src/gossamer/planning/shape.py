@@ -1,80 +1,68 @@
-"""What a model is made of: the numbers of its config, its linear modules by name, its parameters by kind."""
+"""What a model is made of: the usual numbers, its linear modules by name, its parameters by kind."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-
-from gossamer.planning.parts import Part
+from typing import Any
 
 KINDS = ("embedding", "attention", "mlp", "experts", "norm", "head")
-"""The kinds that parameters are counted by."""
-
-_LLAMA = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
-_LLAMA |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
-_LLAMA |= {"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj", "router": "mlp.gate", "layer": "model.layers"}
-_NEOX = {"qkv": "attention.query_key_value", "o": "attention.dense"}
-_NEOX |= {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h", "layer": "gpt_neox.layers"}
-NAMES: Mapping[str, Mapping[str, str]] = {
-    "llama": _LLAMA,
-    "gpt2": {
-        "qkv": "attn.c_attn",
-        "o": "attn.c_proj",
-        "up": "mlp.c_fc",
-        "down": "mlp.c_proj",
-        "layer": "transformer.h",
-    },
-    "opt": _LLAMA | {"o": "self_attn.out_proj", "up": "fc1", "down": "fc2", "layer": "model.decoder.layers"},
-    "gpt_neox": _NEOX,
-    "falcon": {name: path.replace("attention", "self_attention") for name, path in _NEOX.items()}
-    | {"layer": "transformer.h"},
-    "bert": {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value"}
-    | {"o": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense", "layer": "encoder.layer"},
-}
-"""Family -> what its modules are called inside a layer, and where its layers lie."""
+"""The kinds that parameters are counted by; what is none of them is "other"."""
 
 
 @dataclass(frozen=True)
-class Linear:
-    """One linear module of a layer."""
+class LinearShape:
+    """One linear module: its path (inside a layer, or in the model), inner and outer width."""
 
-    role: str
     path: str
     inner: int
     outer: int
-    bias: bool
+    bias: bool = False
 
     @property
     def weights(self) -> int:
         """Numbers in its matrix."""
         return self.inner * self.outer
 
-    @property
-    def parameters(self) -> int:
-        """Numbers in its matrix and bias."""
-        return self.weights + self.outer * self.bias
+
+@dataclass(frozen=True)
+class Tower:
+    """What a model has beside its language model: a tower or projector, by the model's own name for it."""
+
+    name: str
+    parameters: int
+    linears: tuple[LinearShape, ...]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What was counted on the real classes.
+
+    Attributes:
+        parameters: kind -> parameters. linears: of one layer. root: where the layers lie. towers: beside the language
+            model. multiplied: weights that one token meets.
+    """
+
+    parameters: tuple[tuple[str, int], ...]
+    linears: tuple[LinearShape, ...]
+    root: str
+    towers: tuple[Tower, ...]
+    multiplied: int
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model as a planner needs it.
+    """A model as a planner needs it: counted on its real classes, or numbers given by hand, of a Llama or an OPT.
 
     Attributes:
-        name: what to call it. family: a key of `NAMES`.
-        layers, hidden, heads, kv_heads, head_dim, intermediate, vocabulary: the usual numbers.
-        gated: whether the MLP multiplies two products. activation: by its name in configs.
-        norm: "rms", "offset" (Gemma's `1 + w`) or "layer"; norms: of them in a layer. parallel: attention and MLP
-            both read the layer's input. post: a norm stands behind its block (BERT).
-        fused: attention's three products are one; fused_gate: so are the MLP's two.
-        qkv_bias, output_bias, mlp_bias, head_bias: where biases are. head_norm: norms of queries and keys.
-        rotary: share of each head that is rotated; positions, types: learned rows instead.
-        tied: the head is the embedding. dtype: that the weights are stored in.
-        experts, active: of the MLP, in all and for each token; shared: width of an MLP beside them.
-        blocks: its decoder layers are of a class that this library has fused ones for.
-        encoder: reads both ways, so that there is nothing to train it on here; head_norms: norms above the layers.
-        root: where the layers lie, if elsewhere than in the family. parts: towers and projectors beside the language
-            model, which is what all other numbers are of.
+        name: what to call it. layers, hidden, heads, kv_heads, head_dim, intermediate, vocabulary: the usual numbers;
+            0 where a model has none.
+        gated: whether the MLP multiplies two products, as in Llama; without, given numbers are of an OPT.
+        tied: the head is the embedding. dtype: that the weights are stored in. positions: learned ones, of an OPT.
+        family: the model's type, as transformers calls it.
+        counted: what the real classes have, where they were looked at. module: the model on the meta device. origin:
+            what tells it from other models that were counted alike: its config, or which object it is.
     """
 
     name: str
@@ -83,38 +71,24 @@ class ModelShape:
     heads: int
     vocabulary: int
     intermediate: int
-    family: str = "llama"
     kv_heads: int = 0
     head_dim: int = 0
     gated: bool = True
-    activation: str = "silu"
-    norm: str = "rms"
-    norms: int = 2
-    parallel: bool = False
-    fused: bool = False
-    fused_gate: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    head_bias: bool = False
-    head_norm: bool = False
-    rotary: float = 1.0
-    positions: int = 0
-    types: int = 0
     tied: bool = False
+    positions: int = 2048
     dtype: str = "bfloat16"
-    experts: int = 0
-    active: int = 0
-    encoder: bool = False
-    blocks: bool = True
-    root: str = ""
-    parts: tuple[Part, ...] = ()
+    family: str = ""
+    counted: Counted | None = None
+    module: Any = field(default=None, compare=False, repr=False)
+    origin: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        if not self.kv_heads:
-            object.__setattr__(self, "kv_heads", self.heads)
-        if not self.head_dim:
-            object.__setattr__(self, "head_dim", self.hidden // self.heads)
+        for name, value in (
+            ("kv_heads", self.kv_heads or self.heads),
+            ("head_dim", self.head_dim or self.hidden // max(1, self.heads)),
+            ("family", self.family or ("llama" if self.gated else "opt")),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
     def queries(self) -> int:
@@ -126,61 +100,40 @@ class ModelShape:
         """Width of all key heads together; values are as wide."""
         return self.kv_heads * self.head_dim
 
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """Towers and projectors beside the language model."""
+        return self.counted.towers if self.counted else ()
+
     @cached_property
-    def linears(self) -> tuple[Linear, ...]:
-        """The linear modules of one layer, in the order they run."""
-        names, h, f = NAMES[self.family], self.hidden, self.intermediate
+    def linears(self) -> tuple[LinearShape, ...]:
+        """The linear modules of one layer, in the order of the model."""
+        if self.counted:
+            return self.counted.linears
+        h, f, q, k, bias = self.hidden, self.intermediate, self.queries, self.keys, not self.gated
+        names = {"q_proj": (h, q), "k_proj": (h, k), "v_proj": (h, k), "o_proj" if self.gated else "out_proj": (q, h)}
+        sizes = {f"self_attn.{name}": size for name, size in names.items()}
+        mlp = {"mlp.gate_proj": (h, f), "mlp.up_proj": (h, f), "mlp.down_proj": (f, h)}
+        sizes |= mlp if self.gated else {"fc1": (h, f), "fc2": (f, h)}
+        return tuple(LinearShape(path, *size, bias) for path, size in sizes.items())
 
-        def linear(role: str, inner: int, outer: int, bias: bool) -> Linear:
-            return Linear(role, names[role], inner, outer, bias)
-
-        if self.fused:
-            found = [linear("qkv", h, self.queries + 2 * self.keys, self.qkv_bias)]
-        else:
-            found = [linear("q", h, self.queries, self.qkv_bias)]
-            found += [linear(role, h, self.keys, self.qkv_bias) for role in ("k", "v")]
-        found.append(linear("o", self.queries, h, self.output_bias))
-        if self.experts:
-            return tuple(found)
-        if self.fused_gate:
-            found.append(linear("gate_up", h, 2 * f, self.mlp_bias))
-        else:
-            found += [linear(role, h, f, self.mlp_bias) for role in (("gate", "up") if self.gated else ("up",))]
-        return (*found, linear("down", f, h, self.mlp_bias))
-
-    def path(self, linear: Linear, layer: int) -> str:
-        """The full path of a module."""
-        return f"{self.root or NAMES[self.family]['layer']}.{layer}.{linear.path}"
-
-    @property
-    def norm_width(self) -> int:
-        """Numbers in one norm of a whole row."""
-        return self.hidden * (2 if self.norm == "layer" else 1)
-
-    @property
-    def expert_weights(self) -> int:
-        """Numbers in one expert."""
-        return (3 if self.gated else 2) * self.hidden * self.intermediate
+    def path(self, linear: LinearShape, layer: int) -> str:
+        """The full path of a module of a layer."""
+        root = self.counted.root if self.counted else "model.layers" if self.gated else "model.decoder.layers"
+        return f"{root}.{layer}.{linear.path}"
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """Parameters by kind, and of each other part; a tied head counts nothing."""
+        """Parameters by kind, and of each tower; a tied head counts nothing."""
+        if self.counted:
+            return dict(self.counted.parameters)
         inside = {"attention": 0, "mlp": 0}
-        for linear in self.linears:
-            inside["attention" if linear.role in ("q", "k", "v", "qkv", "o") else "mlp"] += linear.parameters
-        rows = self.vocabulary + self.positions + self.types
-        norms = self.layers * (self.norms * self.norm_width + 2 * self.head_dim * self.head_norm) + self.norm_width
-        experts = self.experts * (self.expert_weights + self.hidden)  # and a row of the router for each
-        head = self.vocabulary * (self.hidden * (not self.tied) + self.head_bias)
-        head += self.hidden * (self.hidden + 1) * self.encoder  # its pooler
-        counts = (rows * self.hidden, *(self.layers * n for n in (*inside.values(), experts)), norms, head)
-        found = {kind: count for kind, count in zip(KINDS, counts, strict=True) if count}
-        return found | {part.name: part.parameters for part in self.parts}
-
-    @property
-    def language(self) -> int:
-        """Parameters of the language model."""
-        return self.total - sum(part.parameters for part in self.parts)
+        for one in self.linears:
+            inside["attention" if "attn" in one.path else "mlp"] += self.layers * (one.weights + one.bias * one.outer)
+        rows = self.vocabulary + (0 if self.gated else self.positions + 2)
+        norms = (2 * self.layers + 1) * self.hidden * (1 if self.gated else 2)
+        head = 0 if self.tied else self.vocabulary * self.hidden
+        return {"embedding": rows * self.hidden, **inside, "norm": norms} | ({"head": head} if head else {})
 
     @property
     def total(self) -> int:
@@ -188,16 +141,22 @@ class ModelShape:
         return sum(self.parameters.values())
 
     @property
-    def quantisable(self) -> int:
-        """Weights of linear modules other than the head, which are what quantisation packs."""
-        return self.layers * sum(linear.weights for linear in self.linears)
-
-    @property
     def multiplied(self) -> int:
         """Weights that one token is multiplied with: all matrices, of the experts the active ones, and the head."""
-        experts = self.active * self.expert_weights + self.experts * self.hidden
-        return self.quantisable + self.layers * experts + self.vocabulary * self.hidden
+        if self.counted:
+            return self.counted.multiplied
+        return self.layers * sum(one.weights for one in self.linears) + self.vocabulary * self.hidden
+
+    def config(self) -> Mapping[str, Any]:
+        """What transformers makes the given numbers into."""
+        common = {"num_hidden_layers": self.layers, "hidden_size": self.hidden, "num_attention_heads": self.heads}
+        common |= {"vocab_size": self.vocabulary, "tie_word_embeddings": self.tied, "model_type": self.family}
+        if not self.gated:
+            wide = {"word_embed_proj_dim": self.hidden, "max_position_embeddings": self.positions, "dropout": 0.0}
+            return common | wide | {"ffn_dim": self.intermediate}
+        heads = {"num_key_value_heads": self.kv_heads, "head_dim": self.head_dim}
+        return common | heads | {"intermediate_size": self.intermediate, "max_position_embeddings": 2**17}
 
 
-FIELDS = {field.name: field for field in fields(ModelShape)}
+FIELDS = {one.name: one for one in fields(ModelShape) if one.name not in ("counted", "module", "origin")}
 """The numbers that can be typed in."""

@@ -6,15 +6,16 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from gossamer.errors import BaseFileError, SpecError, nearest
-from gossamer.planning.families import shape_of_config
 from gossamer.planning.known import KNOWN, known
 from gossamer.planning.shape import FIELDS, ModelShape
 
 _LARGEST = 8 << 20
+_NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -22,9 +23,10 @@ def shape_of(model: Any) -> ModelShape:
     """The numbers of a model.
 
     Args:
-        model: a `ModelShape`; a mapping, either the content of a config.json or the fields of `ModelShape` typed in; a
-            folder with a config.json, or such a file; a name that is known here or in the catalog; an id on the hub,
-            whose config.json is looked up in the hub's cache, or fetched alone.
+        model: a `ModelShape`; a torch module, or a callable that makes one (on the meta device); a mapping, either the
+            content of a config.json or the fields of `ModelShape` typed in; a folder with a config.json, or such a
+            file; a name that is known here; an id on the hub, whose config.json is looked up in the hub's cache, or
+            fetched alone.
 
     Raises: BaseFileError for what is not there or not readable; UnsupportedError for an unknown architecture;
         SpecError for numbers typed in that make no model.
@@ -33,6 +35,8 @@ def shape_of(model: Any) -> ModelShape:
         return model
     if isinstance(model, Mapping):
         return shape_of_config(model) if "model_type" in model or "text_config" in model else typed_in(model)
+    if callable(model):
+        return _of_code(model)
     name = os.fspath(model)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -45,6 +49,41 @@ def shape_of(model: Any) -> ModelShape:
     if _HUB_ID.fullmatch(name) and not isinstance(model, Path):
         return shape_of_config(_read(_from_hub(name)), name)
     raise _unknown(name)
+
+
+def shape_of_config(config: Mapping[str, Any], name: str = "") -> ModelShape:
+    """The numbers of the model that transformers makes of a config.
+
+    Raises: UnsupportedError for what transformers knows no class for; BaseFileError for numbers that are missing.
+    """
+    return _counted(json.dumps(config, default=str, sort_keys=True), name)
+
+
+@lru_cache(maxsize=16)
+def _counted(text: str, name: str) -> ModelShape:
+    from gossamer.planning.counting import shape_of_module
+    from gossamer.planning.fake import described
+
+    config: dict[str, Any] = json.loads(text)
+    model = described(config, name)
+    known = {*config, *(one for one, own in getattr(model.config, "attribute_map", {}).items() if own in config)}
+    several = any(key.endswith("_config") and isinstance(value, dict) for key, value in config.items())
+    missing = [] if several else [one for one in _NEEDED if hasattr(model.config, one) and one not in known]
+    if missing:
+        raise BaseFileError("numbers are missing in this config", where=name, expected=", ".join(missing))
+    return shape_of_module(model, name or str(config.get("model_type", "")), text)
+
+
+def _of_code(model: Any) -> ModelShape:
+    """A torch module, or what makes one when it is called."""
+    import torch
+
+    from gossamer.planning.counting import shape_of_module
+
+    if not isinstance(model, torch.nn.Module):
+        with torch.device("meta"):
+            model = model()
+    return shape_of_module(model)
 
 
 def typed_in(given: Mapping[str, Any]) -> ModelShape:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class DeviceVerdict:
     """One device's answer.
 
     Attributes:
@@ -34,7 +34,7 @@ class Verdict:
         return f"with {self.change}" if self.plan else "no, whatever was tried"
 
 
-def verdicts(plan: Plan, devices: tuple[Any, ...]) -> list[Verdict]:
+def verdicts(plan: Plan, devices: tuple[Any, ...]) -> list[DeviceVerdict]:
     """One for each device: a number is GiB of a card, anything else what `plan` takes; and this machine."""
     sized = [
         Device(f"{one} GB", round(one * GIB)) if isinstance(one, int | float) else device_of(one) for one in devices
@@ -43,12 +43,12 @@ def verdicts(plan: Plan, devices: tuple[Any, ...]) -> list[Verdict]:
     return [verdict(plan, device, ladder) for device in (*sized, this_machine()) if device]
 
 
-def verdict(plan: Plan, device: Device, ladder: list[tuple[str, Plan]]) -> Verdict:
+def verdict(plan: Plan, device: Device, ladder: list[tuple[str, Plan]]) -> DeviceVerdict:
     """The first change of the ladder that is enough."""
     if device.fits(plan.peak):
-        return Verdict(device, True, "", plan)
+        return DeviceVerdict(device, True, "", plan)
     enough = next(((words, other) for words, other in ladder if device.fits(other.peak)), None)
-    return Verdict(device, False, *enough) if enough else Verdict(device, False, "", None)
+    return DeviceVerdict(device, False, *enough) if enough else DeviceVerdict(device, False, "", None)
 
 
 def changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
@@ -86,4 +86,4 @@ def changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 def _with_lora(plan: Plan) -> Plan:
 
-    return replace(plan, memory=replace(plan.memory, tuning=Tuning(r=16)))
+    return replace(plan, memory=replace(plan.memory, tuning=Tuning.of({"r": 16})))

@@ -1,0 +1,162 @@
+"""A model of the real classes on fake tensors: every shape and type is there, and no number.
+
+Layers of a stack that are all alike are followed once: a stack keeps its first, its second and its last layer, and the
+second stands for all between.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import UnsupportedError
+from gossamer.quant import FORMATS, QuantizedLinear, quantizable
+from gossamer.quant.formats import BLOCK, NESTED_BLOCK, Packed, QuantFormat, dynamic_table, table
+
+
+def described(config: Mapping[str, Any], name: str = "") -> Any:
+    """The model of a config on the meta device: by the class that the config names, else by its `model_type`.
+
+    Raises: UnsupportedError for what transformers has no class for, or whose config makes no model.
+    """
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    kind = str(config.get("model_type", ""))
+    try:
+        built = transformers.CONFIG_MAPPING[kind].from_dict(dict(config))
+        found = [getattr(transformers, str(one), None) for one in config.get("architectures") or ()]
+        classes: list[Any] = [
+            one for one in found if isinstance(one, type) and issubclass(one, transformers.PreTrainedModel)
+        ]
+        with torch.device("meta"), no_init_weights():
+            model = classes[0](built) if classes else _automatic(built)
+        model.tie_weights()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UnsupportedError(
+            "transformers makes no model of this config",
+            where=name,
+            got=f"{kind or 'no model_type'}: {reason}",
+            hint="type the numbers in: layers, hidden, heads, vocabulary, intermediate",
+        ) from None
+    return model
+
+
+def _automatic(config: Any) -> Any:
+    import transformers
+
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText, transformers.AutoModel):
+        if type(config) in auto._model_mapping:
+            return auto.from_config(config)
+    raise ValueError("no class for it")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers one after another: where they lie, and how many there are."""
+
+    path: str
+    layers: int
+
+
+def stacks(model: nn.Module, path: str = "") -> Iterator[Stack]:
+    """The lists of layers of a model whose inner ones are all alike; a list inside another one is not one."""
+    for name, child in model.named_children():
+        here = f"{path}.{name}" if path else name
+        listed = isinstance(child, nn.ModuleList) and len(child) > 1 and "expert" not in name
+        if listed and len({*map(_outline, [*child][1:-1])}) <= 1:
+            yield Stack(here, len(child))
+        else:
+            yield from stacks(child, here)
+
+
+def _outline(layer: nn.Module) -> tuple[Any, ...]:
+    kinds = tuple(type(module).__name__ for module in layer.modules())
+    return (*kinds, *((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()))
+
+
+def cut(model: nn.Module, found: Mapping[str, Stack]) -> dict[str, int]:
+    """Keep three layers of each stack, in place. Returns the path of each layer left -> how many it stands for."""
+    repeats = {}
+    for path, stack in found.items():
+        layers = [*model.get_submodule(path)]  # pyright: ignore[reportArgumentType] (a ModuleList is iterable)
+        if stack.layers > 3:
+            model.set_submodule(path, nn.ModuleList([layers[0], layers[1], layers[-1]]))
+        kept = min(stack.layers, 3)
+        repeats |= {f"{path}.{place}": stack.layers - 2 if place == 1 and kept == 3 else 1 for place in range(kept)}
+    return repeats
+
+
+def repeat_of(path: str, repeats: Mapping[str, int]) -> int:
+    """How many parameters or modules one at a path stands for."""
+    owner = next((one for one in repeats if path.startswith(one + ".")), None)
+    return 1 if owner is None else repeats[owner]
+
+
+def tensors(model: nn.Module) -> dict[int, Tensor]:
+    """Every tensor that a model's modules hold, as parameters, buffers or attributes, by its identity."""
+    held = (group for module in model.modules() for group in (module._parameters, module._buffers, vars(module)))
+    return {id(one): one for group in held for one in group.values() if isinstance(one, Tensor)}
+
+
+def faked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose tensors are fake and on the CPU, floating parameters of a type; inside a `FakeTensorMode`."""
+    memo: dict[int, Any] = {}
+    for key, one in tensors(model).items():
+        parameter = isinstance(one, nn.Parameter)
+        made = torch.empty(one.shape, dtype=dtype if parameter and one.is_floating_point() else one.dtype, device="cpu")
+        memo[key] = nn.Parameter(made, one.requires_grad) if parameter else made
+    return copy.deepcopy(model, memo)
+
+
+def stored(model: nn.Module, repeats: Mapping[str, int]) -> dict[int, int]:
+    """Identity of each parameter and code -> bytes of all that it stands for."""
+    packed = [(name, one) for name, one in model.named_modules() if isinstance(one, QuantizedLinear)]
+    codes = ((f"{name}.{key}", one) for name, module in packed for key, one in module.named_buffers())
+    return {id(one): one.nbytes * repeat_of(name, repeats) for name, one in (*model.named_parameters(), *codes)}
+
+
+def warm(device: str = "cpu") -> None:
+    """Make the tables that quantisation keeps, so that none of them is made of fake tensors."""
+    for name in ("nf4", "fp4"):
+        table(name, torch.device(device))
+    dynamic_table(torch.device(device))
+
+
+def quantise(model: nn.Module, quant: str) -> None:
+    """Put codes in the place of the weights that `load_base` would quantise."""
+    from gossamer.models.quantizer import kept_dense
+
+    kept = kept_dense(model)
+    for path, module in [*model.named_modules()]:
+        if path not in kept and quantizable(module):
+            weight, turned = module._parameters["weight"], not isinstance(module, nn.Linear)
+            assert weight is not None, "quantizable says so"
+            shape = (weight.shape[1], weight.shape[0]) if turned else (weight.shape[0], weight.shape[1])
+            bias = module._parameters.get("bias")
+            made = QuantizedLinear(_codes(shape, FORMATS[quant]), weight.dtype, bias, turned)
+            model.set_submodule(path, made.train(module.training))
+
+
+def _codes(shape: tuple[int, int], form: QuantFormat) -> Packed:
+    weights = shape[0] * shape[1]
+    if form.table == "int8":
+        return Packed("int8", shape, torch.empty(shape, dtype=torch.int8), torch.empty(shape[0]))
+    blocks = -(-weights // BLOCK)
+    codes = torch.empty(-(-weights // 2), 1, dtype=torch.uint8)
+    if not form.double:
+        return Packed(form.table, shape, codes, torch.empty(blocks))
+    nested = torch.empty(-(-blocks // NESTED_BLOCK))
+    return Packed(form.table, shape, codes, torch.empty(blocks, dtype=torch.uint8), nested, torch.empty(()))
+
+
+def by_number(patterns: Any) -> bool:
+    """Whether what a method says of modules may tell one layer from another."""
+    return bool(re.search(r"\d", str(patterns)))
