@@ -82,8 +82,8 @@ def test_numbers_by_hand_are_those_of_the_real_classes(gated: bool, tied: bool):
     counted = shape_of(given.config())
     assert given.parameters == counted.parameters
     assert given.multiplied == counted.multiplied
-    assert given.linears == counted.linears
-    assert given.path(given.linears[0], 1) == counted.path(counted.linears[0], 1)
+    assert {*given.linears} == {*counted.linears}
+    assert {given.path(one, 1) for one in given.linears} == {counted.path(one, 1) for one in counted.linears}
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_a_hub_id_out_of_reach(monkeypatch: pytest.MonkeyPatch):
     ("arguments", "error", "says"),
     [
         ({"method": "lorra"}, SpecError, "lora"),
-        ({"method": {"r": 0}}, SpecError, "from 1"),
+        ({"method": {"r": 0}}, SpecError, "equal to 1"),
         ({"method": {"rank": 8}}, SpecError, "unknown"),
         ({"method": {"target_modules": ("q_prj",)}}, TargetError, "q_proj"),
         ({"method": "full", "quant": "nf4"}, UnsupportedError, "codes"),

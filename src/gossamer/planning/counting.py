@@ -62,7 +62,7 @@ def _embeddings(model: Any) -> tuple[Any, Any]:
 
 def _linears(model: nn.Module) -> Iterator[LinearShape]:
     for path, module in model.named_modules():
-        if quantizable(module):
+        if isinstance(module, nn.Linear) or quantizable(module):
             outer, inner = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]  # pyright: ignore[reportGeneralTypeIssues, reportIndexIssue] (quantizable says that it has one)
             yield LinearShape(path, inner, outer, module.bias is not None)
 
@@ -101,7 +101,7 @@ def _kind(model: nn.Module, path: str, head: Any) -> str:
     within = path.lower()
     if "attn" in within or "attention" in within:
         return "attention"
-    return "mlp" if quantizable(owner) else "other"
+    return "mlp" if isinstance(owner, nn.Linear) or quantizable(owner) else "other"
 
 
 def _multiplied(model: Any, towers: tuple[Tower, ...]) -> int:

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-_ASKED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+_ASKED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
 """Operations whose result depends on numbers, which a fake tensor does not have."""
 
 _GROUPED = torch.ops.aten._grouped_mm.default
@@ -60,7 +60,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ASKED and any(isinstance(one, FakeTensor) for one in args):
             said = self.answer and not hasattr(args[0], "gossamer_any")  # nothing is wrong with any of them
-            return said if func is _ASKED[1] or args[0].dtype == torch.bool else int(said)
+            return said if func is not _ASKED[0] or args[0].dtype == torch.bool else int(said)
         if func is _GROUPED and isinstance(args[0], FakeTensor):
             out = _grouped(*args, **(kwargs or {}))
         else:
