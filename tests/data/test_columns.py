@@ -101,6 +101,7 @@ def test_an_empty_column_is_harmless(tmp_path: Path, value: Any):
     for plain in FORMATS.values():
         bare, *rows = read(tmp_path, plain, *(plain | {column: value} for column in COLUMNS))
         assert all([*row.texts()] == [*bare.texts()] for row in rows)
+        assert all(getattr(row, "turns", ()) == getattr(bare, "turns", ()) for row in rows)
 
 
 def test_marks_that_say_yes_are_harmless(tmp_path: Path):

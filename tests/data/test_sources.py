@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 import gossamer as gs
@@ -46,7 +47,6 @@ def test_the_same_rows_from_anywhere(tmp_path: Path):
 
 
 def test_a_data_set_of_hugging_face():
-    datasets = pytest.importorskip("datasets")
     assert read_data(datasets.Dataset.from_list(RECORDS)).digest == read_data(RECORDS).digest
 
 
