@@ -2,6 +2,7 @@
 #
 #   make demo WORKERS=4              variables can be set on the command line
 #   make test PYTHON=python3.12
+#   make test COVERAGE=1             also says which lines no test ran
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu     a Linux machine without a GPU: 200 MB instead of GB
 
 VENV        := .venv
@@ -10,6 +11,7 @@ WORKERS     ?= 2
 TORCH       := torch==2.13.0
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+COVERAGE    ?=
 
 # The first of these that runs and is new enough; PYTHON=... chooses another.
 CANDIDATES  := python3 python3.11 python3.12 python3.13 python3.14 python
@@ -21,6 +23,7 @@ PYTEST      := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTE
 TOOLS       := vllm llama_cpp diffusers mlx torchtune
 QUICK       := not slow and not gpu and not browser $(foreach tool,$(TOOLS),and not $(tool))
 PARALLEL    := -n $(WORKERS) --dist loadfile
+COVERED     := $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 BENCHES     := $(filter-out bench/__init__.py bench/common.py bench/numbers.py,$(wildcard bench/*.py))
 
 .DEFAULT_GOAL := help
@@ -35,7 +38,7 @@ demo: $(VENV)/.demo ## fetch a real 135M model and data, fine-tune, merge, repor
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev ## the tests that need neither the real model nor a GPU
-	$(PYTEST) $(PARALLEL) -m "$(QUICK)"
+	$(PYTEST) $(PARALLEL) $(COVERED) -m "$(QUICK)"
 
 test-all: $(VENV)/.dev ## every test that this machine can run
 	@marks="slow or not slow"; \
@@ -91,5 +94,5 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.lean
 
 $(VENV)/.bench: $(VENV)/.dev
 	@echo "installing what bench needs, once"
-	@$(PIP) -e '.[bench,report]'
+	@$(PIP) -e '.[bench]'
 	@touch $@

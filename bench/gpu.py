@@ -140,6 +140,7 @@ def _with(kind: str, call: Callable[..., Any], given: Sequence[Any]) -> Callable
     """One turn: calls one after the other, so that the device and not their launching is timed."""
 
     def run() -> Any:
+        out = None
         with patch.dict(os.environ, GOSSAMER_KERNELS=kind):
             for _ in range(REPEATS):
                 out = call(*given)

@@ -40,15 +40,16 @@ def main() -> None:
     print(f"accuracy {baseline:.3f}")
 
     heading("train: zero-shot first, then LoRA, then the same rows again")
-    model, tokenizer = gs.load_base(config.base, dtype=config.dtype, device=config.device)
+    base = str(config.base)
+    model, tokenizer = gs.load_base(base, dtype=config.dtype, device=config.device)
     print(gs.attach(model, config.method), flush=True)
     run = gs.train(model, tokenizer, config)
 
     heading("merge into the weights; latency of base, adapter beside it, adapter merged")
     # in float32 the merged outputs are the adapter's own; bfloat16, as the base is stored, would round the change
-    merged = gs.merge_into_base(output / "adapter", config.base, output / "merged", dtype="float32")
+    merged = gs.merge_into_base(output / "adapter", base, output / "merged", dtype="float32")
     require_same(config, output)
-    plain, _ = gs.load_base(config.base, dtype=model.dtype, device=config.device)
+    plain, _ = gs.load_base(base, dtype=model.dtype, device=config.device)
     folded, _ = gs.load_base(output / "merged", dtype=model.dtype, device=config.device)
     latency, ratio = latencies({"base": plain, "unmerged": model, "merged": folded})
 
@@ -90,7 +91,7 @@ def rows(path: str) -> list[dict[str, str]]:
 @torch.inference_mode()
 def require_same(config: gs.RunConfig, output: Path) -> None:
     """The merged files say what base and adapter say; in float32, as the run itself may have been in 16 bits."""
-    beside, _ = gs.load_base(config.base, dtype="float32")
+    beside, _ = gs.load_base(str(config.base), dtype="float32")
     gs.attach(beside, gs.Adapter.load(output / "adapter"))
     folded, _ = gs.load_base(output / "merged", dtype="float32")
     torch.testing.assert_close(folded(TOKENS).logits, beside(TOKENS).logits, rtol=1e-3, atol=1e-3)

@@ -6,6 +6,9 @@ An adapter is not a wrapper around a model. It is a value that can be added, sca
     (a + b).delta(path) = a.delta(path) + b.delta(path)      exact: factors are concatenated, ranks add
 """
 
+# pyright: reportUnnecessaryIsInstance=false
+# (callers need not be typed, and hear what they gave)
+
 from __future__ import annotations
 
 import hashlib
@@ -77,8 +80,8 @@ class Adapter:
     spec: Method
     tensors: Tensors
     base: Mapping[str, Any] | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    foreign: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    foreign: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __reduce__(self) -> Any:  # read-only mappings do not travel between processes
         plain = {path: dict(slots) for path, slots in self.tensors.items()}

@@ -4,6 +4,9 @@ A spec is a value: it is checked once, when it is made, and never changes. Unkno
 range are errors; all faults of one input are reported together, each with its place and the nearest right name.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (the YAML reader names no types)
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -64,8 +64,8 @@ def command(adapters: tuple[str, ...], output: str, as_json: bool, **given: Any)
         "sha256": combined.digest,
         "distance": combined.provenance.get("distance", 0.0),
     }
-    learned = zip(adapters, combined.provenance["weights"] if given["learn"] else (), strict=bool(given["learn"]))
-    spreads = [(folder, [*numbers.values()]) for folder, numbers in learned]
+    learned: list[dict[str, float]] = combined.provenance["weights"] if given["learn"] else []
+    spreads = [(folder, [*numbers.values()]) for folder, numbers in zip(adapters, learned, strict=False)]
     distance = "no exact sum to compare with" if done["distance"] is None else f"{done['distance']:.3g}"
     present(
         done,

@@ -227,7 +227,7 @@ def _pair(change: Tensor, r: int | None, energy: float | None, seed: int) -> tup
     else:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         grown = values.double().square().cumsum(0)
-        rank = min(int((grown < energy * grown[-1]).sum()) + 1, len(values))  # pyright: ignore[reportOptionalOperand]
+        rank = min(int((grown < energy * grown[-1]).sum()) + 1, len(values))
         pair = LowRankPair.balanced(left, values, right, rank)
     missed = (matrix - pair.delta()).double().square().sum().item()
     return StoredPair(LowRankPair.stacked([pair]), kernel=tuple(change.shape[2:])), missed

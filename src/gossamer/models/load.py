@@ -29,9 +29,9 @@ from gossamer.models.write import forget_quantisation, without_bars
 from gossamer.quant import format_of, quantize_model
 
 _DTYPES: dict[str, torch.dtype] = (
-    dict.fromkeys(("float32", "fp32"), torch.float32)
-    | dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16)
-    | dict.fromkeys(("float16", "fp16"), torch.float16)
+    dict[str, torch.dtype].fromkeys(("float32", "fp32"), torch.float32)
+    | dict[str, torch.dtype].fromkeys(("bfloat16", "bf16"), torch.bfloat16)
+    | dict[str, torch.dtype].fromkeys(("float16", "fp16"), torch.float16)
 )
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 

@@ -66,7 +66,8 @@ def bar_chart(bars: Mapping[str, float], title: str, x_label: str = "") -> str:
     """
     left = min(220, 24 + 7 * max((len(name) for name in bars), default=0))
     longest = max((value for value in bars.values() if math.isfinite(value)), default=0) or 1
-    body, top = [], _TOP + 6
+    body: list[str] = []
+    top = _TOP + 6
     for row, (name, value) in enumerate(bars.items()):
         y = top + row * 30
         length = max(0, value) / longest * (WIDTH - left - 90) if math.isfinite(value) else 0
@@ -142,7 +143,8 @@ def small_multiples(
     across = min(4, len(panels))
     cell_width, cell_height = (WIDTH - 36) / across, 118
     longest = max(len(curve) for curves in panels.values() for curve in curves)
-    body, top = [], _TOP + 14
+    body: list[str] = []
+    top = _TOP + 14
     for index, (name, curves) in enumerate(panels.items()):
         x0, y0 = 36 + index % across * cell_width, top + index // across * cell_height
         x_axis = _Axis([1, max(2, longest)], x0 + 4, x0 + cell_width - 18, tight=True)
@@ -175,7 +177,7 @@ def figure(svg: str, numbers: str, summary: str = "as a table") -> str:
     return f"<figure>{svg}<details><summary>{escape(summary)}</summary>{numbers}</details></figure>"
 
 
-def number(value: float) -> str:
+def number(value: object) -> str:
     """A number as a person writes it: whole numbers whole with thousands apart, others with about four digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
@@ -215,7 +217,7 @@ def _round_step(raw: float) -> float:
 
 def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> list[str]:
     """Hairlines at the y ticks, a base line, tick labels and the two axis labels."""
-    body = []
+    body: list[str] = []
     for tick in y_axis.ticks:
         y = y_axis(tick)
         body.append(_rule(x_axis.start, y, x_axis.end, y))
@@ -261,7 +263,8 @@ def _path(points: Sequence[tuple[float, float] | None], hue: str, *, width: floa
     if len(present) == 1:
         place = f'cx="{present[0][0]:.1f}" cy="{present[0][1]:.1f}" r="{width + 1:.1f}"'
         return f'<circle {place} fill="{hue}" opacity="{opacity:g}"/>'
-    moves, down = [], False
+    moves: list[str] = []
+    down = False
     for point in points:
         if point:
             moves.append(f"{'L' if down else 'M'}{point[0]:.1f} {point[1]:.1f}")
