@@ -110,8 +110,9 @@ class MemoryBreakdown:
 
     @property
     def activations(self) -> int:
-        """What the forward keeps: of all layers, or their inputs."""
-        return next(one.activations for one in self.during if one.name == timeline.LOSS)
+        """What the forward of all layers keeps, or their inputs alone."""
+        found = {one.name: one.activations for one in self.during}
+        return found.get(timeline.HEAD, found[timeline.LOSS])
 
     @property
     def head(self) -> int:

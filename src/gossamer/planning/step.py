@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gossamer.attachment import attach
 from gossamer.attachment.host import make_host
+from gossamer.attachment.kinds import shape_of
 from gossamer.attachment.match import select
 from gossamer.errors import GossamerError, UnsupportedError
 from gossamer.methods import TargetedMethod
@@ -65,7 +66,7 @@ def _followed(
     loss: StepLoss | None,
     shape: ModelShape | None,
 ) -> StepProfile:
-    found = {} if _kept_whole(spec) else {one.path: one for one in fake.stacks(model)}
+    found = {} if _kept_whole(model, spec) else {one.path: one for one in fake.stacks(model)}
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         copied = fake.faked(model, getattr(torch, setting.dtype))
@@ -78,11 +79,13 @@ def _followed(
             return _Step(copied, spec, setting, repeats or whole, live, shape).profile(checkpointing, loss)
 
 
-def _kept_whole(spec: TargetedMethod) -> bool:
-    """Whether a method may tell one layer from another, so that no layer can stand for others."""
+def _kept_whole(model: nn.Module, spec: TargetedMethod) -> bool:
+    """Whether a method stands at the whole model or may tell one layer from another, so that none stands for others."""
     given = spec.to_dict()
     named = [given.get(name) for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save")]
     by_layer = ("layers_to_transform", "rank_pattern", "alpha_pattern")
+    if (root := shape_of("", model)).kind == "model" and spec.fits(root):
+        return True
     return fake.by_number(named) or any(given.get(name) not in (None, [], {}, ()) for name in by_layer)
 
 
