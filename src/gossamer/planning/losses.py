@@ -50,7 +50,7 @@ def next_token(model: Any, setting: TrainingSetting, packed: bool) -> Tensor:
         given |= {"position_ids": torch.arange(tokens).repeat(rows)[None], "packing": Packing.of(lengths)}
     else:
         given = {"input_ids": torch.zeros(rows, tokens, dtype=torch.int64)}
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
+        given |= {"attention_mask": torch.ones_like(given["input_ids"])} if setting.masked else {}
     at = torch.zeros(setting.labelled, dtype=torch.int64)
     return _labelled(model, given, at).sum() / setting.labelled
 
@@ -89,7 +89,10 @@ def whole_output(model: Any, setting: TrainingSetting) -> Tensor:
 
 
 def usual_inputs(model: Any, setting: TrainingSetting) -> dict[str, Tensor]:
-    """Token ids, an image or a sound of the size that the config says, for each row."""
+    """Token ids, an image or a sound of the size that the config says, for each row.
+
+    Rows of one length have no mask: of real ones transformers sees that they need none, of fake ones it cannot.
+    """
     config, name, rows = model.config, model.main_input_name, setting.batch
     if name == "pixel_values":
         sight = getattr(config, "vision_config", config)
@@ -100,7 +103,7 @@ def usual_inputs(model: Any, setting: TrainingSetting) -> dict[str, Tensor]:
         given = {name: torch.empty(rows, config.num_mel_bins, frames, dtype=model.dtype)}
     else:
         given = {name: torch.zeros(rows, setting.sequence, dtype=torch.int64)}
-        given["attention_mask"] = torch.ones_like(given[name])
+        given |= {"attention_mask": torch.ones_like(given[name])} if setting.masked else {}
         if hasattr(config, "vision_config"):
             sight = config.vision_config
             given["pixel_values"] = torch.empty(rows, sight.num_channels, sight.image_size, sight.image_size)
