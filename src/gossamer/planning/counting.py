@@ -15,12 +15,13 @@ from gossamer.quant import quantizable
 
 def shape_of_module(model: nn.Module, name: str = "", origin: str = "") -> ModelShape:
     """The numbers of a model; of one of several parts they are its language model's. Raises `UnsupportedError`."""
-    whole = getattr(model, "config", None)
+    whole: Any = getattr(model, "config", None)
     config: Any = whole.get_text_config() if hasattr(whole, "get_text_config") else whole
     found = max(fake.stacks(_language(model)), key=lambda one: one.layers, default=None)
     prefix = next((path for path, one in model.named_modules() if one is _language(model)), "")
     root = "" if found is None else f"{prefix}.{found.path}".removeprefix(".")
-    layers = [*model.get_submodule(root)] if found else [model]  # pyright: ignore[reportArgumentType] (a ModuleList)
+    stack: Any = model.get_submodule(root) if found else [model]
+    layers: list[nn.Module] = [*stack]
     kinds, towers = _counts(model)
 
     def number(*names: str) -> int:
@@ -61,6 +62,7 @@ def _embeddings(model: Any) -> tuple[Any, Any]:
 
 
 def _linears(model: nn.Module) -> Iterator[LinearShape]:
+    module: Any
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) or quantizable(module):
             outer, inner = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]  # pyright: ignore[reportGeneralTypeIssues, reportIndexIssue] (quantizable says that it has one)

@@ -68,6 +68,7 @@ class Stack:
 
 def stacks(model: nn.Module, path: str = "") -> Iterator[Stack]:
     """The lists of layers of a model whose inner ones are all alike; a list inside another one is not one."""
+    child: Any
     for name, child in model.named_children():
         here = f"{path}.{name}" if path else name
         listed = isinstance(child, nn.ModuleList) and len(child) > 1 and "expert" not in name
@@ -86,7 +87,8 @@ def cut(model: nn.Module, found: Mapping[str, Stack]) -> dict[str, int]:
     """Keep three layers of each stack, in place. Returns the path of each layer left -> how many it stands for."""
     repeats = {}
     for path, stack in found.items():
-        layers = [*model.get_submodule(path)]  # pyright: ignore[reportArgumentType] (a ModuleList is iterable)
+        held: Any = model.get_submodule(path)
+        layers = [*held]
         if stack.layers > 3:
             model.set_submodule(path, nn.ModuleList([layers[0], layers[1], layers[-1]]))
         kept = min(stack.layers, 3)

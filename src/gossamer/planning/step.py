@@ -236,7 +236,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     yield
 
 
-def _beside(module: nn.Module, spec: Any, dtype: torch.dtype) -> None:
+def _beside(module: Any, spec: Any, dtype: torch.dtype) -> None:
     """PEFT's LoRA: its input copied to the factors' type, and the sum copied back."""
     inner, outer = module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
     down, up = nn.Linear(inner, spec.r, bias=False, dtype=dtype), nn.Linear(spec.r, outer, bias=False, dtype=dtype)
