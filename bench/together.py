@@ -14,8 +14,8 @@ import torch
 
 import gossamer as gs
 from bench.common import Row, report
-from bench.plan import Live
 from gossamer.models import data_file
+from gossamer.planning.live import LiveBytes
 from gossamer.progress import Silent
 from gossamer.training import Job, Run, train
 
@@ -99,7 +99,7 @@ class Runs:
         found = []
         for some in [jobs] if how == "at once" else [{name: job} for name, job in jobs.items()]:
             gc.collect()
-            with Live([*self.model.parameters(), *self.model.buffers()]) as live:
+            with LiveBytes([*self.model.parameters(), *self.model.buffers()]) as live:
                 self.many(some)
             found.append(live.peak)
         return max(found)

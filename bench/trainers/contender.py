@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bench.plan import Live
 from bench.trainers.work import Observed, Work
 from gossamer.data.masks import Example
+from gossamer.planning.live import LiveBytes
 
 LR, CLIP, IGNORED = 2e-5, 1.0, -100
 """Of every contender: TRL's defaults, so that these need not be changed."""
@@ -46,7 +46,7 @@ class Contender:
             loss = self.step()
             peak = torch.cuda.max_memory_allocated() - before
         else:
-            live = Live([*self.model.parameters(), *self.model.buffers(), *self.states()])
+            live = LiveBytes([*self.model.parameters(), *self.model.buffers(), *self.states()])
             before = live.now
             loss = self.step(live)
             peak = live.peak - before

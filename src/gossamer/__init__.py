@@ -5,67 +5,29 @@ Importing this package loads nothing heavy; torch is imported when a name that n
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from gossamer import moved
+from gossamer.lazy import homes, lazy
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Adapter": "adapter",
-    "AdapterFileError": "errors",
-    "BaseMismatchError": "errors",
-    "BitFit": "methods",
-    "DoRA": "methods",
-    "Engine": "serving",
-    "FullTuning": "methods",
-    "GossamerError": "errors",
-    "Houlsby": "methods",
-    "IA3": "methods",
-    "InjectionReport": "attachment",
-    "Job": "training",
-    "Lin": "methods",
-    "LoRA": "methods",
-    "ModelShape": "planning",
-    "NormTuning": "methods",
-    "Plan": "planning",
-    "PrefixTuning": "methods",
-    "PromptTuning": "methods",
-    "RunConfig": "training",
-    "SharedWeightError": "errors",
-    "SpecError": "errors",
-    "TargetError": "errors",
-    "TrainConfig": "training",
-    "VeRA": "methods",
-    "active": "attachment",
-    "as_lora": "merging",
-    "attach": "attachment",
-    "attached": "attachment",
-    "base_fingerprint": "attachment",
-    "capture": "attachment",
-    "combine": "merging",
-    "detach": "attachment",
-    "eva": "attachment",
-    "evaluate": "training",
-    "extract": "merging",
-    "fetch": "models",
-    "generate": "serving",
-    "learned_weights": "merging",
-    "load_base": "models",
-    "loftq": "attachment",
-    "merge": "attachment",
-    "merge_into_base": "merging",
-    "plan": "planning",
-    "quantize_base": "models",
-    "quantize_model": "quant",
-    "train": "training",
-    "train_many": "training",
-    "trainable_parameters": "attachment",
-    "unmerge": "attachment",
-    "use": "attachment",
-    "using": "attachment",
-}
+_HOME = homes(
+    {
+        "adapter": "Adapter",
+        "attachment": "InjectionReport active attach attached base_fingerprint capture detach eva loftq "
+        "merge trainable_parameters unmerge use using",
+        "errors": "AdapterFileError BaseMismatchError GossamerError SharedWeightError SpecError TargetError",
+        "merging": "as_lora combine extract learned_weights merge_into_base",
+        "methods": "BitFit DoRA FullTuning Houlsby IA3 Lin LoRA NormTuning PrefixTuning PromptTuning VeRA",
+        "models": "fetch load_base quantize_base",
+        "planning": "ModelShape Plan plan",
+        "quant": "quantize_model",
+        "serving": "Engine generate",
+        "training": "Job RunConfig TrainConfig evaluate train train_many",
+    }
+)
+__getattr__ = lazy(__name__, _HOME)
 __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
@@ -121,15 +83,6 @@ if TYPE_CHECKING:
     from gossamer.training import evaluate as evaluate
     from gossamer.training import train as train
     from gossamer.training import train_many as train_many
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name from the room it lives in, the first time it is used."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gossamer.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from tests.house import tree
 
 FLOORS = (
-    {"errors", "families", "moved", "peers", "spec", "adapter"},
+    {"errors", "families", "lazy", "moved", "peers", "spec", "adapter"},
     {"linalg", "pages", "progress", "kernels", "quant"},
     {"methods", "attachment", "data", "files"},
     {"models", "catalog", "running", "planning", "testing"},

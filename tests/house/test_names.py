@@ -98,3 +98,10 @@ def test_version_is_the_packages():
 
     project = tomllib.loads((tree.ROOT / "pyproject.toml").read_text())["project"]
     assert gossamer.__version__ == project["version"]
+
+
+@pytest.mark.parametrize("name", ["CATALOG", "data_file", "fetch", "home", "load_base", "tiny", "write_model_folder"])
+def test_models_offers_what_its_lazy_table_names(name: str):
+    models = importlib.import_module("gossamer.models")
+    assert name in models.__all__
+    assert getattr(models, name) is getattr(importlib.import_module(f"gossamer.{models._HOME[name]}"), name)

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 import gossamer as gs
-from bench.plan import Live
 from gossamer.errors import BaseFileError, NonFiniteError, StateError, UnsupportedError, UsageError
 from gossamer.models import load_base, quantize_base, tiny, tiny_tokenizer, write_model_folder
 from gossamer.models.quantizer import kept_dense, packed_modules
+from gossamer.planning.live import LiveBytes
 from gossamer.quant import FORMATS, quantize_model
 from tests.adapters import tokens
 
@@ -144,7 +144,7 @@ def test_a_sharded_base(tmp_path: Path):
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     shards = [*(tmp_path / "base").glob("model-*.safetensors")]
     assert len(shards) > 3
-    with Live() as live:
+    with LiveBytes() as live:
         loaded, _ = load_base(tmp_path / "base", quant="nf4")
     assert len(packed_modules(loaded)) == 28
     stored = sum(part.nbytes for part in (*loaded.parameters(), *loaded.buffers()))
@@ -257,7 +257,7 @@ def test_weights_that_cannot_be_quantised(base: Path):
 @pytest.mark.slow
 def test_the_real_base_takes_half_a_byte_a_parameter():
     gs.fetch("smollm2-135m")
-    with Live() as live:
+    with LiveBytes() as live:
         model, _ = load_base("smollm2-135m", dtype="float32", quant="nf4")
     packed = packed_modules(model).values()
     count = sum(module.in_features * module.out_features for module in packed)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import gossamer as gs
-from bench.plan import Live
 from gossamer.errors import NonFiniteError, UsageError
+from gossamer.planning.live import LiveBytes
 from gossamer.quant import FORMATS, QuantizedLinear, format_of, linear, quantize_model, quantized
 
 every_format = pytest.mark.parametrize("quant", FORMATS)
@@ -106,7 +106,7 @@ def test_one_rebuilt_weight_lives_at_a_time(quant: str):
     x, whole = torch.randn(2, 256, requires_grad=True), 256 * 256 * 4
     net(x).sum().backward()  # tables are made once
     assert x.grad is not None
-    with Live([*net.buffers(), *net.parameters(), x, x.grad]) as live:
+    with LiveBytes([*net.buffers(), *net.parameters(), x, x.grad]) as live:
         before = live.now
         out = net(x).sum()
         assert whole <= live.peak - before < 1.1 * whole

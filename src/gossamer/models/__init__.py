@@ -5,25 +5,28 @@ Importing this package loads nothing heavy; torch and transformers come with the
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
-_HOME = {
-    "data_file": "catalog.catalog",
-    "fetch": "models.fetching",
-    "has_bfloat16_units": "models.load",
-    "load_base": "models.load",
-    "make_dense": "models.quantizer",
-    "quantize_base": "models.quantize",
-    "tiny": "testing.toys",
-    "tiny_inputs": "testing.toys",
-    "tiny_tokenizer": "testing.toys",
-    "write_model_folder": "models.write",
-}
+from gossamer.lazy import homes, lazy
+
+_HOME = homes(
+    {
+        "catalog.catalog": "CATALOG data_file home",
+        "models.fetching": "fetch",
+        "models.load": "has_bfloat16_units load_base",
+        "models.quantize": "quantize_base",
+        "models.quantizer": "make_dense",
+        "models.write": "write_model_folder",
+        "testing.toys": "tiny tiny_inputs tiny_tokenizer",
+    }
+)
+__getattr__ = lazy(__name__, _HOME)
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]  # one list, as in the package's own file
 
 if TYPE_CHECKING:
+    from gossamer.catalog.catalog import CATALOG as CATALOG
     from gossamer.catalog.catalog import data_file as data_file
+    from gossamer.catalog.catalog import home as home
     from gossamer.models.fetching import fetch as fetch
     from gossamer.models.load import has_bfloat16_units as has_bfloat16_units
     from gossamer.models.load import load_base as load_base
@@ -33,15 +36,6 @@ if TYPE_CHECKING:
     from gossamer.testing.toys import tiny as tiny
     from gossamer.testing.toys import tiny_inputs as tiny_inputs
     from gossamer.testing.toys import tiny_tokenizer as tiny_tokenizer
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name from its file, the first time it is used."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'gossamer.models' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gossamer.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
 
 
 def __dir__() -> list[str]:

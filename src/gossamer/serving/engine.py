@@ -1,7 +1,7 @@
 """One base, any number of adapters, another one in every row: schedule, run, settle, until none waits.
 
 schedule   which sequences take part in the next step, with how many tokens (`scheduler`, which knows no tensors)
-run        all of them through the model at once; each row with its own adapters (`models.steps`, `kernels.routed`)
+run        all of them through the model at once; each row with its own adapters (`running.steps`, `kernels.routed`)
 settle     draw a token for each that came to its end, finish those that are done, free their rows
 """
 
