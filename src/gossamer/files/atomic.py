@@ -89,18 +89,13 @@ def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises `StateError` when `path` exists and `replace` is false; `DiskError` when writing, flushing or renaming fails.
     """
-    path = Path(path)
-    _refuse_existing(path, replace)
-    temporary = _beside(path)
-    with _as_disk_error(path, temporary, None):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        try:
+    temporary = _beside(Path(path))
+    try:
+        with _filled_folder(temporary, Path(path), replace):
             yield temporary
-            _put(temporary, path, replace)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -113,29 +108,35 @@ def continued_folder(path: str | Path) -> Iterator[Path]:
     Raises `StateError` when `path` exists; `DiskError` when writing, flushing or renaming fails.
     """
     path = Path(path)
-    _refuse_existing(path, replace=False)
     temporary = path.parent / f"{path.name}{TEMPORARY_SUFFIX}"
-    with _as_disk_error(path, temporary, None):
-        temporary.mkdir(parents=True, exist_ok=True)
+    with _filled_folder(temporary, path, replace=False):
         yield temporary
-        _put(temporary, path, replace=False)
 
 
-def _put(temporary: Path, path: Path, replace: bool) -> None:
-    """Make a folder that is ready the one at `path`."""
-    old = _beside(path)
-    _settle_tree(temporary)
-    _refuse_existing(path, replace)  # someone else may have finished first
-    if _exists(path):
-        os.rename(path, old)
-    try:
-        os.rename(temporary, path)
-    except OSError:
-        if _exists(old):
-            os.rename(old, path)
-        raise
-    _remove(old)
-    _sync_folder(path.parent)
+@contextmanager
+def _filled_folder(temporary: Path, path: Path, replace: bool) -> Iterator[None]:
+    """Make the folder that the block fills the one at `path`."""
+    _refuse_existing(path, replace)
+    with _as_disk_error(path, temporary, None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(exist_ok=True)
+        yield
+        _settle_tree(temporary)
+        _refuse_existing(path, replace)  # someone else may have finished first
+        old = _beside(path)
+        if os.path.lexists(path):
+            os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if os.path.lexists(old):
+                os.rename(old, path)
+            raise
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
+        _sync_folder(path.parent)
 
 
 def require_space(path: Path, needed: int) -> None:
@@ -156,20 +157,9 @@ def _beside(path: Path) -> Path:
     return path.parent / f".{path.name[:60]}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}"
 
 
-def _exists(path: Path) -> bool:
-    return os.path.lexists(path)
-
-
 def _refuse_existing(path: Path, replace: bool) -> None:
-    if not replace and _exists(path):
+    if not replace and os.path.lexists(path):
         raise StateError("the folder exists already", where=str(path), hint="choose another name, or remove it first")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

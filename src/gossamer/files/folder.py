@@ -29,18 +29,18 @@ def missing_hint(folder: Path) -> str:
 
 
 def read_json(path: Path, missing: str = "") -> dict[str, Any]:
-    """A JSON object without duplicate keys. Raises `AdapterFileError`."""
+    """The JSON object in a file. Raises `AdapterFileError`."""
+    return json_object(_read_bytes(path, missing), str(path))
 
+
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """A JSON object without duplicate keys. Raises `AdapterFileError`."""
     try:
-        value = json.loads(_read_bytes(path), object_pairs_hook=_unique)
-    except OSError as error:
-        raise AdapterFileError(
-            "cannot read an adapter's file", where=str(path), got=error.strerror or str(error), hint=missing
-        ) from None
+        value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError("not valid JSON", where=str(path), got=str(error)) from None
+        raise AdapterFileError("not valid JSON", where=where, got=str(error)) from None
     if not isinstance(value, dict):
-        raise AdapterFileError("not a JSON object", where=str(path), got=type(value).__name__)
+        raise AdapterFileError("not a JSON object", where=where, got=type(value).__name__)
     return value
 
 
@@ -59,15 +59,11 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     path = folder / WEIGHTS
     refuse_pickle(folder)
+    content = _read_bytes(path)
     try:
-        content = _read_bytes(path)
         tensors = load_safetensors(content)
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length], object_pairs_hook=_unique)
-    except OSError as error:
-        raise AdapterFileError(
-            "cannot read an adapter's file", where=str(path), got=error.strerror or str(error)
-        ) from None
     except (SafetensorError, ValueError, KeyError) as error:
         raise AdapterFileError("not a whole safetensors file", where=str(path), got=str(error)) from None
     if not tensors:
@@ -103,8 +99,12 @@ def _check_numbers(tensors: Mapping[str, Tensor], where: str) -> None:
                 )
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, missing: str = "") -> bytes:
     """A regular file's bytes; a pipe or a device, which could block for ever, is not opened."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(errno.EINVAL, "not a regular file")
-    return path.read_bytes()
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return path.read_bytes()
+    except OSError as error:
+        got = error.strerror or str(error)
+        raise AdapterFileError("cannot read an adapter's file", where=str(path), got=got, hint=missing) from None

@@ -23,7 +23,7 @@ from gossamer.files.atomic import new_folder, write_bytes, write_json
 from gossamer.files.folder import CONFIG, OURS, WEIGHTS, missing_hint, read_json, read_tensors
 from gossamer.files.layouts import layout_for, layout_of, reading
 from gossamer.files.layouts.writing import config_of, encode
-from gossamer.files.seal import check_base, check_tensors, read_seal, same_config, sealed_file
+from gossamer.files.seal import check_base, check_tensors, read_seal, same_config, sealed_file, unordered
 from gossamer.methods import method_from_dict
 from gossamer.methods.peft import PeftLayout
 
@@ -86,7 +86,7 @@ def _verified(
         raise _changed(folder, {"peft_type": layout_for(spec).peft_type}, config)
     adapter = Adapter(spec, reading.restored(layout, spec, tensors), base, provenance, config)
     written = config_of(adapter, str(folder / CONFIG))
-    changed = {key: written[key] for key in written if _unordered(written[key]) != _unordered(config.get(key))}
+    changed = {key: written[key] for key in written if unordered(written[key]) != unordered(config.get(key))}
     if changed:
         raise _changed(folder, changed, config)
     if adapter.digest != expected:
@@ -107,10 +107,6 @@ def _changed(folder: Path, written: Mapping[str, Any], config: Mapping[str, Any]
         expected=", ".join(f"{key}={value!r}" for key, value in written.items()),
         hint=f"if the change is meant, delete {OURS}",
     )
-
-
-def _unordered(value: Any) -> Any:
-    return sorted(value, key=str) if isinstance(value, list) else value
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gossamer.adapter import Adapter, hash_tensors
 from gossamer.errors import AdapterFileError
+from gossamer.files.shards import header_bytes
 from gossamer.methods.peft import DESCRIPTIVE
 
 PEFTS = {"format": "pt"}
@@ -37,9 +38,7 @@ def sealed_file(adapter: Adapter, config: Mapping[str, Any], tensors: Mapping[st
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     header["__metadata__"] = PEFTS | {KEY: json.dumps(seal, sort_keys=True)}  # safetensors would shuffle the two
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[start:]))
+    return b"".join((header_bytes(header), memoryview(content)[start:]))
 
 
 def read_seal(found: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -82,10 +81,14 @@ def same_config(config: Mapping[str, Any], seal: Mapping[str, Any]) -> bool:
     return not seal or _meaning(config) == seal["config"]
 
 
+def unordered(value: Any) -> Any:
+    """A value of PEFT's config with its lists sorted."""
+    return sorted(value, key=str) if isinstance(value, list) else value
+
+
 def _meaning(config: Mapping[str, Any]) -> str:
     """sha256 of the keys that change how tensors act; lists stand for sets, which PEFT writes in any order."""
-    kept = {key: value for key, value in config.items() if key not in DESCRIPTIVE}
-    kept = {key: sorted(value, key=str) if isinstance(value, list) else value for key, value in kept.items()}
+    kept = {key: unordered(value) for key, value in config.items() if key not in DESCRIPTIVE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

@@ -151,9 +151,7 @@ class Outline:
             size = torch.Size(shape).numel() * dtype.itemsize
             head[name] = {"dtype": _NAMES[dtype], "shape": [*shape], "data_offsets": [place, place + size]}
             place += size
-        text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)  # the tensors begin on a multiple of eight bytes
-        return len(text).to_bytes(8, "little") + text
+        return header_bytes(head)
 
     @property
     def nbytes(self) -> int:
@@ -161,6 +159,13 @@ class Outline:
         return len(self.header()) + sum(
             torch.Size(shape).numel() * dtype.itemsize for dtype, shape in self.tensors.values()
         )
+
+
+def header_bytes(head: Mapping[str, Any]) -> bytes:
+    """The header of a safetensors file as the file begins with it; the tensors then stand on a multiple of 8 bytes."""
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_shard(

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gossamer.errors import AdapterFileError, UnsupportedError
+from gossamer.files.folder import json_object
 from gossamer.files.foreign.factors import Factors
-from gossamer.files.foreign.format import BaseFacts, ForeignFile, ForeignFormat, json_object, number_in
+from gossamer.files.foreign.format import BaseFacts, ForeignFile, ForeignFormat, number_in
 
 METADATA = "lora_adapter_metadata"
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")

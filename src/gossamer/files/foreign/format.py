@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -176,17 +175,6 @@ def _number(tensor: Tensor, where: str) -> float:
     if tensor.numel() != 1:
         raise AdapterFileError("an alpha that is not one number", where=where, got=str(tensor.shape))
     return float(tensor.item())
-
-
-def json_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object out of a metadata string. Raises `AdapterFileError`."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError("not valid JSON", where=where, got=str(error)) from None
-    if not isinstance(value, dict):
-        raise AdapterFileError("not a JSON object", where=where, got=type(value).__name__)
-    return value
 
 
 def number_in(values: Mapping[str, Any], key: str, where: str) -> float:

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 import torch
 
 from gossamer.errors import AdapterFileError, UnsupportedError
+from gossamer.files.folder import json_object
 from gossamer.files.foreign.diffusers import component_of
 from gossamer.files.foreign.factors import Factors
-from gossamer.files.foreign.format import BaseFacts, ForeignFile, ForeignFormat, json_object, needed
+from gossamer.files.foreign.format import BaseFacts, ForeignFile, ForeignFormat, needed
 
 PATHS = "gossamer.paths"
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}

@@ -27,9 +27,10 @@ _OLD = re.compile(
     r"(?P<block>.+)\.(block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\.(?P<matrix>w[123]|(gate|up|down)_proj)"
 )
 _PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+_STACKS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
-Experts = dict[str, dict[int, tuple[str, Tensor, Tensor]]]
-"""Part -> expert -> old path, A, B."""
+Experts = dict[int, tuple[str, Tensor, Tensor]]
+"""Expert -> old path, A, B."""
 
 
 def is_old(tensors: Tensors) -> bool:
@@ -47,7 +48,7 @@ def stacked_anew(
 
     Raises `AdapterFileError` where experts differ in what they have, or gate and up in their scaling.
     """
-    blocks: dict[str, Experts] = {}
+    blocks: dict[str, dict[str, Experts]] = {}
     anew: dict[str, dict[str, Tensor]] = {}
     for path, slots in tensors.items():
         old = _OLD.fullmatch(path)
@@ -80,7 +81,7 @@ def stacked_anew(
     return dict(config) | changed, anew
 
 
-def _fused(parts: Experts, path: str, where: str) -> dict[str, list[dict[int, tuple[str, Tensor, Tensor]]]]:
+def _fused(parts: Mapping[str, Experts], path: str, where: str) -> dict[str, list[Experts]]:
     """New name -> the old matrices that it is made of, gate before up; every expert has all of them."""
     everyone = {*range(1 + max(expert for experts in parts.values() for expert in experts))}
     for part, experts in parts.items():
@@ -93,14 +94,10 @@ def _fused(parts: Experts, path: str, where: str) -> dict[str, list[dict[int, tu
             where=f"{where}: {path}",
             got=", ".join(parts),
         )
-    fused = {"gate_up_proj": [parts[part] for part in ("gate", "up") if part in parts]}
-    fused["down_proj"] = [parts[part] for part in ("down",) if part in parts]
-    return {name: matrices for name, matrices in fused.items() if matrices}
+    return {name: [parts[part] for part in stack] for name, stack in _STACKS.items() if stack[0] in parts}
 
 
-def _one_pair(
-    matrices: list[dict[int, tuple[str, Tensor, Tensor]]], spec: Factored, where: str
-) -> tuple[Tensor, Tensor, int, float]:
+def _one_pair(matrices: list[Experts], spec: Factored, where: str) -> tuple[Tensor, Tensor, int, float]:
     """A (experts * rank, in), expert by expert; B (out, rank * experts), rank by rank; rank and alpha of the pair."""
     inners, outers = [], []
     used = {(spec.rank_at(path), spec.scaling_at(path)) for experts in matrices for path, _, _ in experts.values()}

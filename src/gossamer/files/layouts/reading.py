@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gossamer.adapter import Tensors
 from gossamer.errors import AdapterFileError, SpecError, UnsupportedError, nearest
-from gossamer.files.layouts import copies, experts, stacked
+from gossamer.files.layouts import experts, stacked
 from gossamer.methods import METHODS, TargetedMethod
 from gossamer.methods.factored import Factored
 from gossamer.methods.peft import ConfigKey, PeftLayout, check_names, listed, token_rows
@@ -20,6 +20,7 @@ from gossamer.methods.tokens import SLOT
 
 _NOTHING: tuple[Any, ...] = (None, False, {}, [])
 """What says nothing, whatever the key: a feature of a newer or another PEFT that is off."""
+_HEADS = ("lm_head", "embed_out")
 
 
 def check_keys(layout: PeftLayout, config: Mapping[str, Any], where: str) -> None:
@@ -63,7 +64,7 @@ def sorted_out(layout: PeftLayout, stored: Mapping[str, Tensor], config: Mapping
             _place(tensors, module, slot, tensor, f"{where}: {name}")
     for path, slot, tensor in stacked.unnested(nested, config, where):
         _place(tensors, path, slot, tensor, where)
-    copies.dropped(bases, tensors, where)
+    _drop_copies(bases, tensors, where)
     return tensors
 
 
@@ -94,6 +95,38 @@ def _place(tensors: dict[str, dict[str, Tensor]], path: str, slot: str, tensor: 
     if slot in slots:
         raise AdapterFileError("two tensors for one place", where=where, got=f"{path}.{slot}")
     slots[slot] = tensor
+
+
+def _drop_copies(copies: Mapping[str, Tensor], tensors: Tensors, where: str) -> None:
+    """Accept `<path>.base_layer.weight` where it is a copy of the base's own embedding or head, as PEFT writes them.
+
+    Raises `AdapterFileError` for any other module's, or of another shape than the factors have.
+    """
+    for path, weight in copies.items():
+        slots = tensors.get(path, {})
+        embedding = "lora_embedding_A" in slots and "lora_embedding_B" in slots
+        first, second = ("lora_embedding_B", "lora_embedding_A") if embedding else ("lora_A", "lora_B")
+        named = embedding or path.rpartition(".")[2] in _HEADS
+        if not named or any(name not in slots or slots[name].ndim != 2 for name in (first, second)):
+            raise AdapterFileError(
+                "a weight of the base's own, which no adapter changes",
+                where=f"{where}: {path}.base_layer.weight",
+                expected="such a copy beside the factors of an embedding or a head only",
+            )
+        expected = (slots[second].shape[1 if embedding else 0], slots[first].shape[0 if embedding else 1])
+        if tuple(weight.shape) != expected:
+            raise AdapterFileError(
+                "a copy of the base's weight that does not fit the factors beside it",
+                where=f"{where}: {path}.base_layer.weight",
+                got=str(tuple(weight.shape)),
+                expected=str(expected),
+            )
+    if copies:
+        warnings.warn(
+            f"{where}: copies of the base's own weights are left out, the model has them: {', '.join(copies)} "
+            "(if they had been changed, for example by a resized vocabulary, load them into the model first)",
+            stacklevel=2,
+        )
 
 
 def renewed(layout: PeftLayout, config: dict[str, Any], tensors: Tensors, where: str) -> tuple[dict[str, Any], Tensors]:

@@ -21,8 +21,7 @@ from gossamer.methods.targeted import exactly
 
 def encode(adapter: Adapter, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's config, and the tensors under their names in the file; warns of what PEFT would misread."""
-    layout = layout_for(_spec(adapter))
-    stored = _stored(layout, adapter)
+    layout, stored = _stored(adapter)
     tensors = {
         _name(layout, path, slot, slots): tensor.detach().clone().contiguous()
         for path, slots in stored.adapter.tensors.items()
@@ -35,8 +34,7 @@ def encode(adapter: Adapter, where: str) -> tuple[dict[str, Any], dict[str, Tens
 
 def config_of(adapter: Adapter, where: str) -> dict[str, Any]:
     """PEFT's config of an adapter."""
-    layout = layout_for(_spec(adapter))
-    return _config(layout, _stored(layout, adapter), where)
+    return _config(*_stored(adapter), where)
 
 
 def _config(layout: PeftLayout, stored: Stored, where: str) -> dict[str, Any]:
@@ -52,13 +50,10 @@ def _config(layout: PeftLayout, stored: Stored, where: str) -> dict[str, Any]:
     return defaults | dict(foreign) | _targeting(layout, stored) | _said(layout, stored) | dict(layout.given) | facts
 
 
-def _spec(adapter: Adapter) -> TargetedMethod:
+def _stored(adapter: Adapter) -> tuple[PeftLayout, Stored]:
+    """The layout, and spec and tensors as the file says them, and which modules the config names."""
     assert isinstance(adapter.spec, TargetedMethod)
-    return adapter.spec
-
-
-def _stored(layout: PeftLayout, adapter: Adapter) -> Stored:
-    """Spec and tensors as the file says them, and which modules the config names."""
+    layout = layout_for(adapter.spec)
     spec, tensors = layout.encode(adapter.spec, adapter.tensors)
     if layout.mark:
         tensors = {
@@ -66,9 +61,8 @@ def _stored(layout: PeftLayout, adapter: Adapter) -> Stored:
             for path, slots in tensors.items()
         }
     targets, parameters = named_targets(layout, tensors), stacked.parameters_in(tensors)
-    return Stored(
-        replace(adapter, spec=spec, tensors=tensors), targets, parameters, _resolved(layout, spec, targets, parameters)
-    )
+    resolved = _resolved(layout, spec, targets, parameters)
+    return layout, Stored(replace(adapter, spec=spec, tensors=tensors), targets, parameters, resolved)
 
 
 def _name(layout: PeftLayout, path: str, slot: str, slots: Mapping[str, Tensor]) -> str:
