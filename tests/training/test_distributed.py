@@ -26,13 +26,13 @@ from gossamer.errors import DiskError, StateError, UnsupportedError, UsageError
 from gossamer.models import tiny_tokenizer
 from gossamer.quant import quantize_model
 from gossamer.training.evaluate import pad_id
-from gossamer.training.interrupt import StopRequest, interruptible
 from gossamer.training.loss import supervised_nll
 from gossamer.training.memory import checkpointing
 from gossamer.training.runs.checkpoint import newest_checkpoint, save_checkpoint
 from gossamer.training.spread.exchange import shares
 from gossamer.training.spread.sharding import Sharding, is_sharded, shard
 from gossamer.training.spread.world import World, _round
+from gossamer.training.stopping import StopRequest, interruptible
 from tests.house.tree import ROOT
 from tests.training.worlds import STEPS, Failed, Learned, in_world, learn, rows, toy
 

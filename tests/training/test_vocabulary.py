@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from gossamer.models import tiny_tokenizer
-from gossamer.training.runs.tokenizer import keep_tokenizer
+from gossamer.training.runs.outcome import keep_tokenizer
 from tests.training.toy_run import toy_config, toy_train
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -107,12 +108,8 @@ def plan_batches(
     order = _shuffled(range(len(lengths)), draw) if shuffle else list(range(len(lengths)))
     rows = batch_size if tokens is None else max(1, tokens * len(lengths) // max(1, sum(lengths)))
     windows = [sorted(window, key=lengths.__getitem__) for window in _chunks(order, _WINDOW * rows)]
-    cut = (
-        (lambda window: _chunks(window, batch_size))
-        if tokens is None
-        else (lambda window: _filled(window, lengths, tokens))
-    )
-    batches = [batch for window in windows for batch in cut(window)]
+    cut = [_chunks(one, batch_size) if tokens is None else _filled(one, lengths, tokens) for one in windows]
+    batches = [*chain(*cut)]
     return _shuffled(batches, draw) if shuffle else batches
 
 
@@ -172,20 +169,16 @@ def joined(batches: Sequence[Batch]) -> Batch:
     """Packed batches as one packed batch; what the rows of one of them share, the others do not."""
     if len(batches) == 1:
         return batches[0]
-    packings, positions, at, first = [], [], [], 0
-    for batch in batches:
-        assert batch.packing is not None, "only packed rows can be put one after another"
-        assert batch.position_ids is not None
-        packings.append(batch.packing)
-        positions.append(batch.position_ids)
-        at.append(batch.at + first)
-        first += batch.input_ids.shape[1]
+    packings = [batch.packing for batch in batches if batch.packing is not None]
+    assert len(packings) == len(batches), "only packed rows can be put one after another"
+    positions = [batch.position_ids for batch in batches if batch.position_ids is not None]
+    starts = accumulate((batch.input_ids.shape[1] for batch in batches), initial=0)
     return Batch(
         torch.cat([batch.input_ids for batch in batches], 1),
         batches[0].attention_mask,
         torch.cat(positions, 1),
         Packing.joined(packings).to(batches[0].input_ids.device),
-        torch.cat(at),
+        torch.cat([batch.at + start for batch, start in zip(batches, starts, strict=False)]),
         torch.cat([batch.targets for batch in batches]),
         tuple(count for batch in batches for count in batch.counts),
         sum(batch.tokens for batch in batches),

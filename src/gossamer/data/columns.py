@@ -101,20 +101,8 @@ _METADATA_OF_TEXTS = ("input", "label", "context", "contexts", "document", "docu
 _PLACEHOLDERS = {"images": "<image>", "videos": "<video>", "audios": "<audio>"}
 
 _PROMPTS = ("question", "query", "input", "human", "source", "user", "request", "problem", "q")
-_ANSWERS = (
-    "answer",
-    "response",
-    "output",
-    "target",
-    "bot",
-    "assistant",
-    "reply",
-    "solution",
-    "summary",
-    "gpt",
-    "a",
-    "label",
-)
+_ANSWERS = ("answer", "response", "output", "target", "bot", "assistant", "reply", "solution", "summary", "gpt", "a",
+            "label")  # fmt: skip
 _TEXTS = ("content", "body", "sentence", "document", "article", "raw_text")
 _CHATS = ("message", "conversation", "dialog", "dialogue", "dialogs", "dialogues", "chat", "chats", "turns")
 

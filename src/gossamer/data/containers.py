@@ -36,6 +36,10 @@ _WIDE_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+NumberedRecords = list[tuple[int, dict[str, Any]]]
+"""Row number and fields of each record."""
+
+
 class RowFaults:
     """Everything wrong with a set of rows, collected until `check` raises it as one `DataError`."""
 
@@ -69,7 +73,7 @@ class Table:
     path: str
     container: str
     digest: str
-    records: list[tuple[int, dict[str, Any]]]
+    records: NumberedRecords
 
 
 def read_table(path: str | os.PathLike[str], faults: RowFaults) -> Table:
@@ -84,10 +88,7 @@ def read_table(path: str | os.PathLike[str], faults: RowFaults) -> Table:
         raise DataError("the file is not UTF-8", where=str(path), got="UTF-16 or UTF-32", expected="UTF-8",
                         hint="convert it, for example with: iconv -f UTF-16 -t UTF-8")  # fmt: skip
     wrapped = _object_over_lines(data, faults) if container == "jsonl" else None
-    if wrapped:
-        container, records = wrapped
-    else:
-        records = list(_READERS[container](data, faults)) if wrapped is None else []
+    container, records = wrapped or (container, list(_READERS[container](data, faults)))
     if not records and not faults.found:
         raise DataError("the file holds no rows", where=str(path), got=f"{len(data):,} bytes")
     return Table(str(path), container, hashlib.sha256(data).hexdigest(), records)
@@ -146,12 +147,10 @@ def _read_jsonl(data: bytes, faults: RowFaults) -> Iterator[tuple[int, dict[str,
             yield number, record
 
 
-def _object_over_lines(
-    data: bytes, faults: RowFaults
-) -> tuple[str, list[tuple[int, dict[str, Any]]]] | tuple[()] | None:
-    """The rows of a file that is one JSON object, in the one list that it holds beside no fields of a row.
+def _object_over_lines(data: bytes, faults: RowFaults) -> tuple[str, NumberedRecords] | None:
+    """Container and rows of a file that is one JSON object, in the one list that it holds beside no fields of a row.
 
-    None for proper JSON Lines, and where the object cannot be read; `()`, with one fault noted, for objects that are
+    None for proper JSON Lines, and where the object cannot be read; no rows, with one fault noted, for objects that are
     written over several lines each, or one in which it is not clear what the rows are.
     """
     first = next(filter(None, map(bytes.strip, data[:LONGEST_LINE].splitlines())), b"").removeprefix(codecs.BOM_UTF8)
@@ -165,7 +164,7 @@ def _object_over_lines(
         if first != b"{":  # no line of JSON Lines, so the file is an object that is not right
             return None
         faults.add(1, _json_reason(error))
-        return ()
+        return "json", []
     if not isinstance(value, dict):
         return None
     lists = [key for key, inner in value.items() if inner and isinstance(inner, list) and isinstance(inner[0], dict)]
@@ -173,7 +172,7 @@ def _object_over_lines(
     if text[end:].strip():
         lines = text.count("\n", 0, end) + 1
         faults.add(1, f"the object goes on for {lines} lines; JSON Lines has one object a line, JSON an array of them")
-        return ()
+        return "json", []
     if len(rows) == len(lists) == 1:
         source = json.dumps(value[rows[0]])  # read again, strictly and element by element
         return f"json, the list {rows[0]!r}", list(_read_json(source.encode(), faults))
@@ -181,7 +180,7 @@ def _object_over_lines(
         return None
     found = f"several lists: {', '.join(rows)}" if len(rows) > 1 else f"the fields {', '.join(value) or 'of nothing'}"
     faults.add(1, f"the file is one object with {found}; a .json data file holds an array of objects, one for each row")
-    return ()
+    return "json", []
 
 
 def _read_json(data: bytes, faults: RowFaults) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -265,7 +264,7 @@ def _constant(name: str) -> NoReturn:
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def _read_csv(data: bytes, faults: RowFaults) -> list[tuple[int, dict[str, Any]]]:
+def _read_csv(data: bytes, faults: RowFaults) -> NumberedRecords:
     """Comma-separated values with a header line; a record may span lines inside quotes."""
     before = csv.field_size_limit(LONGEST_LINE)  # one setting for the whole process, so it is put back
     try:
@@ -274,9 +273,9 @@ def _read_csv(data: bytes, faults: RowFaults) -> list[tuple[int, dict[str, Any]]
         csv.field_size_limit(before)
 
 
-def _csv_records(reader: Any, faults: RowFaults) -> list[tuple[int, dict[str, Any]]]:
+def _csv_records(reader: Any, faults: RowFaults) -> NumberedRecords:
     header: list[str] = []
-    records: list[tuple[int, dict[str, Any]]] = []
+    records: NumberedRecords = []
     while True:
         line = reader.line_num + 1
         try:

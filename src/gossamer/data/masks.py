@@ -44,6 +44,11 @@ class Example:
         """The number of tokens before the first supervised one."""
         return self.supervised.index(True)
 
+    @property
+    def answer_start(self) -> int:
+        """Where the last run of supervised tokens begins."""
+        return len(self.ids) - [*self.supervised[::-1], False].index(False)
+
 
 @dataclass(frozen=True)
 class Encoding(Sequence[Example]):
@@ -186,7 +191,7 @@ def label_ids(labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, row: Ro
     rows = [replace(row.answering(label), where=f"label {label!r}") for label in labels]
     options: dict[str, Any] = {"add_eos": add_eos, "chat_template": chat_template, "date": date}
     examples = encode(rows, tokenizer, max_length=2**31, **options)
-    found = tuple(tuple(example.ids[_last_run(example.supervised) :]) for example in examples)
+    found = tuple(tuple(example.ids[example.answer_start :]) for example in examples)
     for label, ids in zip(labels, found, strict=True):
         twin = labels[found.index(ids)]
         if twin != label:
@@ -203,11 +208,6 @@ def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
         pieces.append((text[len(shown) :], example.supervised[end - 1]))
         shown = text
     return pieces
-
-
-def _last_run(supervised: list[bool]) -> int:
-    """Where the supervised tokens at the end of an example begin."""
-    return len(supervised) - supervised[::-1].index(False)
 
 
 def _written(row: Row, renderer: ChatRenderer, faults: RowFaults, hints: dict[str, None]) -> list[MaskedText]:

@@ -37,29 +37,22 @@ def adapter_to_train(model: nn.Module) -> str:
             hint=f"use(model, {names[0]!r})",
         )
     use(model, *running)  # refuses while merged
-    _check_parameters(model, trainable_parameters(model, names[0]))
-    return names[0]
-
-
-def _check_parameters(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
-    ours = {id(parameter) for parameter in trainable.values()}
-    strangers = [
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in ours
-    ]
-    if strangers:
+    trainable = trainable_parameters(model, names[0])
+    ours = {*map(id, trainable.values())}
+    if strangers := [name for name, one in model.named_parameters() if one.requires_grad and id(one) not in ours]:
         raise StateError(
             "parameters of the base ask for gradients, but only the adapter's are trained",
             got=", ".join(strangers[:3]),
             hint="name their modules in modules_to_save",
         )
-    narrow = [name for name, parameter in trainable.items() if parameter.dtype != torch.float32]
-    if narrow:
+    if narrow := [name for name, parameter in trainable.items() if parameter.dtype != torch.float32]:
         raise StateError(
             "adapters are trained in float32",
             where=narrow[0],
             got=str(trainable[narrow[0]].dtype),
             hint="give the base its dtype before attaching; it does not have to be float32",
         )
+    return names[0]
 
 
 def refuse_misfits(model: nn.Module, examples: Iterable[Example]) -> None:
@@ -68,7 +61,9 @@ def refuse_misfits(model: nn.Module, examples: Iterable[Example]) -> None:
     Virtual tokens stand in front of a row and take positions as well.
     """
     words = getattr(text_config(getattr(model, "config", None)), "vocab_size", None)
-    virtual = _virtual_tokens(model)
+    running = {name for one in active(model) for name in ([one] if isinstance(one, str) else one)}
+    layers = [layer for name in running for layer in require_host(model).layers_of(name).values()]
+    virtual = sum(len(layer.prompt_embeddings) for layer in layers if isinstance(layer, VirtualTokensLayer))
     room = positions(model)
     room = None if room is None else room - virtual
     for example in examples:
@@ -87,17 +82,6 @@ def refuse_misfits(model: nn.Module, examples: Iterable[Example]) -> None:
                 expected=f"at most {room:,}" + (f", as {virtual} virtual tokens stand before them" if virtual else ""),
                 hint=f"set max_length to {room} or less, and overlong to drop or truncate",
             )
-
-
-def _virtual_tokens(model: nn.Module) -> int:
-    """How many virtual tokens the adapters that run put in front of every row."""
-    running = {name for one in active(model) for name in ([one] if isinstance(one, str) else one)}
-    return sum(
-        len(layer.prompt_embeddings)
-        for name in running
-        for layer in require_host(model).layers_of(name).values()
-        if isinstance(layer, VirtualTokensLayer)
-    )
 
 
 def audit_gradients(trainable: Mapping[str, nn.Parameter], sites: Mapping[str, str]) -> None:

@@ -10,7 +10,8 @@ Next-token training of such a model ends at a loss of nearly nothing and a model
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from weakref import WeakSet
 
 import torch
@@ -79,14 +80,18 @@ def _leak(model: nn.Module, first: int) -> tuple[int, int, float] | None:
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """The base's own logits, in evaluation mode; adapters and modes are as they were afterwards."""
-    training = [module for module in model.modules() if module.training]
     host = find_host(model)
-    with ExitStack() as stack:
-        if host is not None:
-            stack.enter_context(host.running(BASE_ALONE))
-        try:
-            model.eval()
-            return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        finally:
-            for module in training:
-                module.training = True
+    with keeping_modes(model), host.running(BASE_ALONE) if host is not None else nullcontext():
+        model.eval()
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Give each module its mode, training or not, back after a block."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from gossamer.data.sources import Records
 from gossamer.errors import UsageError
 from gossamer.running.fast import Fast, fast_path
 from gossamer.training.audit import refuse_misfits
+from gossamer.training.causal import keeping_modes
 from gossamer.training.config import DataFiles
 from gossamer.training.loss import supervised_nll
 from gossamer.training.tasks import DEFAULT, TASKS, task_of
@@ -130,17 +131,6 @@ class Evaluation:
             packed = packing and way.packed
             layout = BatchLayout(self.pad_id, next(model.parameters()).device, packed=packed)
             return self.task.judge(model, self.examples, EvaluationPass(layout, self.at_once, tick))
-
-
-@contextmanager
-def keeping_modes(model: nn.Module) -> Iterator[None]:
-    """Give each module its mode, training or not, back after a block."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -26,16 +26,17 @@ from gossamer.errors import GossamerError, Interrupted
 from gossamer.progress import Progress
 from gossamer.running.fast import fast_path
 from gossamer.training.audit import adapter_to_train, refuse_misfits
+from gossamer.training.causal import keeping_modes
 from gossamer.training.config import RunConfig
 from gossamer.training.dataset import EncodedDataset, Files
-from gossamer.training.evaluate import keeping_modes, pad_id
-from gossamer.training.interrupt import interruptible
+from gossamer.training.evaluate import pad_id
 from gossamer.training.memory import agreed, checkpointing
 from gossamer.training.runs.folder import open_run
 from gossamer.training.runs.outcome import Run, run_config
 from gossamer.training.spread.exchange import MicroBatch
 from gossamer.training.spread.world import World
 from gossamer.training.state import TrainState
+from gossamer.training.stopping import interruptible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -96,10 +96,8 @@ class TrainState:
         self.draws = drops_out(self.model, self.active)
         outer = self.whole.method.outer_slots
         self.kind, self.kind_rule = usable_optimizer(config.optimizer, self.device)
-        neutral = self._neutral() if config.weight_decay else {}
-        self.optimizer = make_optimizer(
-            self.parameters, config.weight_decay, outer, config.lr_ratio, self.kind, neutral
-        )
+        decay, neutral = config.weight_decay, self._neutral() if config.weight_decay else {}
+        self.optimizer = make_optimizer(self.parameters, decay, outer, config.lr_ratio, self.kind, neutral)
         self.warmup = warmup_steps(config.warmup, self.steps.total)
         self.lr, self.lr_rule = peak_lr(self.model.config, self.whole)
         self.random = random_state(self.device)
@@ -114,8 +112,7 @@ class TrainState:
     def _neutral(self) -> dict[str, Tensor | None]:
         """What weight decay pulls parameters to; a line names those that it leaves alone."""
         neutral = neutral_values(self.model, self.name)
-        spread = [name for name, goal in neutral.items() if isinstance(goal, DTensor)]
-        if spread:
+        if spread := [name for name, goal in neutral.items() if isinstance(goal, DTensor)]:
             raise UnsupportedError(
                 "weight decay pulls these to the base's own values, which are spread over processes",
                 where=", ".join(spread[:3]),
@@ -161,9 +158,9 @@ class TrainState:
         self.identity = identity(self, start)
         self.world.require_same("run", self.identity)
         self.world.copy_from_first(self.parameters.values())
-        checkpoint = (
-            self.world.first(lambda: newest_checkpoint(self.folder.checkpoints, self.show.say)) if self.resume else None
-        )
+        checkpoint = None
+        if self.resume:
+            checkpoint = self.world.first(lambda: newest_checkpoint(self.folder.checkpoints, self.show.say))
         if checkpoint:
             checkpoint.refuse_other_run(self.identity, free={f"train.{name}" for name in FREE_ON_RESUME})
         self.world.first(lambda: write_text(self.folder.config, self.whole.to_yaml()))
@@ -287,13 +284,13 @@ class TrainState:
         """Measure the held-out rows again, and write what a finished run leaves, unless that is there already."""
         best = self._back_to_best()
         adapter = capture(self.model, self.name)
-        outcome = self.world.first(lambda: read_outcome(self.folder, adapter)) if self.first == self.step else None
-        if outcome is None:
+        run = self.world.first(lambda: read_outcome(self.folder, adapter)) if self.first == self.step else None
+        if run is None:
             after = self._evaluate("after training")
             figures = self._figures() | best | {"steps": self.step, "processes": self.world.size}
             written = self.folder, self.whole, self.model, adapter, self.dataset, self.before, after, figures
-            outcome = self.world.first(lambda: write_outcome(*written, self.tokenizer))
-        return Run(self.folder.path, outcome.report, outcome.adapter)
+            run = self.world.first(lambda: write_outcome(*written, self.tokenizer))
+        return run
 
     def _back_to_best(self) -> dict[str, int]:
         """Take the factors of the best evaluation, if there was patience for one. Raises `CheckpointError`."""

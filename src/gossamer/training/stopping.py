@@ -1,17 +1,58 @@
-"""Early stopping: a run ends once the held-out loss has not become better for a while, with the factors of its best.
+"""What ends a run before its last step: a signal, or a held-out loss that has not become better for a while.
 
 Source: Prechelt 1998, "Early Stopping - But When?", section 2.2: the criterion UP_s.
 """
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from types import FrameType
 from typing import Any
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class StopRequest:
+    """Whether a signal asked the run to stop, and which: empty until then."""
+
+    signal = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.signal)
+
+
+@contextmanager
+def interruptible() -> Iterator[StopRequest]:
+    """Turn SIGINT, SIGTERM and SIGUSR1 into a request that the loop meets at its next step boundary.
+
+    A second signal raises `KeyboardInterrupt` at once. The handlers that were there before come back after the block.
+    Outside the main thread, where Python allows no handlers, signals keep their meaning.
+    """
+    request = StopRequest()
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if request:
+            raise KeyboardInterrupt
+        request.signal = signal.Signals(number).name
+
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass
 class Stopping:
-    """What the evaluations so far say. Without patience they are only counted.
+    """What the evaluations so far say; the run ends with the factors of the best. Without patience they are counted.
 
     Attributes:
         patience: evaluations in a row that may be no better than the best one.

@@ -155,15 +155,12 @@ class _Room:
     failed: dict[str, GossamerError] = field(default_factory=dict)
     measured: dict[Any, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.datasets = EncodedDatasets(self.model, self.tokenizer)
-
     def train(self) -> dict[str, Run]:
         """Make a state of every job that can be begun, and let them learn."""
-        states = []
+        states, datasets = [], EncodedDatasets(self.model, self.tokenizer)
         for name, job in self.jobs.items():
             try:
-                states.append(self._state(name, job))
+                states.append(self._state(name, job, datasets))
             except GossamerError as error:
                 self.failed[name] = error
                 self.remove(name)
@@ -182,12 +179,12 @@ class _Room:
             if name in attached(self.model):
                 detach(self.model, name)
 
-    def _state(self, name: str, job: Job) -> TrainState:
+    def _state(self, name: str, job: Job, datasets: EncodedDatasets) -> TrainState:
         config = job.config
         show = _Named(self.show, name)
         resume = self.world.first(lambda: self.resume and Path(config.output).is_dir())
         folder = self.folders.enter_context(self.world.opened(lambda: open_run(config.output, resume=resume)))
-        dataset = self.datasets.read(config, show, self.world.first(folder.began))
+        dataset = datasets.read(config, show, self.world.first(folder.began))
         attach(self.model, job.method, name, seed=config.train.seed)
         whole = run_config(self.model, name, config)
         shared: dict[str, Any] = {"measured": self.measured, "world": self.world}
@@ -200,11 +197,8 @@ def _check(model: PreTrainedModel, jobs: Mapping[str, Job], resume: bool, world:
         raise UsageError("there is nothing to train", expected="at least one job")
     if attached(model):
         if trainable := [name for name in attached(model) if trainable_parameters(model, name)]:
-            raise StateError(
-                "an adapter that trains is attached already, and would not be trained",
-                got=", ".join(trainable),
-                hint="detach it, or make it one of the jobs",
-            )
+            what = "an adapter that trains is attached already, and would not be trained"
+            raise StateError(what, got=", ".join(trainable), hint="detach it, or make it one of the jobs")
         if taken := [name for name in jobs if name in attached(model)]:
             raise StateError("an adapter of this name is attached already", got=", ".join(taken))
     for one in jobs.values():
@@ -215,21 +209,15 @@ def _check(model: PreTrainedModel, jobs: Mapping[str, Job], resume: bool, world:
             got=", ".join(sharding),
             hint="shard: none; each process then holds the whole base",
         )
-    outputs = {name: Path(one.config.output) for name, one in jobs.items()}
     owners: dict[Path, str] = {}
-    for name, output in outputs.items():
-        if other := owners.get(output.absolute()):
-            raise UsageError(
-                "two jobs would write to one folder",
-                where=str(output),
-                got=f"{other} and {name}",
-                hint="one folder a job",
-            )
-        owners[output.absolute()] = name
+    for name, one in jobs.items():
+        output = Path(one.config.output)
+        if (other := owners.setdefault(output.absolute(), name)) != name:
+            both = f"{other} and {name}"
+            raise UsageError("two jobs would write to one folder", where=str(output), got=both, hint="one folder a job")
     if resume and not any(output.is_dir() for output in owners):
-        raise CheckpointError(
-            "there is no run to resume", where=", ".join(map(str, owners)), hint="start without resume"
-        )
+        places = ", ".join(map(str, owners))
+        raise CheckpointError("there is no run to resume", where=places, hint="start without resume")
 
 
 class _Named:

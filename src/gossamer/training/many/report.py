@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from gossamer.files.atomic import write_text
 from gossamer.pages import charts
 from gossamer.pages.shell import header, page, section
 from gossamer.pages.sizes import duration
-from gossamer.training.tasks import measure_of, read_figures
+from gossamer.training.runs.report import read_metrics
+from gossamer.training.tasks import Measure, measure_of, read_figures
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -30,17 +30,8 @@ def write_sweep_report(folder: Path, result: Mapping[str, Any]) -> Path:
         figures.append(("failed", str(len(rows) - len(done))))
     did = f"{len(rows)} adapters on {result['base']}, trained together on one frozen base"
     path = folder / f"{kind}.html"
-    write_text(
-        path,
-        page(
-            title,
-            header(f"{kind} report", title, did, figures),
-            _table(result),
-            _bars(done),
-            *_curves(done),
-            _failures(rows),
-        ),
-    )
+    sections = _table(result), _bars(done), *_curves(done), _failures(rows)
+    write_text(path, page(title, header(f"{kind} report", title, did, figures), *sections))
     return path
 
 
@@ -49,31 +40,28 @@ def as_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = result["runs"]
     keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
     metric = _metric(rows)
-    figures: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "trainable": lambda row: f"{row['trainable_params']:,}",
-        "steps": lambda row: f"{row['steps']:,}",
-        "train loss": lambda row: _shown(row["train_loss"]),
-        f"{metric} before": lambda row: _shown(_figure(row, "eval_before")),
-        "after": lambda row: _shown(_figure(row, "eval_after")),
-        "seconds": lambda row: f"{row['seconds']:.1f}",
-        "": lambda row: "best" if row["name"] == result["best"] else "",
-    }
-    needed = ("trainable_params", "steps", "train_loss", "eval_before", "eval_after", "seconds", "output")
     there = {field for row in rows for field, value in row.items() if value is not None}
-    shown = [name for name, field in zip(figures, needed, strict=True) if field in there]
+    figures: list[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = [
+        ("trainable", "trainable_params", lambda row: f"{row['trainable_params']:,}"),
+        ("steps", "steps", lambda row: f"{row['steps']:,}"),
+        ("train loss", "train_loss", lambda row: _shown(row["train_loss"])),
+        (f"{metric} before", "eval_before", lambda row: _shown(_figure(row, "eval_before"))),
+        ("after", "eval_after", lambda row: _shown(_figure(row, "eval_after"))),
+        ("seconds", "seconds", lambda row: f"{row['seconds']:.1f}"),
+        ("", "output", lambda row: "best" if row["name"] == result["best"] else ""),
+    ]
+    shown = {name: written for name, field, written in figures if field in there}
     lines = [("name", *keys, *shown)]
     for row in rows:
         own = (str(row["settings"].get(key, "")) for key in keys)
         failed = ("failed", *[""] * (len(shown) - 1))
-        lines.append((row["name"], *own, *(failed if "error" in row else (figures[name](row) for name in shown))))
+        lines.append((row["name"], *own, *(failed if "error" in row else (one(row) for one in shown.values()))))
     return lines
 
 
 def train_loss(run: Path) -> float | None:
     """The training loss at the end of a run: the mean over the last twentieth of its logged steps."""
-    file = run / "metrics.jsonl"
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    losses = [one["loss"] for one in records if one.get("loss") is not None]
+    losses = [one["loss"] for one in read_metrics(run) if one.get("loss") is not None]
     last = losses[-max(1, len(losses) // 20) :]
     return sum(last) / len(last) if last else None
 
@@ -101,13 +89,11 @@ def _table(result: Mapping[str, Any]) -> str:
 def _bars(done: Results) -> str:
     """What each run came to, the best first."""
     metric = _metric(done)
-    measure = measure_of(metric)
     values = {row["name"]: value for row in done if (value := _figure(row, "eval_after")) is not None}
     if not values:
         return ""
-    ordered = dict(
-        sorted(values.items(), key=lambda item: item[1], reverse=measure is not None and measure.better == "higher")
-    )
+    measure = measure_of(metric) or Measure(metric)
+    ordered = dict(sorted(values.items(), key=lambda item: measure.cost(item[1])))
     picture = charts.bar_chart(ordered, f"Held-out {metric} after training")
     return section("Side by side", charts.figure(picture, charts.table(("run", metric), [*ordered.items()])))
 
@@ -127,24 +113,19 @@ def _curves(done: Results) -> list[str]:
         for row in done:
             value, figure = row["settings"].get(key), _figure(row, "eval_after")
             if value in numbers and figure is not None:
-                others = ", ".join(
-                    f"{name.rpartition('.')[2]} {own}" for name, own in row["settings"].items() if name != key
-                )
+                settings = row["settings"].items()
+                others = ", ".join(f"{name.rpartition('.')[2]} {own}" for name, own in settings if name != key)
                 series.setdefault(others or metric, []).append((math.log10(value) if scaled else value, figure))
         series = {name: sorted(points) for name, points in series.items()}
         label = f"log10 {key}" if scaled else key
         picture = charts.line_chart(series, f"Held-out {metric} by {key}", label, metric)
-        table = charts.table(
-            ("other settings", label, metric), [(name, *point) for name, points in series.items() for point in points]
-        )
+        lines = [(name, *point) for name, points in series.items() for point in points]
+        table = charts.table(("other settings", label, metric), lines)
         parts.append(section(f"By {key}", charts.figure(picture, table)))
     return parts
 
 
 def _failures(rows: Results) -> str:
     failed = [(row["name"], row["error"]["code"], row["error"]["what"]) for row in rows if "error" in row]
-    return (
-        section("Failed", f'<div class="prose">{charts.table(("run", "error", "what"), failed)}</div>')
-        if failed
-        else ""
-    )
+    table = charts.table(("run", "error", "what"), failed)
+    return section("Failed", f'<div class="prose">{table}</div>') if failed else ""

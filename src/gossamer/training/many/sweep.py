@@ -77,13 +77,9 @@ def read_sweep(config: str | Path, sweep: str | Path, overrides: Sequence[str] =
         faults.append(f"{sweep}: {count if axes else 'no'} settings; expected 1 to {MOST:,}")
     if faults:
         raise SpecError(f"{sweep} is not a sweep", faults=faults)
-    drafts, owns = [], [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    for own in owns:
-        variant = draft
-        for key, value in own.items():
-            variant = variant.put(tuple(key.split(".")), value, lines.at((key,)))
-        drafts.append(variant)
-    return _plan("sweep", draft, drafts, owns, _distinct([_name_of(own) for own in owns]))
+    owns = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    named = dict(zip(_distinct([_name_of(own) for own in owns]), owns, strict=True))
+    return _plan("sweep", draft, named, {key: lines.at((key,)) for key in axes})
 
 
 def read_fleet(config: str | Path, folder: str | Path, overrides: Sequence[str] = ()) -> SweepPlan:
@@ -108,17 +104,10 @@ def read_fleet(config: str | Path, folder: str | Path, overrides: Sequence[str] 
             raise DataError("two data sets of one name", where=str(entry), got=str(found[name]["train"]))
         found[name] = files
     if not found:
-        raise DataError(
-            "no data set in this folder", where=str(folder), expected=f"files that end in {', '.join(SUFFIXES)}"
-        )
-    drafts, owns = [], []
-    for files in found.values():
-        variant = draft
-        for part, file in files.items():
-            variant = variant.put(("data", part), str(file), str(file))
-        drafts.append(variant)
-        owns.append({f"data.{part}": str(file) for part, file in files.items()})
-    return _plan("fleet", draft, drafts, owns, [*found], tuple(notes))
+        expected = f"files that end in {', '.join(SUFFIXES)}"
+        raise DataError("no data set in this folder", where=str(folder), expected=expected)
+    named = {name: {f"data.{part}": str(file) for part, file in files.items()} for name, files in found.items()}
+    return _plan("fleet", draft, named, {}, tuple(notes))
 
 
 def _data_set(entry: Path) -> dict[str, Path]:
@@ -132,18 +121,21 @@ def _data_set(entry: Path) -> dict[str, Path]:
 def _plan(
     kind: str,
     draft: Draft,
-    drafts: list[Draft],
-    owns: list[dict[str, Any]],
-    names: list[str],
+    named: Mapping[str, Mapping[str, Any]],
+    places: Mapping[str, str],
     notes: tuple[str, ...] = (),
 ) -> SweepPlan:
-    """Validate every variant, and give each its folder below the config's."""
+    """Validate every variant, and give each its folder below the config's; `places` say where a key's values are."""
     settings, faults = [], []
-    for one, own, name in zip(drafts, owns, names, strict=True):
-        output = str(Path(str(draft.fields.get("output", ""))) / name)
+    for name, own in named.items():
+        variant = draft
+        for key, value in own.items():
+            variant = variant.put(tuple(key.split(".")), value, places.get(key, value))
+        if "output" in draft.fields:
+            output = str(Path(str(draft.fields["output"])) / name)
+            variant = variant.put(("output",), output, draft.lines.at(("output",)))
         try:
-            whole = one.put(("output",), output, draft.lines.at(("output",))) if "output" in draft.fields else one
-            settings.append(Variant(name, own, whole.config()))
+            settings.append(Variant(name, own, variant.config()))
         except SpecError as error:
             faults += error.faults
     if faults:
@@ -212,10 +204,8 @@ def _kinds(kind: type[GossamerError]) -> list[type[GossamerError]]:
 
 def _refuse_without_rows(plan: SweepPlan) -> None:
     """Raise the first `DataError` where there is none of the settings whose files can be read."""
-    faults = []
-    for data in {
-        (one.config.data.train, one.config.data.eval, one.config.data.format): one.config.data for one in plan.settings
-    }.values():
+    faults, every = [], [one.config.data for one in plan.settings]
+    for data in {(one.train, one.eval, one.format): one for one in every}.values():
         try:
             data.read()
         except DataError as error:
@@ -233,13 +223,6 @@ def _base(plan: SweepPlan, world: World) -> tuple[Any, Any]:
 
 def _written(plan: SweepPlan, folder: Path, runs: Runs, seconds: float) -> dict[str, Any]:
     """The result, as it was written."""
-    result = _result(plan, runs) | {"seconds": seconds, "gossamer": __version__}
-    write_json(folder / f"{plan.kind}.json", result)
-    write_sweep_report(folder, result)
-    return result
-
-
-def _result(plan: SweepPlan, runs: Runs) -> dict[str, Any]:
     rows = []
     for one in plan.settings:
         row: dict[str, Any] = {"name": one.name, "settings": dict(one.own), "output": one.config.output}
@@ -254,7 +237,10 @@ def _result(plan: SweepPlan, runs: Runs) -> dict[str, Any]:
     if plan.kind == "sweep" and measured:
         base["metric"] = read_figures(measured[0]).headline.name
         base["best"] = best(rows)
-    return base | {"runs": rows}
+    result = base | {"runs": rows, "seconds": seconds, "gossamer": __version__}
+    write_json(folder / f"{plan.kind}.json", result)
+    write_sweep_report(folder, result)
+    return result
 
 
 def best(rows: Sequence[Mapping[str, Any]]) -> str | None:
@@ -282,7 +268,6 @@ def _slug(value: Any) -> str:
 
 
 def _usable(text: str) -> str:
-    """As the name of an adapter."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60] or "_"
 
 

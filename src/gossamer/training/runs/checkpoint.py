@@ -47,8 +47,7 @@ class Checkpoint:
     def refuse_other_run(self, identity: Mapping[str, Any], free: Collection[str] = ()) -> None:
         """Raise `CheckpointError` with every difference unless the checkpoint is of a run with this identity.
 
-        Args:
-            free: names that an older version counted to the identity, and that may differ.
+        `free` names may differ: an older version counted them to the identity.
         """
         then, now = _flat(self.state["identity"]), _flat(identity)
         names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in free]
@@ -112,14 +111,9 @@ def save_checkpoint(
     keep: int,
     spare: int | None = None,
 ) -> Path:
-    """Write `folder/step-N`, and only then remove the oldest ones so that `keep` remain.
+    """Write `folder/step-N`, and only then remove the oldest ones so that `keep` remain, and that of step `spare`.
 
-    Args:
-        folder: the run's checkpoints.
-        state: JSON with at least "step" and "identity".
-        spare: a step whose checkpoint remains, whatever its age.
-
-    Raises: DiskError; the checkpoints that were there still are.
+    `state` is JSON with at least "step" and "identity". Raises `DiskError`; the checkpoints that were there still are.
     """
     step = state["step"]
     kept = {
@@ -142,10 +136,7 @@ def save_checkpoint(
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; each one passed over is said. None when none was ever begun.
-
-    Raises: CheckpointError when there are some and none is whole.
-    """
+    """The newest checkpoint that is whole; None when none was begun, `CheckpointError` when none of them is whole."""
     for leftover in sorted(folder.glob(f".*{TEMPORARY_SUFFIX}")):
         say(f"removing {leftover}: a checkpoint that was not written to its end")
         shutil.rmtree(leftover, ignore_errors=True)
@@ -157,19 +148,15 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | 
             faults.append(f"{error.where}: {error.what}")
             say(f"passing over {faults[-1]}")
     if faults:
-        listing = [f"  - {fault}" for fault in faults]
-        raise CheckpointError(
-            "\n".join(["no checkpoint of this run is whole", *listing]),
-            where=str(folder),
-            hint="start anew in another folder",
-        )
+        what = "\n".join(["no checkpoint of this run is whole", *(f"  - {fault}" for fault in faults)])
+        raise CheckpointError(what, where=str(folder), hint="start anew in another folder")
     return None
 
 
 def checkpoint_at(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of one step. Each file is read once, and nothing of it believed before its digest was compared.
+    """The checkpoint of one step. Raises `CheckpointError` for one that is not there, or not whole.
 
-    Raises: CheckpointError for one that is not there, or not whole.
+    Each file is read once, and nothing of it believed before its digest was compared.
     """
     path = folder / f"step-{step}"
     try:

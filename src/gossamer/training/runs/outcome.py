@@ -17,7 +17,7 @@ from gossamer import __version__
 from gossamer.adapter import Adapter
 from gossamer.attachment import active, attached, capture
 from gossamer.attachment.walk import CONTAINER
-from gossamer.errors import ArtefactError, StateError
+from gossamer.errors import ArtefactError, DiskError, StateError
 from gossamer.files.atomic import sha256_file, write_json
 from gossamer.methods import spectra as changes
 from gossamer.quant import QuantizedLinear
@@ -26,7 +26,6 @@ from gossamer.training.dataset import EncodedDataset
 from gossamer.training.memory import stored_as
 from gossamer.training.runs.report import write_report
 from gossamer.training.runs.folder import RunFolder
-from gossamer.training.runs.tokenizer import keep_tokenizer
 from gossamer.training.tasks import Figures
 
 if TYPE_CHECKING:
@@ -42,14 +41,6 @@ class Run:
     adapter: Adapter
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What was written."""
-
-    report: dict[str, Any]
-    adapter: Adapter
-
-
 def write_outcome(
     folder: RunFolder,
     config: RunConfig,
@@ -60,7 +51,7 @@ def write_outcome(
     after: Figures | None,
     figures: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-) -> Outcome:
+) -> Run:
     """Save the adapter with its provenance, a tokenizer that is not the base's, the report, and the page made of it.
 
     Raises `DiskError`.
@@ -103,10 +94,10 @@ def write_outcome(
     }
     write_json(folder.report, report)
     write_report(folder.path, spectra=spectra(adapter))
-    return Outcome(report, adapter)
+    return Run(folder.path, report, adapter)
 
 
-def read_outcome(folder: RunFolder, adapter: Adapter) -> Outcome | None:
+def read_outcome(folder: RunFolder, adapter: Adapter) -> Run | None:
     """What a finished run of this very adapter left, if all of it is there; the page is what is written last."""
     if not (folder.path / "report.html").exists():
         return None
@@ -115,7 +106,7 @@ def read_outcome(folder: RunFolder, adapter: Adapter) -> Outcome | None:
     except (OSError, ValueError, ArtefactError):
         return None
     same = kept == adapter and isinstance(report, dict) and report.get("adapter_digest") == adapter.digest
-    return Outcome(report, kept) if same else None
+    return Run(folder.path, report, kept) if same else None
 
 
 def run_config(model: nn.Module, name: str, config: RunConfig) -> RunConfig:
@@ -139,6 +130,29 @@ def run_config(model: nn.Module, name: str, config: RunConfig) -> RunConfig:
     return config.replace(base=base, dtype=dtype, method=method, **where)
 
 
+def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Write a tokenizer's files into an adapter folder, as PEFT's users do, unless its source holds the same.
+
+    New tokens mean nothing without it. Returns whether it was written. Raises `DiskError`.
+    """
+    source = str(getattr(tokenizer, "name_or_path", "") or "")
+    try:
+        kept = _vocabulary(type(tokenizer).from_pretrained(source, local_files_only=True)) if source else None
+    except (OSError, ValueError):
+        kept = None
+    if kept == _vocabulary(tokenizer):
+        return False
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise DiskError("cannot keep the tokenizer", where=str(folder), got=error.strerror or str(error)) from error
+    return True
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+    return tokenizer.get_vocab(), tokenizer.special_tokens_map, tokenizer.chat_template
+
+
 def _parameter_count(model: nn.Module) -> int:
     """Numbers in the model and in the adapters that run, those that are packed among them."""
     packed = (module for module in model.modules() if isinstance(module, QuantizedLinear) and module.is_packed)
@@ -157,15 +171,9 @@ def _examples(
     """A few held-out rows with the answers before and after."""
     then, now = ({one.where: one.predicted for one in found.predictions} if found else {} for found in (before, after))
     return [
-        {
-            "where": row.where,
-            "prompt": row.question,
-            "expected": row.label,
-            "before": then[row.where],
-            "after": now[row.where],
-        }
+        {"where": at, "prompt": row.question, "expected": row.label, "before": then[at], "after": now[at]}
         for row in dataset.held_out
-        if row.where in then
+        if (at := row.where) in then
     ]
 
 

@@ -27,24 +27,19 @@ _MOST_EXAMPLES = 20
 
 
 def write_report(folder: Path, *, spectra: Mapping[str, Sequence[float]] | None = None) -> Path:
-    """Write `report.html` into a run folder, from the files that stand there.
+    """Write `report.html` into a run folder, from the files that stand there; well under 2 MB for any length of run.
 
     Args:
-        folder: a run folder with `report.json`; `metrics.jsonl` and `config.yaml` are shown where they exist.
         spectra: module path -> singular values of its weight change, largest first; drawn by kind of module.
 
-    Returns:
-        The path of the page: one file, well under 2 MB for any length of run.
-
-    Raises:
-        ArtefactError: `report.json` or a line of `metrics.jsonl` is missing or not JSON.
-        DiskError: the page cannot be written; an older page is still there.
+    Raises: ArtefactError for a missing `report.json`, or a line of `metrics.jsonl` that is not JSON. DiskError; an older
+    page is still there.
     """
     report = _read_report(folder / "report.json")
     config = folder / "config.yaml"
     sections = [
         _before_after(report),
-        _loss(_read_metrics(folder / "metrics.jsonl"), report),
+        _loss(read_metrics(folder), report),
         _confusions(report),
         _spectra(spectra or {}),
         _examples(report.get("examples") or ()),
@@ -67,8 +62,9 @@ def _read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    rows = []
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, if there is one. Raises `ArtefactError`."""
+    rows, path = [], folder / "metrics.jsonl"
     for line, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
         try:
             rows.append(json.loads(text))
@@ -78,7 +74,6 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _header(name: str, report: Mapping[str, Any]) -> str:
-    """What was done, in one sentence."""
     method: dict[str, Any] = report.get("method") or {}
     detail = ", ".join(
         f"{field} {charts.number(method[field])}" for field in ("r", "alpha") if method.get(field) is not None
@@ -95,13 +90,8 @@ def _key_figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     figures = [(name.replace("_", " "), f"{_metric(name, before[name])} → {_metric(name, after[name])}") for name in both[:1]]
     if trainable and total:
         figures.append((f"trainable of {total / 1e6:.1f} M", f"{trainable / total:.2%}"))
-    if report.get("adapter_bytes"):
-        figures.append(("adapter", amount(report["adapter_bytes"])))
-    if report.get("seconds"):
-        figures.append(("time", duration(report["seconds"])))
-    if report.get("peak_memory_bytes"):
-        figures.append(("peak memory", amount(report["peak_memory_bytes"])))
-    return figures
+    shown = (("adapter", "adapter_bytes", amount), ("time", "seconds", duration), ("peak memory", "peak_memory_bytes", amount))
+    return [*figures, *((name, written(report[field])) for name, field, written in shown if report.get(field))]
 
 
 def _before_after(report: Mapping[str, Any]) -> str:
@@ -109,14 +99,10 @@ def _before_after(report: Mapping[str, Any]) -> str:
     names = [name for name in {**before, **after} if _is_number(before.get(name, after.get(name)))]
     if not names:
         return ""
+    values = {name: (before.get(name), after.get(name)) for name in names}
     rows = [
-        [
-            name.replace("_", " "),
-            _metric(name, before.get(name)),
-            _metric(name, after.get(name)),
-            _change(name, before.get(name), after.get(name)),
-        ]
-        for name in names
+        [name.replace("_", " "), _metric(name, then), _metric(name, now), _change(name, then, now)]
+        for name, (then, now) in values.items()
     ]
     baseline = dict(report.get("baseline") or {})
     name = baseline.pop("name", "the baseline")
@@ -137,12 +123,10 @@ def _is_share(name: str) -> bool:
 
 
 def _measured(report: Mapping[str, Any], when: str) -> Figures:
-    """The figures of an evaluation before or after training, without any where there was none."""
     return read_figures(report.get(f"eval_{when}") or {}, _task(report))
 
 
 def _task(report: Mapping[str, Any]) -> str:
-    """The name of the run's task."""
     task = report.get("task", "")
     return task if isinstance(task, str) else task["name"]
 
@@ -156,14 +140,10 @@ def _change(name: str, before: Any, after: Any) -> str:
 
 def _loss(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> str:
     """The training loss: every point faint, its running mean strong, the held-out loss as its own line."""
-    trained = [
-        (row["step"], row["loss"]) for row in metrics if _is_number(row.get("step")) and _is_number(row.get("loss"))
-    ]
-    held_out = [
-        (row["step"], row["eval_loss"])
-        for row in metrics
-        if _is_number(row.get("step")) and _is_number(row.get("eval_loss"))
-    ]
+    trained, held_out = (
+        [(row["step"], row[name]) for row in metrics if _is_number(row.get("step")) and _is_number(row.get(name))]
+        for name in ("loss", "eval_loss")
+    )
     if not trained:
         return ""
     ends = {"eval_before": 0, "eval_after": report.get("steps", trained[-1][0])}
@@ -173,9 +153,8 @@ def _loss(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> st
     held_out = sorted((around | dict(held_out)).items())
     smooth = _running_mean(trained)
     task = TASKS.get(_task(report))
-    series = {"each step": _thinned(trained), "training": _thinned(smooth)} | (
-        {"held out": held_out} if held_out else {}
-    )
+    drawn = {"each step": _thinned(trained), "training": _thinned(smooth), "held out": held_out}
+    series = {name: points for name, points in drawn.items() if points}
     chart = charts.line_chart(series, "Loss", "optimiser step", task.loss_unit if task else "", faint={"each step"})
     shown = _thinned([(step, loss, mean) for (step, loss), (_, mean) in zip(trained, smooth, strict=True)], 60)
     return section("How it learned", charts.figure(chart, charts.table(("step", "loss", "running mean"), shown)))
@@ -206,12 +185,10 @@ def _confusions(report: Mapping[str, Any]) -> str:
             picture = charts.heat_map(matrix, labels, labels, title, "true", "predicted")
             rows = [[label, *values] for label, values in zip(labels, matrix, strict=True)]
             pictures.append(charts.figure(picture, charts.table(["true ↓ predicted →", *labels], rows)))
+    if not pictures:
+        return ""
     note = "Rows are the true answers, columns the predicted ones; shade is the share of the row."
-    return (
-        section("Which is taken for which", f'<div class="pair">{"".join(pictures)}</div>', note=note)
-        if pictures
-        else ""
-    )
+    return section("Which is taken for which", f'<div class="pair">{"".join(pictures)}</div>', note=note)
 
 
 def _spectra(spectra: Mapping[str, Sequence[float]]) -> str:

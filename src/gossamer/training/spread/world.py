@@ -28,8 +28,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from gossamer.errors import GossamerError, ResourceError, StateError, UsageError
 from gossamer.progress import Progress, Silent, for_terminal
-from gossamer.training.interrupt import StopRequest
 from gossamer.training.spread.exchange import Exchange
+from gossamer.training.stopping import StopRequest
 
 PATIENCE = timedelta(minutes=30)
 """How long one process waits for the others; the first one may be writing or evaluating meanwhile."""

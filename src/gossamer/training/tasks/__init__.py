@@ -39,18 +39,13 @@ def read_figures(fields: Mapping[str, Any], task: str = "") -> Figures:
     kind = TASKS.get(fields.get("task", task)) or next(
         (one for one in TASKS.values() if all(measure.name in fields for measure in one.measures)), None
     )
-    known = (
-        kind.measures if kind else tuple(Measure(name) for name, value in fields.items() if isinstance(value, float))
-    )
-    table = None
-    if kind and kind.table in fields:
-        table = LabelTable(kind.table, tuple(fields["labels"]), fields[kind.table])
+    known = kind.measures if kind else [Measure(name) for name, value in fields.items() if isinstance(value, float)]
     return Figures(
         kind.name if kind else fields.get("task", task),
         fields.get("rows", 0),
         {measure: fields[measure.name] for measure in known if measure.name in fields},
         {name: value for name, value in fields.items() if type(value) is int and name != "rows"},
-        table,
+        LabelTable(kind.table, tuple(fields["labels"]), fields[kind.table]) if kind and kind.table in fields else None,
         tuple(Prediction(**one) for one in fields.get("predictions", ())),
     )
 

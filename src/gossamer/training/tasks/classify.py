@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.data.batches import joined
+from gossamer.data.batches import Batch, joined
 from gossamer.data.masks import Example, encode, label_ids
 from gossamer.data.rows import Row
 from gossamer.data.rows import labels as labels_of
@@ -19,15 +19,7 @@ from gossamer.spec import Names
 from gossamer.training.audit import refuse_misfits
 from gossamer.training.loss import supervised_logits, supervised_nll
 from gossamer.training.tasks.language import LanguageTask, finite
-from gossamer.training.tasks.task import (
-    LOSS,
-    EncodingOptions,
-    EvaluationPass,
-    Figures,
-    LabelTable,
-    Measure,
-    Prediction,
-)
+from gossamer.training.tasks.task import LOSS, EncodingOptions, EvaluationPass, Figures, LabelTable, Measure, Prediction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +104,7 @@ class Classify(LanguageTask):
         questions = []
         for example in encode(rows, processor, add_eos=ends, **vars(options)):
             row = by_place[example.where]
-            start, right = _answer_start(example), labels.index(row.label)
+            start, right = example.answer_start, labels.index(row.label)
             fits = tuple(example.ids[start:]) == shared[right]
             answers = shared if fits else label_ids(labels, processor, row, **written)  # cut otherwise by this prompt
             prompt = tuple(example.ids[:start])
@@ -141,19 +133,16 @@ class Classify(LanguageTask):
 
     def _scores(self, model: nn.Module, questions: Sequence[Question], through: EvaluationPass) -> Tensor:
         """ln p of every label, (questions, labels) float64."""
-        answers = range(len(questions[0].answers))
-        if through.layout.packed:  # the labels of a question begin with its prompt, which goes through once
-            batch = joined(
-                [self.collate([one.example(answer) for answer in answers], through.layout) for one in questions]
-            )
-            nll = finite(supervised_nll(model, batch).double(), questions, range(len(questions)))
-            return -batch.by_example(nll).view(len(questions), -1)
-        columns = []
-        for answer in answers:
-            batch = self.collate([one.example(answer) for one in questions], through.layout)
-            nll = finite(supervised_nll(model, batch).double(), questions, range(len(questions)))
-            columns.append(-batch.by_example(nll))
-        return torch.stack(columns, dim=1)
+
+        def scores(batch: Batch) -> Tensor:
+            return -batch.by_example(finite(supervised_nll(model, batch).double(), questions, range(len(questions))))
+
+        answers, layout = range(len(questions[0].answers)), through.layout
+        if layout.packed:  # the labels of a question begin with its prompt, which goes through once
+            batches = [self.collate([one.example(answer) for answer in answers], layout) for one in questions]
+            return scores(joined(batches)).view(len(questions), -1)
+        columns = (self.collate([one.example(answer) for one in questions], layout) for answer in answers)
+        return torch.stack([scores(batch) for batch in columns], dim=1)
 
     def _figures(self, examples: Questions, scores: Tensor) -> Figures:
         """`scores` (questions, labels) float64: ln p(label | prompt)."""
@@ -161,10 +150,8 @@ class Classify(LanguageTask):
         counts = [[0] * len(labels) for _ in labels]
         for question, answer in zip(examples, chosen, strict=True):
             counts[question.right][answer] += 1
-        predictions = (
-            Prediction(one.where, labels[one.right], labels[answer])
-            for one, answer in zip(examples, chosen, strict=True)
-        )
+        pairs = zip(examples, chosen, strict=True)
+        predictions = (Prediction(one.where, labels[one.right], labels[answer]) for one, answer in pairs)
         right = torch.tensor([[one.right] for one in examples])
         share = sum(row[index] for index, row in enumerate(counts)) / len(examples)
         measures = {ACCURACY: share, LABEL_NATS: -scores.gather(1, right).mean().item()}
@@ -182,11 +169,6 @@ def _refuse_strangers(rows: Sequence[Row], labels: tuple[str, ...]) -> None:
             expected=", ".join(map(repr, labels)),
             hint=nearest(strangers[0], labels),
         )
-
-
-def _answer_start(example: Example) -> int:
-    """Where the last run of supervised tokens begins."""
-    return len(example) - [*example.supervised[::-1], False].index(False)
 
 
 def _distinctive(

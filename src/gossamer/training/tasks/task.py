@@ -98,15 +98,12 @@ class Figures:
 
     def to_dict(self, *, predictions: bool = True) -> dict[str, Any]:
         """As JSON has them; `read_figures` reads them back."""
-        table = (
-            {"labels": [*self.table.labels], self.table.name: [[*row] for row in self.table.counts]}
-            if self.table
-            else {}
-        )
-        rows = (
-            {"predictions": [dict(vars(one)) for one in self.predictions]} if predictions and self.predictions else {}
-        )
-        return {"task": self.task, "rows": self.rows, **self.named(), **self.counts, **table, **rows}
+        found = {"task": self.task, "rows": self.rows, **self.named(), **self.counts}
+        if self.table:
+            found |= {"labels": [*self.table.labels], self.table.name: [[*row] for row in self.table.counts]}
+        if predictions and self.predictions:
+            found["predictions"] = [dict(vars(one)) for one in self.predictions]
+        return found
 
 
 @dataclass(frozen=True)
