@@ -10,6 +10,8 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.errors import NonFiniteError, StateError
+from gossamer.methods import Replacement
+from gossamer.methods.lora_layers import MatrixLoRA
 from tests.adapters import bits, same_bits, tokens, trained
 from tests.conformance.oracle import Toys
 
@@ -166,3 +168,12 @@ def test_a_module_that_one_adapter_replaces_and_another_adapts(names: tuple[str,
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     gs.merge(model, *names)
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_a_layer_changes_is_widened():
+    """A merge makes float32 copies of the matrices that change, and looks at no other parameter of the module."""
+    layer = MatrixLoRA({"up.lora_A": torch.ones(2, 4), "up.lora_B": torch.ones(3, 2)}, {"up": 1.0}, False)
+    weight = torch.zeros(1, 3, 4, dtype=torch.bfloat16)
+    assert layer.merged({"up": weight}, {})["up"].dtype == torch.float32
+    kept = Replacement({"bias": torch.ones(3)})
+    assert kept.merged({}, {})["bias"].data_ptr() == kept.get_parameter("bias").data_ptr()

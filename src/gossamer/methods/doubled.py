@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from gossamer.adapter import Tensors
 from gossamer.errors import StateError
-from gossamer.methods.factored import RANDOM_STARTS, Factored
+from gossamer.methods.factored import PAIRS, RANDOM_STARTS, Factored
 
-PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 FACTORS = (*PAIRS[0], *PAIRS[1])
+Spec = TypeVar("Spec", bound=Factored)
 
 
-def plain_fields(spec: Factored) -> dict[str, Any]:
-    """The fields of the plain adapter of twice the rank that says the same as one with a start made of the weight."""
+def as_plain(spec: Spec, tensors: Tensors) -> tuple[Spec, Tensors]:
+    """Spec and tensors of the plain adapter of twice the rank that says the same as one with a start of the weight."""
+    if spec.start in RANDOM_STARTS:
+        return spec, tensors
     growth = 2.0 if spec.scaling == "standard" else 2**0.5
-    return {name: getattr(spec, name) for name in type(spec).model_fields} | {
-        "r": 2 * spec.r,
-        "alpha": spec.alpha * growth,
-        "rank_pattern": {pattern: 2 * rank for pattern, rank in spec.rank_pattern.items()},
-        "alpha_pattern": {pattern: alpha * growth for pattern, alpha in spec.alpha_pattern.items()},
-        "start": "kaiming",
-    }
+    plain = spec.replace(
+        r=2 * spec.r,
+        alpha=spec.alpha * growth,
+        rank_pattern={pattern: 2 * rank for pattern, rank in spec.rank_pattern.items()},
+        alpha_pattern={pattern: alpha * growth for pattern, alpha in spec.alpha_pattern.items()},
+        start="kaiming",
+    )
+    return plain, {path: _plain_slots(slots) for path, slots in tensors.items()}
 
 
-def plain_slots(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _plain_slots(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`B A - B0 A0` as one pair of factors: A over A0, B beside -B0."""
     found = {name: slot for name, slot in slots.items() if not name.startswith("start_")}
     for name in [name for name in found if "start_A" in slots and name in FACTORS]:
@@ -38,15 +41,13 @@ def plain_slots(slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def doubled(spec: Factored, tensors: Tensors) -> tuple[Factored, Tensors]:
-    """Spec and tensors so; factors and constants must be of one dtype."""
-    if spec.start in RANDOM_STARTS:
-        return spec, tensors
-    for path, slots in tensors.items():
+    """`as_plain`, of factors and constants of one dtype."""
+    for path, slots in tensors.items() if spec.start not in RANDOM_STARTS else ():
         kinds = {str(slots[slot].dtype) for slot in slots if slot.startswith("start_") or slot in FACTORS}
         if len(kinds) > 1:
             what = "factors and the constants of their start differ in dtype"
             raise StateError(what, where=path, got=", ".join(sorted(kinds)))
-    return type(spec)(**plain_fields(spec)), {path: plain_slots(slots) for path, slots in tensors.items()}
+    return as_plain(spec, tensors)
 
 
 def halved(spec: Factored, tensors: Tensors) -> Tensors:

@@ -17,13 +17,15 @@ from gossamer.methods.targeted import Names, Regex, TargetedMethod, matches_end
 from gossamer.spec import StrictFloat, StrictInt
 
 RANDOM_STARTS = ("gaussian", "kaiming")
+PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+"""How the factors of a module are called, and those of an embedding, here and in PEFT's files."""
 Rank = Annotated[StrictInt, Field(ge=1, le=65536)]
 
 
 class Factored(TargetedMethod):
     """A method whose layers hold `A` (r, in) and `B` (out, r), used as `scaling * B A`."""
 
-    outer_slots = ("lora_B", "lora_embedding_B")
+    outer_slots = tuple(second for _, second in PAIRS)
 
     target_modules: Names | Regex = "all-linear"
     """List of path suffixes, one regular expression, or "all-linear": every linear module but the head."""
@@ -133,16 +135,13 @@ class Factored(TargetedMethod):
 
 
 def factor_names(shape: Shape) -> tuple[str, str]:
-    """How the factors of such a module are called, here and in PEFT's files."""
-    return ("lora_embedding_A", "lora_embedding_B") if shape.kind == "embedding" else ("lora_A", "lora_B")
+    """How the factors of such a module are called."""
+    return PAIRS[shape.kind == "embedding"]
 
 
 def factors_in(slots: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     """The two factors among a layer's slots, if it has one pair of them."""
-    for first, second in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-        if first in slots:
-            return slots[first], slots[second]
-    return None
+    return next(((slots[first], slots[second]) for first, second in PAIRS if first in slots), None)
 
 
 def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

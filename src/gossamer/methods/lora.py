@@ -13,8 +13,8 @@ from gossamer.adapter import Method, Tensors
 from gossamer.errors import StateError, UnsupportedError
 from gossamer.linalg import LowRankPair, all_zero
 from gossamer.methods.base import AFFINE_KINDS, Base, Layer, Shape, wide
-from gossamer.methods.doubled import FACTORS, plain_fields, plain_slots
-from gossamer.methods.factored import RANDOM_STARTS, Factored, factors_in
+from gossamer.methods.doubled import FACTORS, as_plain
+from gossamer.methods.factored import Factored, factors_in
 from gossamer.methods.lora_layers import LoRALayer, MatrixLoRA
 from gossamer.methods.lora_peft import lora_layout
 from gossamer.methods.pairs import StoredPair, added, only_factors, pairs_of, shrunk, slots_of
@@ -97,7 +97,8 @@ class LoRA(Factored):
         return all(all_zero(slots[f"{inner[:-1]}B"]) or all_zero(slots[inner]) for inner in inners)
 
     def scaled(self, tensors: Tensors, weight: float) -> tuple[Method, Tensors]:
-        plain, tensors = self._plain(tensors)
+        only_factors(tensors)
+        plain, tensors = as_plain(self, tensors)
         return plain, {
             path: {name: wide(slot) * weight if name.endswith("_B") else slot for name, slot in slots.items()}
             for path, slots in tensors.items()
@@ -124,13 +125,6 @@ class LoRA(Factored):
         if all(after[place] is before[place] for place in before):
             return self, tensors, errors, error
         return unit_scaled(after), slots_of(after), errors, error
-
-    def _plain(self, tensors: Tensors) -> tuple[LoRA, Tensors]:
-        """The same change with the constants of its start among the factors."""
-        only_factors(tensors)
-        if self.start in RANDOM_STARTS:
-            return self, tensors
-        return LoRA(**plain_fields(self)), {path: plain_slots(slots) for path, slots in tensors.items()}
 
 
 def unit_scaled(pairs: Mapping[str, StoredPair]) -> LoRA:

@@ -169,6 +169,10 @@ class MatrixLoRA(ParameterLayer):
             changed[name] = (wide(weight) + scaling * change.reshape(weight.shape)).to(weight.dtype)
         return changed
 
+    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        changed = self.presented({name: wide(current[name]) for name in self.scalings})
+        return {name: value.detach() for name, value in changed.items()}
+
 
 def stacked_product(inner: Tensor, outer: Tensor, count: int) -> Tensor:
     """`B[e] A[e]` of `count` experts, (experts, out, in), at least float32."""

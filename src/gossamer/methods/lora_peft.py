@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from gossamer.errors import AdapterFileError, UnsupportedError
-from gossamer.methods.doubled import FACTORS, PAIRS, doubled, halved
-from gossamer.methods.factored import Factored
+from gossamer.methods.doubled import FACTORS, doubled, halved
+from gossamer.methods.factored import PAIRS, Factored
 from gossamer.methods.peft import EXCLUDED, LAYERS, TARGETS, ConfigKey, PeftLayout, Stored, listed, token_rows
 from gossamer.methods.tokens import SLOT
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gossamer.kernels.routing import LinearChange
-from gossamer.methods.base import LINEAR_KINDS, Base, Layer, wide
+from gossamer.methods.base import LINEAR_KINDS, Base, Layer
 from gossamer.methods.slots import hold
 
 
@@ -25,10 +25,6 @@ class ParameterLayer(Layer):
     def run_presented(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the values that are presented."""
         return base.with_parameters(self.presented(base.parameters()), *args, **kwargs)
-
-    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        before = {name: wide(value) for name, value in current.items()}
-        return {name: value.detach() for name, value in self.presented(before).items() if value is not before.get(name)}
 
 
 class Replacement(ParameterLayer):
@@ -65,8 +61,14 @@ class Replacement(ParameterLayer):
         )
 
     def presented(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(parameters) | self._values()
+
+    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in self._values().items()}
+
+    def _values(self) -> dict[str, Tensor]:
         borrowed = {name: layer.get_parameter(there) for name, (layer, there) in self.borrowed.items()}
-        return dict(parameters) | dict(self.named_parameters()) | borrowed
+        return {**dict(self.named_parameters()), **borrowed}
 
 
 def bias_shift(trained: Tensor, base: Base) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.methods.base import Base
+from gossamer.methods.base import Base, wide
 from gossamer.methods.replacement import ParameterLayer
 
 SLOT = "trainable_tokens_delta"
@@ -52,6 +52,9 @@ class TokenRows(ParameterLayer):
     def presented(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight = parameters["weight"]
         return dict(parameters) | {"weight": weight.index_copy(0, self.rows, self.values.to(weight.dtype))}
+
+    def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"weight": self.presented({"weight": wide(current["weight"])})["weight"].detach()}
 
     def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = base(x, *args, **kwargs)

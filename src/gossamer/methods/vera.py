@@ -161,6 +161,12 @@ class VeRALayer(Layer):
         """A (r, in) and B (out, r) of this module."""
         return self.projections.vera_A[:, : self.inner], self.projections.vera_B[: self.outer]
 
+    def pair(self) -> LowRankPair:
+        """`diag(d_vec) A` and `diag(b_vec) B`, at least float32."""
+        by_rank, by_row = (wide(vector.detach()) for vector in (self.vera_lambda_d, self.vera_lambda_b))
+        inner, outer = (wide(factor).to(by_rank.device) for factor in self.sliced())
+        return LowRankPair(by_rank[:, None] * inner, by_row[:, None] * outer)
+
     def forward(self, base: Base, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = base(x, *args, **kwargs)
         inner, outer = (factor.to(x) for factor in self.sliced())
@@ -169,15 +175,10 @@ class VeRALayer(Layer):
         return out + nn.functional.linear(down, outer) * self.vera_lambda_b.to(x.dtype)
 
     def linear_change(self, base: Base) -> LinearChange | None:
-        inner, outer = (wide(factor) for factor in self.sliced())
-        by_rank, by_row = (wide(vector.detach()) for vector in (self.vera_lambda_d, self.vera_lambda_b))
-        return LinearChange(LowRankPair(by_rank[:, None] * inner, by_row[:, None] * outer))
+        return LinearChange(self.pair())
 
     def merged(self, current: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        weight = wide(current["weight"])
-        inner, outer = (wide(factor).to(weight.device) for factor in self.sliced())
-        by_rank, by_row = (wide(vector.detach()) for vector in (self.vera_lambda_d, self.vera_lambda_b))
-        return {"weight": weight + (by_row[:, None] * outer) @ (by_rank[:, None] * inner)}
+        return {"weight": wide(current["weight"]) + self.pair().delta()}
 
 
 def _random(rows: int, columns: int, generator: torch.Generator) -> Tensor:

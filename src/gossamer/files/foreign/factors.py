@@ -17,7 +17,7 @@ from gossamer.adapter import Adapter
 from gossamer.errors import AdapterFileError, UnsupportedError
 from gossamer.linalg import LowRankPair
 from gossamer.methods import LoRA
-from gossamer.methods.doubled import plain_fields, plain_slots
+from gossamer.methods.doubled import as_plain
 from gossamer.methods.factored import RANDOM_STARTS
 from gossamer.methods.targeted import exactly
 
@@ -52,10 +52,9 @@ def factors_of(adapter: Adapter, format_name: str) -> tuple[dict[str, Factors], 
             f"{format_name} holds plain LoRA factors alone", got=spec.name, hint="merge it into the base instead"
         )
     lost = [f"dropout={spec.dropout} (training only)"] if spec.dropout else []
-    tensors = adapter.tensors
     if spec.start not in RANDOM_STARTS:
         lost.append(f"start={spec.start!r} (written as the plain adapter of twice the rank that computes the same)")
-        spec, tensors = LoRA(**plain_fields(spec)), {path: plain_slots(slots) for path, slots in tensors.items()}
+    spec, tensors = as_plain(spec, adapter.tensors)
     if spec.scaling == "rslora":
         lost.append("scaling='rslora' (written as the alpha that scales alike)")
     found: dict[str, Factors] = {}
