@@ -17,6 +17,8 @@ from gossamer.attachment.reads import ANY, Guards, Path, reads
 from gossamer.quant import QuantizedLinear
 
 _CALL_THEIR_PARTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_OLD_NORMS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
+"""Where hooks come from that compute a weight before the forward."""
 _COMPARED: dict[type, Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -53,7 +55,8 @@ def bypassed(modules: Mapping[str, nn.Module]) -> dict[str, Bypass]:
     paths = {module: path for path, module in modules.items()}
     found: dict[str, Bypass] = {}
     for path, module in modules.items():
-        if module._forward_pre_hooks and any(_computes(hook) for hook in module._forward_pre_hooks.values()):
+        hooks = module._forward_pre_hooks
+        if hooks and any(type(hook).__module__ in _OLD_NORMS for hook in hooks.values()):
             found.setdefault(path, Bypass("weight", only_training=False)).readers[path] = module
         if not module._modules or isinstance(module, _CALL_THEIR_PARTS):
             continue
@@ -67,11 +70,6 @@ def bypassed(modules: Mapping[str, nn.Module]) -> dict[str, Bypass]:
                     one.readers[path] = module
                     one.only_training &= not _may_hold(guards, module, training=False)
     return found
-
-
-def _computes(hook: Any) -> bool:
-    """Whether a hook is torch's old weight_norm or spectral_norm, which compute the weight before the forward."""
-    return type(hook).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
 
 
 _UNKNOWN: Any = object()

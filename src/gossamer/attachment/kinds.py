@@ -126,11 +126,9 @@ def why_not(module: nn.Module, kind: str) -> str:
     Cost: nothing for torch's own forwards; a trial once for each class with a forward of its own.
     """
     forward, override = type(module).forward, _override(module)
-    if override is None and _is_own(type(module), forward, kind):
-        return ""
-    if override is not None and _goes_through(module, override):
-        return "" if _is_own(type(module), forward, kind) else why_not_of_class(module, kind)
-    return _tried_out(module, kind) if override is not None else why_not_of_class(module, kind)
+    if override is not None and not _goes_through(module, override):
+        return _tried_out(module, kind)
+    return "" if _is_own(type(module), forward, kind) else why_not_of_class(module, kind)
 
 
 def why_not_of_class(module: nn.Module, kind: str) -> str:
@@ -214,7 +212,8 @@ def _mapped(frozen: Frozen) -> tuple[Any, Tensor]:
     own = {name: value for name, value in frozen.parameters().items() if name in ("weight", "bias")}
     first = {name: _of_rank_one(value, 1) if value.ndim > 1 else value for name, value in own.items()}
     change = {name: _of_rank_one(value, 3) for name, value in own.items()}
-    spans = [2 * stride + (size - 1) * rate + 1 for size, stride, rate in _steps(module, frozen.shape)]
+    steps = zip(frozen.shape.kernel, module.stride, module.dilation, strict=True) if frozen.shape.kernel else ()
+    spans = [2 * stride + (size - 1) * rate + 1 for size, stride, rate in steps]
     size = (2, frozen.shape.in_features, *spans) if spans else (2, 3, frozen.shape.in_features)
     x = _numbers(*size, seed=5, like=own["weight"])
     before = frozen.with_parameters(first, x)
@@ -222,23 +221,13 @@ def _mapped(frozen: Frozen) -> tuple[Any, Tensor]:
         return before, x
     after = frozen.with_parameters({name: first[name] + change[name] for name in own}, x)
     weight = change["weight"].T if frozen.shape.kind == "conv1d" else change["weight"]
-    if frozen.shape.groups > 1:
-        wanted = _grouped(module, x, weight)
+    if frozen.shape.groups > 1:  # torch's own way through a convolution with groups, which `Frozen.mapped` leaves out
+        wanted = next(one for one in CONVOLVE if isinstance(module, one))._conv_forward(module, x, weight, None)
     else:
         wanted = frozen.mapped(x, weight)
     if "bias" in own:
         wanted = wanted + change["bias"].reshape(-1, *(1 for _ in spans))
     return after - before, wanted
-
-
-def _grouped(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """torch's own way through a convolution with groups, which `Frozen.mapped` leaves out."""
-    own = next(one for one in CONVOLVE if isinstance(module, one))
-    return own._conv_forward(module, x, weight, None)
-
-
-def _steps(module: Any, shape: Shape) -> list[tuple[int, int, int]]:
-    return [*zip(shape.kernel, module.stride, module.dilation, strict=True)] if shape.kernel else []
 
 
 def _embedded(frozen: Frozen) -> tuple[Any, Tensor]:

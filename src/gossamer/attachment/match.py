@@ -56,7 +56,8 @@ class _Selector:
         """All that the spec names, checked."""
         matrices, barred = self._matrices(), self.fit.barred
         targets = self._targets({*matrices})
-        idle = {path: barred[path] for path in targets if path in barred and self._is_held(path)}
+        held = [path for path in targets if path in barred and path in self.held and self.shapes[path].kind]
+        idle = {path: barred[path] for path in held}
         if self.stored is not None:  # what the file leaves out is left out
             targets = [path for path in targets if path not in barred or path in self.held]
         refuse_barred([path for path in targets if path not in idle], self.fit, self.modules)
@@ -79,7 +80,10 @@ class _Selector:
                     "trainable_tokens names a module that is adapted or trained whole already", where=path
                 )
         whole = {*targets, *self.saved}
-        owning = [path for path, module in self.modules.items() if path not in whole and _owns_bias(module)]
+        with_bias = [
+            path for path, one in self.modules.items() if isinstance(one._parameters.get("bias"), nn.Parameter)
+        ]
+        owning = [path for path in with_bias if path not in whole]
         biased = self.spec.bias_modules(targets, owning)
         self._refuse_bypassed(biased)
         everything = (*targets, *self.saved, *biased, *tokens)
@@ -97,9 +101,6 @@ class _Selector:
             idle,
             notes,
         )
-
-    def _is_held(self, path: str) -> bool:
-        return path in self.held and bool(self.shapes[path].kind)
 
     def _ending(self, suffix: str, candidates: Iterable[str]) -> list[str]:
         """Candidates of which any name is the suffix, or ends with it after a dot."""
@@ -330,10 +331,6 @@ def _ends_with(path: str, suffix: str) -> bool:
 def _parents(name: str) -> list[str]:
     """A path and those of the modules that hold it: "a.b.c", "a", "a.b"."""
     return [name, *(name[:end] for end, letter in enumerate(name) if letter == ".")]
-
-
-def _owns_bias(module: nn.Module) -> bool:
-    return isinstance(module._parameters.get("bias"), nn.Parameter)
 
 
 def _suffixes(paths: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ import inspect
 import linecache
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -45,7 +46,7 @@ def reads(kind: type[nn.Module]) -> frozenset[ParameterRead]:
         for function in _reached(kind):
             if _names(function.__code__) & _PARAMETERS or _hands_on(function, kind):
                 first = function.__code__.co_varnames[:1] if function.__code__.co_argcount else ()
-                _look(kind, function, {name: {()} for name in first}, found, ())
+                _Reader(kind, function, {name: {()} for name in first}, found).look()
         _known[kind] = frozenset(found)
     return _known[kind]
 
@@ -111,22 +112,6 @@ def _mentioned(function: FunctionType, kind: type) -> Iterator[FunctionType]:
         yield from _defined(kind, name)
 
 
-def _look(
-    kind: type,
-    function: FunctionType,
-    bound: dict[str, set[Path]],
-    found: set[ParameterRead],
-    guards: Guards,
-    far: int = 0,
-) -> None:
-    """Add what a function reads of the modules that its arguments are."""
-    tree = _parsed(function)
-    if tree is None:
-        found.update(_in_bytecode(function.__code__))
-    else:
-        _Reader(kind, function, bound, found, guards, far).visit(tree)
-
-
 def _parsed(function: FunctionType) -> ast.AST | None:
     """A function's source as a tree; None where there is none. (inspect.getsource would look at every module first.)"""
     code = function.__code__
@@ -154,21 +139,25 @@ def _in_bytecode(code: CodeType) -> Iterator[ParameterRead]:
             yield from _in_bytecode(constant)
 
 
+@dataclass(eq=False)
 class _Reader(ast.NodeVisitor):
     """Follows modules through a function: names they are given, loops over them, functions they are handed to."""
 
-    def __init__(
-        self,
-        kind: type,
-        function: FunctionType,
-        bound: dict[str, set[Path]],
-        found: set[ParameterRead],
-        guards: Guards,
-        far: int,
-    ) -> None:
-        self.kind, self.function, self.bound, self.found = kind, function, bound, found
-        self.guards, self.far = guards, far
-        self.name = next((name for name, ways in bound.items() if ways == {()}), "")
+    kind: type
+    function: Any  # a FunctionType, which a type checker would take for a method of this class
+    bound: dict[str, set[Path]]
+    found: set[ParameterRead]
+    guards: Guards = ()
+    far: int = 0
+
+    def look(self) -> None:
+        """Add what the function reads of the modules that its arguments are."""
+        self.name = next((name for name, ways in self.bound.items() if ways == {()}), "")
+        tree = _parsed(self.function)
+        if tree is None:
+            self.found.update(_in_bytecode(self.function.__code__))
+        else:
+            self.visit(tree)
 
     def ways(self, node: ast.AST | None) -> set[Path]:
         """The paths that an expression may be."""
@@ -285,4 +274,4 @@ class _Reader(ast.NodeVisitor):
                 names = code.co_varnames[: code.co_argcount]
                 bound = {known: {*ways} for known, ways in zip(names, given, strict=False) if ways}
                 bound |= {known: {*ways} for known, ways in named.items() if ways}
-                _look(self.kind, other, bound, self.found, self.guards, self.far + 1)
+                _Reader(self.kind, other, bound, self.found, self.guards, self.far + 1).look()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.errors import TargetError, UnsupportedError
+from gossamer.linalg import LowRankPair
 from gossamer.methods import starts
 from gossamer.methods.base import AFFINE_KINDS, Base, Shape, wide
 from gossamer.methods.targeted import Names, Regex, TargetedMethod, matches_end
@@ -142,6 +143,13 @@ def factor_names(shape: Shape) -> tuple[str, str]:
 def factors_in(slots: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     """The two factors among a layer's slots, if it has one pair of them."""
     return next(((slots[first], slots[second]) for first, second in PAIRS if first in slots), None)
+
+
+def change_of(pairs: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
+    """`scaling * (B A - B0 A0)` of A and B, and perhaps A0 and B0: (out, in, *kernel), at least float32."""
+    first, *start = (LowRankPair(inner.flatten(1), outer.flatten(1)).delta() for inner, outer in pairs)
+    change = scaling * (first - start[0] if start else first)
+    return change.reshape(len(change), *pairs[0][0].shape[1:])
 
 
 def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

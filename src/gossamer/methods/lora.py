@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from gossamer.adapter import Method, Tensors
 from gossamer.errors import StateError, UnsupportedError
-from gossamer.linalg import LowRankPair, all_zero
+from gossamer.linalg import all_zero
 from gossamer.methods.base import AFFINE_KINDS, Base, Layer, Shape, wide
 from gossamer.methods.doubled import FACTORS, as_plain
-from gossamer.methods.factored import Factored, factors_in
+from gossamer.methods.factored import Factored, change_of, factors_in
 from gossamer.methods.lora_layers import LoRALayer, MatrixLoRA
 from gossamer.methods.lora_peft import lora_layout
 from gossamer.methods.pairs import StoredPair, added, only_factors, pairs_of, shrunk, slots_of
@@ -83,9 +83,7 @@ class LoRA(Factored):
                 got=str([*slots]),
             )
         starts = [(slots["start_A"], slots["start_B"])] if "start_A" in slots else []
-        first, *start = (LowRankPair(inner.flatten(1), outer.flatten(1)).delta() for inner, outer in (factors, *starts))
-        change = self.scaling_at(path) * (first - start[0] if start else first)
-        return change.reshape(len(change), *factors[0].shape[1:])
+        return change_of((factors, *starts), self.scaling_at(path))
 
     def idle(self, path: str, slots: Mapping[str, Tensor]) -> bool:
         if any(slot.rpartition(".")[2] not in FACTORS and not slot.startswith("start_") for slot in slots):

@@ -13,7 +13,7 @@ from gossamer.kernels.linears import Term, linears
 from gossamer.kernels.routing import LinearChange
 from gossamer.linalg import LowRankPair
 from gossamer.methods.base import LINEAR_KINDS, Base, Layer, Shape, wide
-from gossamer.methods.factored import factor_names
+from gossamer.methods.factored import change_of, factor_names
 from gossamer.methods.replacement import ParameterLayer, bias_shift
 from gossamer.methods.slots import hold
 
@@ -92,11 +92,7 @@ class FactorLayer(Layer):
                 "A sees the inputs of all groups and the weight only those of its own, so this cannot be merged",
                 got=f"a convolution of {self.groups} groups",
             )
-        first, *start = (
-            LowRankPair(pair.lora_A.detach().flatten(1), pair.lora_B.detach().flatten(1)).delta() for pair in self.pairs
-        )
-        change = self.scaling * (first - start[0] if start else first)
-        return change.reshape(len(change), *self.pair.lora_A.shape[1:])
+        return change_of([(pair.lora_A.detach(), pair.lora_B.detach()) for pair in self.pairs], self.scaling)
 
     def added_to(self, weight: Tensor) -> Tensor:
         """`W + scaling * (B A - B0 A0)`; for a plain matrix in one pass over it, because memory is what that costs."""
