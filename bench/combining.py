@@ -172,7 +172,7 @@ def trained(model: Any, tokenizer: Any, rows: Pairs, steps: int, folder: Path) -
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         gs.attach(model, gs.LoRA(r=RANK))
         config = gs.TrainConfig(
-            data={"train": str(data)},  # pyright: ignore[reportArgumentType]
+            data={"train": str(data)},
             max_steps=steps,
             batch_size=BATCH,
             lr=LR,

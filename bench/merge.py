@@ -88,7 +88,7 @@ def synthetic(folder: Path, gigabytes: float, sizes: dict[str, int]) -> Path:
     heads = {"num_attention_heads": 32, "tie_word_embeddings": True, "dtype": "bfloat16"}
     fixed = 2 * sizes["vocab_size"] * sizes["hidden_size"]
     layers = max(1, round((gigabytes * 1e9 - fixed) / LAYER)) if sizes is SIZES else 3
-    config = LlamaConfig(**sizes, **heads, num_hidden_layers=layers)  # pyright: ignore[reportArgumentType]
+    config = LlamaConfig(**sizes, **heads, num_hidden_layers=layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     folder.mkdir()

@@ -34,7 +34,7 @@ _POWERS = {2**power for power in range(13)}
 def shape_of(family: str) -> ModelShape:
     """The model that is followed."""
     gated = FAMILIES[family]
-    own = {"kv_heads": 13, "head_dim": 2 * 47} if gated else {}
+    own: dict[str, Any] = {"kv_heads": 13, "head_dim": 2 * 47} if gated else {}
     positions = 2**5 * 31 - 2
     return ModelShape(
         family, 4, 91 * 2**12 * 19, 91, 2**12 * 23, 2**14 * 17, gated=gated, positions=positions, tied=not gated, **own

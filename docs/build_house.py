@@ -24,6 +24,7 @@ PROTOCOLS = {
         "Layer": "Its layer, a module of torch that stands at one module of the base, answers:",
         "Base": "The layer may ask the frozen module at which it stands:",
     },
+    "training/tasks/task.py": {"Task": "A task, registered in `TASKS` as methods are in `METHODS`, answers:"},
     "running/steps.py": {"Decoder": "What the engine asks of a model that it runs:"},
 }
 """File -> class -> the words above its table."""

@@ -182,6 +182,7 @@ PAGES = {
     DOCS / "errors" / "index.md": error_page,
     build_figures.README: build_figures.readme,
     build_house.HOUSE: build_house.house,
+    build_house.GLOSSARY: build_house.glossary,
 } | build_methods.pages()
 
 

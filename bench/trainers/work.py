@@ -131,10 +131,10 @@ def token_stream(
     system = tokenizer(SYSTEM)["input_ids"]
     ids: list[int] = []
     for text in _texts():
-        ids += tokenizer(text)["input_ids"]  # pyright: ignore[reportArgumentType]
+        ids += tokenizer(text)["input_ids"]
         if len(ids) >= count:
             break
-    return ids, [*system[:PREFIX]]  # pyright: ignore[reportIndexIssue]
+    return ids, [*system[:PREFIX]]
 
 
 def _texts() -> list[str]:

@@ -3,6 +3,9 @@
 B = Q R    A^T = P S    R S^T = X diag(s) Y^T    B A = (Q X) diag(s) (P Y)^T
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (torch's linear algebra has no types)
+
 from __future__ import annotations
 
 from collections.abc import Sequence

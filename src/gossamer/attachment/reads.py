@@ -113,7 +113,7 @@ def _mentioned(function: FunctionType, kind: type) -> Iterator[FunctionType]:
 
 
 def _parsed(function: FunctionType) -> ast.AST | None:
-    """A function's source as a tree; None where there is none. (inspect.getsource would look at every module first.)"""
+    """A function's source as a tree; None where there is none. inspect.getsource would look at every module first."""
     code = function.__code__
     lines = linecache.getlines(code.co_filename, function.__globals__)
     try:

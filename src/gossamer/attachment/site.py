@@ -58,7 +58,6 @@ class Site:
 
     def _with_signature(self) -> Callable[..., Any]:
         """`run` with the module's own signature, which transformers reads to know what a model takes."""
-
         original = self.frozen.outer or functools.partial(type(self.module).forward, self.module)
         signature = inspect.signature(original) if self.shape.kind == "model" else None
 

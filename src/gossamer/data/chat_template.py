@@ -1,4 +1,4 @@
-"""From a row to the text a model sees, cut where learning starts and stops.
+r"""From a row to the text a model sees, cut where learning starts and stops.
 
     messages, one chat template:    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n   Hello!<|im_end|>
                                     |----------------- prompt, not learned ----------------|   |--- learned --|

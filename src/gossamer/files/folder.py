@@ -105,6 +105,6 @@ def _read_bytes(path: Path, missing: str = "") -> bytes:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(errno.EINVAL, "not a regular file")
         return path.read_bytes()
-    except OSError as error:
-        got = error.strerror or str(error)
+    except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
+        got = getattr(error, "strerror", None) or str(error)
         raise AdapterFileError("cannot read an adapter's file", where=str(path), got=got, hint=missing) from None

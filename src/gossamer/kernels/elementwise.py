@@ -5,6 +5,9 @@ GOSSAMER_KERNELS=eager leaves Triton out everywhere, =triton takes it for a CPU'
 TRITON_INTERPRET=1), =auto is the default. Every function equals its eager twin to rounding.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownLambdaType=false
+# (torch gives no types for what autograd functions and its linear algebra return)
+
 from __future__ import annotations
 
 import functools

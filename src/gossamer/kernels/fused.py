@@ -1,5 +1,8 @@
 """Adapter layers with their backward written out, so that less is computed and less is kept than autograd would."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (torch gives no types for what autograd functions and its linear algebra return)
+
 from __future__ import annotations
 
 from typing import Any
@@ -20,7 +23,7 @@ def dora(out: Tensor, down: Tensor, lora_B: Tensor, ratio: Tensor, bias: Tensor 
     """
     factor, ratio = lora_B.to(out.dtype), ratio.to(out.dtype)
     flat = _DoRA.apply(out.flatten(0, -2), down.flatten(0, -2), factor, ratio, bias, scaling)
-    return flat.view_as(out)  # pyright: ignore[reportOptionalMemberAccess]
+    return flat.view_as(out)
 
 
 class _DoRA(torch.autograd.Function):

@@ -7,6 +7,9 @@ activations are computed again; no cast, sum or scaled product is kept, and of a
 The plain twins are `LowRankPair.apply` beside a linear module, and the layers of transformers' own models.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (torch gives no types for what autograd functions and its linear algebra return)
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -83,7 +86,7 @@ def gated_mlp(
     first, inner = _split(maps[:2], terms[:2])
     last, outer = _split(maps[2:], terms[2:])
     out = _GatedMLP.apply(x.flatten(0, -2), norm, activation, first, last, len(inner), *inner, *outer)
-    return out.view_as(x)  # pyright: ignore[reportOptionalMemberAccess]
+    return out.view_as(x)
 
 
 # Norms and activations ---------------------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ class Norm:
 class _Member(NamedTuple):
     """One term among those of its rows: which map it is beside, and its columns of `x A^T`."""
 
-    index: int
+    number: int
     scaling: float
     columns: slice
 

@@ -5,6 +5,9 @@
 Source: Wijmans et al. 2024, arXiv:2411.09009, section 3 (the idea: never write the logits).
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (torch gives no types for what autograd functions and its linear algebra return)
+
 from __future__ import annotations
 
 from typing import Any
@@ -26,7 +29,7 @@ def head_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
     Keeps (M, D). Cost: 4 M V D FLOPs with a gradient, all of it forwards, half of it without.
     """
-    return _HeadNLL.apply(hidden, weight, bias, targets)  # pyright: ignore[reportReturnType]
+    return _HeadNLL.apply(hidden, weight, bias, targets)
 
 
 class _HeadNLL(torch.autograd.Function):
@@ -70,7 +73,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     Saves the logits as they are and one number a row; float32 copies exist for a chunk of rows at a time. Within 1e-6
     of float64 (relative) for a vocabulary of 49,152.
     """
-    return _TokenNLL.apply(logits, targets)  # pyright: ignore[reportReturnType]
+    return _TokenNLL.apply(logits, targets)
 
 
 class _TokenNLL(torch.autograd.Function):

@@ -8,6 +8,9 @@ causal mask hides the padding from every real token, so no mask is needed and no
 Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; Su et al. 2021, arXiv:2104.09864, equation 34.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (torch gives no types for what autograd functions and its linear algebra return)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -151,7 +154,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         x: (..., d). cos, sin: broadcast against it.
     """
-    return _Rotated.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
+    return _Rotated.apply(x, cos, sin)
 
 
 class _Rotated(torch.autograd.Function):

@@ -14,6 +14,9 @@ Ways to the same sum of low-rank terms, of which `Routing` chooses by what the r
 Source: Chen et al. 2023, arXiv:2310.18547, section 4; Sheng et al. 2023, arXiv:2311.03285, section 6 (batched LoRA).
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (torch gives no types for what autograd functions and its linear algebra return)
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

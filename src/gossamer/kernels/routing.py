@@ -1,5 +1,8 @@
 """Who has which adapters: what one adapter makes of a map, and which rows of a batch have which."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (torch gives no types for what autograd functions and its linear algebra return)
+
 from __future__ import annotations
 
 import itertools

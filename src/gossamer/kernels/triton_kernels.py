@@ -4,8 +4,10 @@ A program handles one row, a piece of one, or several short ones; arithmetic is 
 rounds. Every tensor here has unit stride along its last dimension; rows may lie anywhere.
 """
 
+# pyright: basic
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
+# (Triton's language is compiled from the syntax tree: its values have no types in Python)
 
 from __future__ import annotations
 

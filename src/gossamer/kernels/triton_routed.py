@@ -6,8 +6,10 @@ compiles nothing. Sums are float32, in an order that does not depend on who else
 Source: Chen et al. 2023, arXiv:2310.18547, section 4 (batched gather matrix-vector products).
 """
 
+# pyright: basic
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
+# (Triton's language is compiled from the syntax tree: its values have no types in Python)
 
 from __future__ import annotations
 

@@ -28,11 +28,14 @@ from gossamer.models.stored import warn_if_mostly_dense
 from gossamer.models.write import forget_quantisation, without_bars
 from gossamer.quant import format_of, quantize_model
 
-_DTYPES: dict[str, torch.dtype] = (
-    dict[str, torch.dtype].fromkeys(("float32", "fp32"), torch.float32)
-    | dict[str, torch.dtype].fromkeys(("bfloat16", "bf16"), torch.bfloat16)
-    | dict[str, torch.dtype].fromkeys(("float16", "fp16"), torch.float16)
-)
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 

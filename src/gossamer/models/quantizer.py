@@ -46,7 +46,7 @@ class Quantizer(HfQuantizer):
     """Puts a `QuantizedLinear` in the place of each linear module when its weight arrives."""
 
     # transformers gives each quantizer the config that is registered with it
-    quantization_config: LoadingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    quantization_config: LoadingConfig
     serialized_names = {
         "weight": [
             *("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),

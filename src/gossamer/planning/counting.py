@@ -65,7 +65,7 @@ def _linears(model: nn.Module) -> Iterator[LinearShape]:
     module: Any
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) or quantizable(module):
-            outer, inner = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]  # pyright: ignore[reportGeneralTypeIssues, reportIndexIssue] (quantizable says that it has one)
+            outer, inner = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
             yield LinearShape(path, inner, outer, module.bias is not None)
 
 
@@ -122,8 +122,9 @@ def _multiplied(model: Any, towers: tuple[Tower, ...]) -> int:
         ):
             continue
         total += one.numel() * active // one.shape[0] if one.dim() == 3 and "expert" in path else one.numel()
-    tied = head is not None and embedding is not None and head.weight is embedding.weight
-    return total + (head.weight.numel() if tied else 0)
+    if head is None or embedding is None or head.weight is not embedding.weight:
+        return total
+    return total + head.weight.numel()
 
 
 def _part(path: str) -> str:

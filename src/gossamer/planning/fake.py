@@ -59,21 +59,21 @@ def _automatic(config: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Stack:
+class LayerStack:
     """Layers one after another: where they lie, and how many there are."""
 
     path: str
     layers: int
 
 
-def stacks(model: nn.Module, path: str = "") -> Iterator[Stack]:
+def stacks(model: nn.Module, path: str = "") -> Iterator[LayerStack]:
     """The lists of layers of a model whose inner ones are all alike; a list inside another one is not one."""
     child: Any
     for name, child in model.named_children():
         here = f"{path}.{name}" if path else name
         listed = isinstance(child, nn.ModuleList) and len(child) > 1 and "expert" not in name
         if listed and len({*map(_outline, [*child][1:-1])}) <= 1:
-            yield Stack(here, len(child))
+            yield LayerStack(here, len(child))
         else:
             yield from stacks(child, here)
 
@@ -83,7 +83,7 @@ def _outline(layer: nn.Module) -> tuple[Any, ...]:
     return (*kinds, *((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()))
 
 
-def cut(model: nn.Module, found: Mapping[str, Stack]) -> dict[str, int]:
+def cut(model: nn.Module, found: Mapping[str, LayerStack]) -> dict[str, int]:
     """Keep three layers of each stack, in place. Returns the path of each layer left -> how many it stands for."""
     repeats = {}
     for path, stack in found.items():

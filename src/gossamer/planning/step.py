@@ -125,7 +125,7 @@ class _Step:
         with ExitStack() as stack:
             fast = None
             if setting.path == "gossamer":
-                fast = stack.enter_context(fast_path(model, fused=setting.fused))  # pyright: ignore[reportArgumentType] (it looks at nothing that only transformers' have)
+                fast = stack.enter_context(fast_path(model, fused=setting.fused))
             if checkpointing:
                 stack.enter_context(checkpointed(model))
             stack.enter_context(self.watched())
@@ -238,7 +238,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
 def _beside(module: Any, spec: Any, dtype: torch.dtype) -> None:
     """PEFT's LoRA: its input copied to the factors' type, and the sum copied back."""
-    inner, outer = module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
+    inner, outer = module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape
     down, up = nn.Linear(inner, spec.r, bias=False, dtype=dtype), nn.Linear(spec.r, outer, bias=False, dtype=dtype)
     module.lora_A, module.lora_B = down, up
 

@@ -30,8 +30,10 @@ class QuantFormat:
     double: bool
 
 
-FORMATS = {f"{table}{end}": QuantFormat(table, not end) for table in ("nf4", "fp4") for end in ("", "-single")}
-FORMATS |= {"int8": QuantFormat("int8", False)}
+FORMATS = {
+    **{f"{table}{end}": QuantFormat(table, not end) for table in ("nf4", "fp4") for end in ("", "-single")},
+    "int8": QuantFormat("int8", False),
+}
 """What `quant` may be, and what it means."""
 
 # Quantiles of the normal distribution, scaled to [-1, 1], with a zero: appendix E of the QLoRA paper.

@@ -1,5 +1,8 @@
 """Quantised weights as a file has them: bitsandbytes' names and layout, so that transformers reads them too."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (tensors as lists have no types)
+
 from __future__ import annotations
 
 import json

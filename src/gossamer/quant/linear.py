@@ -1,5 +1,9 @@
 """A linear module that keeps its weight in 4 or 8 bits and rebuilds it whenever it runs."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateUsage=false
+# (autograd functions have no types; a weight is stored where torch keeps parameters)
+
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
@@ -98,7 +102,7 @@ class QuantizedLinear(nn.Module):
         dense = self._parameters["weight"]
         if dense is not None:
             return nn.functional.linear(x, dense, self.bias)
-        return _Product.apply(x, self, self.bias)  # pyright: ignore[reportReturnType]  # torch types no result of apply
+        return _Product.apply(x, self, self.bias)
 
     def pack(self, form: QuantFormat) -> None:
         """Store the dense weight that stands here as codes."""

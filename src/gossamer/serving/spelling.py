@@ -13,7 +13,7 @@ from gossamer.serving.vocabulary import BYTE, raw_bytes
 
 @dataclass
 class Spelled:
-    """A token in words.
+    r"""A token in words.
 
     Attributes:
         text: of an answer's token what it adds to the text: nothing for the first bytes of a character, which stands

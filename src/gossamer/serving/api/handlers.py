@@ -170,7 +170,7 @@ async def _exhaust(news: AsyncIterator[object]) -> None:
 
 
 class ChatHandler(GenerationHandler[ChatRequest]):
-    """/v1/chat/completions"""
+    """/v1/chat/completions."""
 
     builder_type = ChatBuilder
 
@@ -179,7 +179,7 @@ class ChatHandler(GenerationHandler[ChatRequest]):
 
 
 class CompletionHandler(GenerationHandler[CompletionRequest]):
-    """/v1/completions"""
+    """/v1/completions."""
 
     builder_type = TextBuilder
     default_tokens = 16
@@ -190,7 +190,7 @@ class CompletionHandler(GenerationHandler[CompletionRequest]):
 
 
 class EmbeddingHandler(RequestHandler[EmbeddingRequest]):
-    """/v1/embeddings"""
+    """/v1/embeddings."""
 
     used = 0
 

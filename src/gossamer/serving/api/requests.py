@@ -274,7 +274,7 @@ class TemplateOptions(RequestBody):
 
 
 class ChatRequest(GenerationRequest, TemplateOptions, UnsupportedOfChats):
-    """/v1/chat/completions"""
+    """/v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
     max_completion_tokens: NewTokens | None = None
@@ -301,7 +301,7 @@ def several(given: Any) -> list[Any]:
 
 
 class CompletionRequest(GenerationRequest, UnsupportedOfCompletions):
-    """/v1/completions"""
+    """/v1/completions."""
 
     prompt: (
         PromptText
@@ -327,7 +327,7 @@ class CompletionRequest(GenerationRequest, UnsupportedOfCompletions):
 
 
 class EmbeddingRequest(RequestBody):
-    """/v1/embeddings"""
+    """/v1/embeddings."""
 
     model: Name
     input: (
@@ -347,7 +347,7 @@ class EmbeddingRequest(RequestBody):
 
 
 class LoadAdapterRequest(RequestBody):
-    """/v1/load_lora_adapter"""
+    """/v1/load_lora_adapter."""
 
     lora_name: Annotated[str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     lora_path: Annotated[str, StringConstraints(strict=True, min_length=1, max_length=1024)]
@@ -355,13 +355,13 @@ class LoadAdapterRequest(RequestBody):
 
 
 class UnloadAdapterRequest(RequestBody):
-    """/v1/unload_lora_adapter"""
+    """/v1/unload_lora_adapter."""
 
     lora_name: Name
 
 
 class TokenizeRequest(TemplateOptions):
-    """/tokenize"""
+    """/tokenize."""
 
     model: Name | None = None
     prompt: PromptText | None = None
@@ -378,7 +378,7 @@ class TokenizeRequest(TemplateOptions):
 
 
 class DetokenizeRequest(RequestBody):
-    """/detokenize"""
+    """/detokenize."""
 
     model: Name | None = None
     tokens: Annotated[list[TokenId], Field(max_length=MOST_IDS), BeforeValidator(_all_whole)]

@@ -130,7 +130,7 @@ class ErrorResponse(ResponseBody):
 
 
 class StatusResponse(ResponseBody):
-    """/health and /ready"""
+    """/health and /ready."""
 
     status: Literal["ok"]
 
@@ -145,13 +145,13 @@ class AdapterChangeResponse(ResponseBody):
 
 
 class VersionResponse(ResponseBody):
-    """/version"""
+    """/version."""
 
     version: str
 
 
 class TokenizeResponse(ResponseBody):
-    """/tokenize"""
+    """/tokenize."""
 
     tokens: list[int]
     count: int
@@ -159,7 +159,7 @@ class TokenizeResponse(ResponseBody):
 
 
 class DetokenizeResponse(ResponseBody):
-    """/detokenize"""
+    """/detokenize."""
 
     prompt: str
 
@@ -177,7 +177,7 @@ class ModelCard(ResponseBody):
 
 
 class ModelList(ResponseBody):
-    """/v1/models"""
+    """/v1/models."""
 
     object: Literal["list"]
     data: list[ModelCard]
@@ -208,7 +208,7 @@ class ChunkOf(ResponseBody, Generic[Kind, ChoiceKind]):
 
 
 class ChatCompletion(CompletionOf[Literal["chat.completion"], ChatChoice]):
-    """/v1/chat/completions"""
+    """/v1/chat/completions."""
 
 
 class ChatCompletionChunk(ChunkOf[Literal["chat.completion.chunk"], ChatChunkChoice]):
@@ -216,7 +216,7 @@ class ChatCompletionChunk(ChunkOf[Literal["chat.completion.chunk"], ChatChunkCho
 
 
 class TextCompletion(CompletionOf[Literal["text_completion"], TextChoice]):
-    """/v1/completions"""
+    """/v1/completions."""
 
 
 class TextCompletionChunk(ChunkOf[Literal["text_completion"], TextChunkChoice]):
@@ -224,7 +224,7 @@ class TextCompletionChunk(ChunkOf[Literal["text_completion"], TextChunkChoice]):
 
 
 class EmbeddingList(ResponseBody):
-    """/v1/embeddings"""
+    """/v1/embeddings."""
 
     object: Literal["list"]
     model: str

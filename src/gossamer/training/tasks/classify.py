@@ -111,11 +111,11 @@ class Classify(LanguageTask):
             questions.append(Question(row.where, prompt, _distinctive(answers, processor), right))
         return Questions(labels, tuple(questions))
 
-    def sequences(self, examples: Questions) -> int:
+    def sequences(self, examples: Any) -> int:
         """One where the head at one position tells all labels apart, otherwise one for each label."""
         return 1 if examples.one_token else len(examples.labels)
 
-    def judge(self, model: nn.Module, examples: Questions, through: EvaluationPass) -> Figures:
+    def judge(self, model: nn.Module, examples: Any, through: EvaluationPass) -> Figures:
         """Likelihoods are summed in float64."""
         refuse_misfits(model, [one.example(answer) for one in examples for answer in range(len(one.answers))])
         score = self._next_token_scores if examples.one_token else self._scores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -35,7 +35,7 @@ class SFT(LanguageTask):
         """Encoded as the rows of training are."""
         return self.encode(rows, processor, options)
 
-    def judge(self, model: nn.Module, examples: Encoding, through: EvaluationPass) -> Figures:
+    def judge(self, model: nn.Module, examples: Any, through: EvaluationPass) -> Figures:
         """Sums are float64."""
         refuse_misfits(model, examples)
         total = 0.0
