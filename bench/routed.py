@@ -13,7 +13,7 @@ import torch
 
 from bench.common import Row, interleaved, report
 from gossamer.kernels.routed import Routed
-from gossamer.kernels.routing import Stack, LinearChange, Routing
+from gossamer.kernels.routing import LinearChange, Routing, Stack
 from gossamer.linalg import LowRankPair
 
 LAYERS, RANK, ROUNDS = 30, 8, 9
