@@ -283,9 +283,12 @@ def test_the_memory_is_that_of_a_module(tmp_path: Path):
 import json, resource, sys, torch, transformers, gossamer as gs
 from gossamer.merging import into_base
 sizes = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8, vocab_size=4096)
-torch.manual_seed(0)
 if sys.argv[1] == "make":
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).bfloat16()
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).bfloat16()
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(0.01)
     model.save_pretrained({str(tmp_path / "base")!r}, max_shard_size="100MB")
     gs.attach(model, gs.LoRA(r=8))
     gs.capture(model).save({str(tmp_path / "adapter")!r})

@@ -50,7 +50,7 @@ def same_profile(wanted: int | None) -> None:
 
 
 def test_a_profile_is_what_is_followed_now():
-    same_profile(1)
+    same_profile(5)
 
 
 @pytest.mark.slow
