@@ -19,7 +19,8 @@ IS_NEW      := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON      ?= $(shell for one in $(CANDIDATES); do if $$one $(IS_NEW) >/dev/null 2>&1; then echo $$one; break; fi; done)
 
 PIP         := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -c constraints.txt
-PYTEST      := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+# The processes that tests start read compiled sources, even where a machine's habit is to write none.
+PYTEST      := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 TOOLS       := vllm llama_cpp diffusers mlx torchtune
 QUICK       := not slow and not gpu and not browser $(foreach tool,$(TOOLS),and not $(tool))
 PARALLEL    := -n $(WORKERS) --dist loadfile
