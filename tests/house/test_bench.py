@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import common, numbers
+from bench import common, evaluation, numbers
+from gossamer.models import tiny, tiny_tokenizer
 
 
 def test_contenders_take_turns():
@@ -50,3 +51,14 @@ def test_a_result_reaches_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_page_without_results(tmp_path: Path):
     numbers.main(tmp_path, tmp_path / "numbers.md")
     assert (tmp_path / "numbers.md").read_text() == numbers.HEADER + numbers.EMPTY
+
+
+def test_evaluations_agree_before_they_are_timed(monkeypatch: pytest.MonkeyPatch):
+    model, tokenizer = tiny("llama").eval(), tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    lines = [{"prompt": "word " * (1 + 7 * (at % 3)), "completion": "ab"[at % 2]} for at in range(20)]
+    rows = evaluation.compared(model, tokenizer, "toy", lines, rounds=1)
+    assert [row["contender"] for row in rows] == ["padded in order", "padded, sorted by length", "Gossamer"]
+    monkeypatch.setattr(evaluation, "ours", lambda *_: (0.5, 0.0))
+    with pytest.raises(AssertionError, match="finds a"):
+        evaluation.compared(model, tokenizer, "toy", lines, rounds=1)
