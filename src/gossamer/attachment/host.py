@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,14 +10,11 @@ from torch import Tensor, nn
 
 from gossamer.attachment import walk
 from gossamer.attachment.selection import Selection
-from gossamer.attachment.site import Active, Site
+from gossamer.attachment.site import Active, ActiveAdapters, Site
 from gossamer.errors import StateError, nearest
-from gossamer.kernels.routing import Routing
 from gossamer.methods import Layer, Shape, TargetedMethod
 
 _ATTRIBUTE = "_gossamer_host"
-BASE_ALONE: Routing[Active] = Routing.everywhere(())
-"""No adapter, whatever comes."""
 SAVING = ("save_pretrained", "push_to_hub")
 """Methods of a transformers model that ours stand in for, while adapters are attached."""
 
@@ -34,14 +30,13 @@ class Attached:
     foreign: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Host:
+class Host(ActiveAdapters):
     """The adapters of one model, which of them are active, and what unmerging and detaching must give back."""
 
     def __init__(self, model: nn.Module, fingerprint: dict[str, str]) -> None:
         self.model, self.fingerprint = model, fingerprint
         self.adapters: dict[str, Attached] = {}
         self.sites: dict[str, Site] = {}
-        self.active = BASE_ALONE
         self.stash: list[tuple[str, str, Tensor | None]] | None = None
         """While merged: path, parameter, and what it was before, in the order they were written."""
         self.merged: Active = ()
@@ -70,15 +65,6 @@ class Host:
             taken = [parameter for layer in site.standing(names) for parameter in layer.replaces()]
             if len(set(taken)) < len(taken):
                 raise StateError("two adapters replace the same parameters", where=path, got=", ".join(names))
-
-    @contextmanager
-    def running(self, routing: Routing[Active]) -> Iterator[None]:
-        """While open, these adapters run, each for its rows."""
-        before, self.active = self.active, routing
-        try:
-            yield
-        finally:
-            self.active = before
 
     def layers_of(self, name: str) -> dict[str, Layer]:
         """Canonical path -> layer of one adapter."""

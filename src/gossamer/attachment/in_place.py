@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from gossamer.errors import StateError
-
-if TYPE_CHECKING:
-    from gossamer.attachment.site import Site
+from gossamer.attachment.frozen import Frozen
 
 
 class InPlace:
@@ -20,10 +17,15 @@ class InPlace:
 
     Layers that stand beside calls have no part in that: they are let in where calls are all there is in evaluation, or
     where their change is zero.
+
+    Args:
+        frozen: the module that is read.
+        standing: the innermost layers that run there at the moment, in stacking order.
+        readers: the modules whose code reads it.
     """
 
-    def __init__(self, site: Site, readers: Sequence[nn.Module]) -> None:
-        self.site, self.readers = site, readers
+    def __init__(self, frozen: Frozen, standing: Callable[[], Sequence[Any]], readers: Sequence[nn.Module]) -> None:
+        self.frozen, self.standing, self.readers = frozen, standing, readers
         self.open: list[AbstractContextManager[None] | None] = []
         self.hooks: list[RemovableHandle] = []
 
@@ -39,14 +41,14 @@ class InPlace:
             self.hooks.pop().remove()
 
     def _enter(self, *_: Any) -> None:
-        layers: list[Any] = self.site.standing(self._running())
+        layers = self.standing()
         if not layers:
             self.open.append(None)
             return
-        values = self.site.frozen.parameters()
+        values = self.frozen.parameters()
         for layer in layers:
             values = layer.presented(values)
-        place = self.site.frozen.replacing(values)
+        place = self.frozen.replacing(values)
         place.__enter__()
         self.open.append(place)
 
@@ -54,16 +56,3 @@ class InPlace:
         place = self.open.pop() if self.open else None
         if place is not None:
             place.__exit__(None, None, None)
-
-    def _running(self) -> tuple[str, ...]:
-        """The innermost layers of all rows. Raises `StateError` where rows differ in them."""
-        inner = {name for name, layer in self.site.layers.items() if layer.innermost}
-        here = {tuple(name for name in mix if name in inner) for mix in self.site.host.active.mixes}
-        if len(here) > 1:
-            raise StateError(
-                "rows with different adapters cannot share a parameter that is read without calling its module",
-                where=self.site.path,
-                got=", ".join(sorted("+".join(mix) or "the base" for mix in here)),
-                hint="run the adapters in batches of their own",
-            )
-        return here.pop() if here else ()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +24,41 @@ from gossamer.methods import Layer, Shape
 from gossamer.methods.base import AFFINE_KINDS
 from gossamer.quant import QuantizedLinear
 
-if TYPE_CHECKING:
-    from gossamer.attachment.host import Host
-
 Active = tuple[str, ...]
 """Names whose layers run, in order."""
+BASE_ALONE: Routing[Active] = Routing.everywhere(())
+"""No adapter, whatever comes."""
+
+
+class ActiveAdapters:
+    """Which adapters of a model run, and for which rows; its sites all look here."""
+
+    active = BASE_ALONE
+
+    @contextmanager
+    def running(self, routing: Routing[Active]) -> Iterator[None]:
+        """While open, these adapters run, each for its rows."""
+        before, self.active = self.active, routing
+        try:
+            yield
+        finally:
+            self.active = before
 
 
 class Site:
     """A module, the layers that stand at it, and the frozen call they stand beside."""
 
     def __init__(
-        self, shape: Shape, module: nn.Module, host: Host, bypassed: bool = False, readers: Sequence[nn.Module] = ()
+        self,
+        shape: Shape,
+        module: nn.Module,
+        adapters: ActiveAdapters,
+        bypassed: bool = False,
+        readers: Sequence[nn.Module] = (),
     ) -> None:
-        self.path, self.shape, self.module, self.host = shape.path, shape, module, host
+        self.path, self.shape, self.module, self.adapters = shape.path, shape, module, adapters
         self.frozen = Frozen(shape, module)
-        self.in_place = InPlace(self, readers)
+        self.in_place = InPlace(self.frozen, self._shared_by_rows, readers)
         self.bypassed, self.hook = bypassed, None
         self.layers = nn.ModuleDict()
         vars(self.layers)["outer"] = self.frozen.outer  # for whoever asks what this module's forward does
@@ -88,7 +108,7 @@ class Site:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward while adapters are attached: the active layers around the frozen call."""
-        routing = self.host.active
+        routing = self.adapters.active
         if not args and len(kwargs) == 1 and self.shape.kind in AFFINE_KINDS:  # `linear(input=x)`
             args, kwargs = (*kwargs.values(),), {}
         if routing.unit == "row":
@@ -107,6 +127,19 @@ class Site:
         """The layers of the named adapters here, in stacking order; those that stand for parameters come first."""
         layers: list[Any] = [self.layers[name] for name in active if name in self.layers]
         return sorted(layers, key=lambda layer: not layer.innermost) if len(layers) > 1 else layers
+
+    def _shared_by_rows(self) -> list[Layer]:
+        """The innermost layers of all rows. Raises `StateError` where rows differ in them."""
+        inner = {name for name, layer in self.layers.items() if layer.innermost}
+        here = {tuple(name for name in mix if name in inner) for mix in self.adapters.active.mixes}
+        if len(here) > 1:
+            raise StateError(
+                "rows with different adapters cannot share a parameter that is read without calling its module",
+                where=self.path,
+                got=", ".join(sorted("+".join(mix) or "the base" for mix in here)),
+                hint="run the adapters in batches of their own",
+            )
+        return self.standing(here.pop()) if here else []
 
     def _run_rows(self, rows: Sequence[Active], args: tuple, kwargs: dict) -> Any:
         """One adapter (or none) for every row of the batch: the plain way, one call for each distinct entry."""
@@ -127,7 +160,7 @@ class Site:
                 [row * share + part for row in chosen for part in range(share)], device=self.shape.device
             )
             whole = len(rows) * share
-            with self.host.running(Routing.everywhere(entry)):
+            with self.adapters.running(Routing.everywhere(entry)):
                 outs.append(self._stacked(entry)(*_picked(args, index, whole), **_picked(kwargs, index, whole)))
             order.append(index)
         return _joined(outs, torch.cat(order).argsort(), self.path)
@@ -164,7 +197,7 @@ class Site:
         outs = []
         for (start, _, names), length in zip(routing.spans, routing.lengths, strict=True):
             cut = [one.narrow(along, start, length) for one in args]
-            with self.host.running(Routing.everywhere(names)):
+            with self.adapters.running(Routing.everywhere(names)):
                 outs.append(self._stacked(names)(*cut, **kwargs))
         return torch.cat(outs, along)
 

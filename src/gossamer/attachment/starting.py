@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from gossamer.adapter import Adapter
 from gossamer.attachment import walk
 from gossamer.attachment.frozen import Frozen
-from gossamer.attachment.host import BASE_ALONE, find_host
+from gossamer.attachment.host import find_host
 from gossamer.attachment.match import select
+from gossamer.attachment.site import BASE_ALONE
 from gossamer.errors import NonFiniteError, StateError, TargetError, UnsupportedError, UsageError
 from gossamer.methods import LoRA, starts
 from gossamer.methods.base import LINEAR_KINDS, wide

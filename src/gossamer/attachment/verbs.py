@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from gossamer.adapter import Adapter
 from gossamer.attachment import walk
-from gossamer.attachment.host import BASE_ALONE, Attached, Host, find_host, make_host, require_host
+from gossamer.attachment.host import Attached, Host, find_host, make_host, require_host
 from gossamer.attachment.layers import MadeLayers, new_layers, stored_layers
 from gossamer.attachment.match import select
 from gossamer.attachment.merge import unmerge
 from gossamer.attachment.remarks import described, idle_note, warn_of_other_base
 from gossamer.attachment.report import InjectionReport, SiteRow
 from gossamer.attachment.saving import Saving
-from gossamer.attachment.site import Active
+from gossamer.attachment.site import BASE_ALONE, Active
 from gossamer.errors import BaseMismatchError, StateError, UnsupportedError, UsageError
 from gossamer.kernels.routing import Routing
 from gossamer.methods import Shape, TargetedMethod

@@ -17,7 +17,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from gossamer.attachment.host import BASE_ALONE, find_host
+from gossamer.attachment.host import find_host
+from gossamer.attachment.site import BASE_ALONE
 from gossamer.errors import UnsupportedError
 from gossamer.training.memory import ran_out
 
