@@ -20,6 +20,20 @@ def test_a_moved_module_is_the_same_module(earlier: str):
         assert getattr(now, old) is getattr(now, new)
 
 
+def test_a_renamed_class_answers_in_the_package_it_stayed_in():
+    with pytest.warns(DeprecationWarning, match=r"gossamer\.serving\.Sequence"):
+        from gossamer.serving import Request
+    from gossamer.serving import Sequence
+
+    assert Request is Sequence
+    assert isinstance(Request((1, 2)), Sequence)
+
+
+def test_other_names_are_still_missing():
+    with pytest.raises(AttributeError, match="Requests"):
+        importlib.import_module("gossamer.serving").Requests  # noqa: B018
+
+
 def test_other_modules_are_still_missing():
     with pytest.raises(ModuleNotFoundError, match=r"gossamer\.nowhere"):
         importlib.import_module("gossamer.nowhere")

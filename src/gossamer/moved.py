@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, cast
@@ -59,6 +59,7 @@ MOVED = {
 RENAMED: dict[str, dict[str, str]] = {
     "files.foreign.changes": {"Change": "Factors", "changes_of": "factors_of"},
     "merging.combining.changes": {"Changes": "AdapterPairs"},
+    "serving": {"Request": "Sequence"},
     "serving.guidance": {"Guide": "Grammar"},
     "serving.request": {"Request": "Sequence"},
     "serving.text": {"Writer": "Detokenizer"},
@@ -70,7 +71,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "training.sweep": {"Plan": "SweepPlan", "Setting": "Variant"},
     "training.trainee": {"Trainee": "TrainState"},
 }
-"""Earlier name of a module -> earlier name in it -> name."""
+"""Earlier name of a module -> earlier name in it -> name. `renamed` answers for a module that has not moved."""
 
 
 class Moved:
@@ -94,6 +95,19 @@ class Moved:
         for old, new in RENAMED.get(earlier, {}).items():
             setattr(real, old, getattr(real, new))
         sys.modules[module.__name__] = real
+
+
+def renamed(package: str) -> Callable[[str], object]:
+    """The `__getattr__` (PEP 562) of a module that stayed: earlier names in it, each with a warning."""
+
+    def get(name: str) -> object:
+        now = RENAMED[package.removeprefix("gossamer.")].get(name)
+        if now is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        warnings.warn(f"{package}.{name} is {package}.{now} now", DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[package], now)
+
+    return get
 
 
 def install() -> None:
