@@ -13,7 +13,7 @@ from gossamer.errors import AdapterFileError, UsageError
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.serving import originals
 from gossamer.serving.engine import Engine
-from gossamer.serving.names import check_names
+from gossamer.serving.folder import check_names
 from tests.adapters import trained
 
 

@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gossamer.models import tiny_tokenizer
 from gossamer.serving.api.builders import ChatBuilder, ResponseBuilder, TextBuilder
-from gossamer.serving.detokenizer import Detokenizer
+from gossamer.serving.detokenizer import Detokenizer, Spelling
 from gossamer.serving.sequence import Reply
-from gossamer.serving.spelling import Spelling
 
 WORDS = ["true", "false", "the", "cat", "é", "日本"]
 

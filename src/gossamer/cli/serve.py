@@ -63,14 +63,14 @@ def command(context: click.Context, **options: Any) -> None:
 
 def _serve(name: str, options: dict[str, Any]) -> None:
     from gossamer.serving.api.app import create_app
+    from gossamer.serving.api.backends import Vectors
     from gossamer.serving.api.keys import Keyring
     from gossamer.serving.api.limits import HttpLimits
     from gossamer.serving.api.server import bound, check_host, serve
-    from gossamer.serving.api.vectors import Vectors
     from gossamer.serving.embedding import Embedder
     from gossamer.serving.engine import Engine
+    from gossamer.serving.folder import check_names
     from gossamer.serving.hub import Hub
-    from gossamer.serving.names import check_names
     from gossamer.serving.scheduler import Limits
 
     check_host(options["host"], bool(options["keys"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +12,12 @@ from gossamer.errors import AdapterFileError, BaseMismatchError, DiskError, Goss
 from gossamer.files.atomic import write_json
 from gossamer.files.folder import CONFIG, read_json
 from gossamer.files.places import adapter_of, glance, instead_of_adapter, is_leftover
-from gossamer.serving.names import check_name
 
 NAMES = "names.json"
 """In the folder: name -> the subfolder that it means instead of its own, or null for none. Absent as long as every
 name means its own."""
+LONGEST_NAME = 256
+"""Characters of a name that a request may hold. Names are compared letter by letter: `SQL` and `sql` are two."""
 
 log = logging.getLogger("gossamer.serving")
 
@@ -156,3 +157,40 @@ def check_base(name: str, made_for: Mapping[str, Any] | None, base: Mapping[str,
     """Raise `BaseMismatchError` for an adapter that was made for another base; what is not known fits all."""
     if made_for and base and (other := differing(made_for, base)):
         raise BaseMismatchError(f"this adapter was made for another base ({', '.join(other)} differ)", where=name)
+
+
+def check_name(name: str) -> None:
+    """Raise `UsageError` for a name that no client can ask for, or that says something else where names stand."""
+    reasons = {
+        "it is empty": not name,
+        "it is longer than a request may say": len(name) > LONGEST_NAME,
+        "it holds control or invisible characters": not name.isprintable(),
+        "it begins or ends with a space": name != name.strip(),
+        "it begins with a dot, as hidden folders do": name.startswith("."),
+        "a star stands for all names": name == "*",
+    }
+    if said := [reason for reason, there in reasons.items() if there]:
+        raise UsageError("this cannot be the name of an adapter or a base", got=f"{name[:64]!r}: {said[0]}")
+
+
+def check_names(base: str, adapters: Iterable[str], other: str | None = None, others: Iterable[str] = ()) -> None:
+    """Hold that every name means one thing: a base's, its adapters', and those of a second base for vectors.
+
+    Raises: UsageError, which names the clash.
+    """
+    bases = [base] if other is None else [base, other]
+    meant: dict[str, str] = {}
+    for name, what in [
+        *((one, "a base") for one in bases),
+        *((one, f"an adapter of {base!r}") for one in adapters),
+        *((one, f"an adapter of {other!r}") for one in others),
+    ]:
+        check_name(name)
+        prefix = next((one + ":" for one in bases if name.startswith(one + ":")), "")
+        if prefix:
+            got = f"{name!r}: it reads as {name.removeprefix(prefix)!r} of {prefix[:-1]!r}"
+            raise UsageError("a name that means something else", got=got, hint="rename the adapter's folder")
+        if name in meant:
+            hint = "give the base another name (--name), or rename the adapter's folder"
+            raise UsageError("one name for two models", where=name, got=f"{meant[name]} and {what}", hint=hint)
+        meant[name] = what

@@ -19,8 +19,7 @@ from gossamer.adapter import Adapter
 from gossamer.errors import GossamerError, UnsupportedError, UsageError
 from gossamer.methods import LoRA
 from gossamer.serving.chat_format import ChatFormats, chat_files
-from gossamer.serving.folder import Folder, FolderContents
-from gossamer.serving.names import check_names
+from gossamer.serving.folder import Folder, FolderContents, check_names
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The largest rank of a server is one of these; every slot is as large."""

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 import gossamer as gs
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.serving.api.app import create_app
-from gossamer.serving.api.vectors import Vectors
+from gossamer.serving.api.backends import Vectors
 from gossamer.serving.embedding import Embedder
 from tests.serving.api.conftest import engine
 

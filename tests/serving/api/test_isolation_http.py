@@ -18,8 +18,8 @@ from gossamer.adapter import Adapter
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.serving import Engine, Limits, Sampling, Sequence
 from gossamer.serving.api.app import create_app
+from gossamer.serving.detokenizer import Spelling
 from gossamer.serving.sequence import Reply
-from gossamer.serving.spelling import Spelling
 from tests.adapters import trained
 from tests.serving.api.conftest import until
 

@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 
 from gossamer.models import tiny, tiny_tokenizer
 from gossamer.serving.api.app import create_app
+from gossamer.serving.api.backends import Vectors
 from gossamer.serving.api.limits import HttpLimits
-from gossamer.serving.api.vectors import Vectors
 from gossamer.serving.embedding import Embedder
 from gossamer.serving.engine import Engine
 from tests.serving.api.shapes import ANYTHING, Shapes, elsewhere

@@ -15,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 
 from gossamer import __version__
 from gossamer.errors import GossamerError
-from gossamer.serving.api.backends import CompletionBackend
+from gossamer.serving.api.backends import CompletionBackend, Vectors
 from gossamer.serving.api.faults import ClientGone, Refusal, refusal
 from gossamer.serving.api.keys import Keyring
 from gossamer.serving.api.limits import Gate, HttpLimits
@@ -23,12 +23,10 @@ from gossamer.serving.api.metrics import Metrics
 from gossamer.serving.api.responses import ERRORS
 from gossamer.serving.api.routes import router
 from gossamer.serving.api.service import Service
-from gossamer.serving.api.vectors import Vectors
 from gossamer.serving.api.worker import Worker
 from gossamer.serving.engine import Engine
-from gossamer.serving.folder import Folder
+from gossamer.serving.folder import Folder, check_names
 from gossamer.serving.hub import Hub
-from gossamer.serving.names import check_names
 
 
 def create_app(

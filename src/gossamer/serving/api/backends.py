@@ -5,25 +5,30 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gossamer.errors import GossamerError, UsageError
+from gossamer.errors import ArtefactError, DownloadError, GossamerError, NonFiniteError, UsageError
 from gossamer.serving.api.faults import Refusal, missing, unusable
-from gossamer.serving.api.fetching import Fetching
 from gossamer.serving.api.keys import Tenant
 from gossamer.serving.api.prompts import rendered, too_long, within
 from gossamer.serving.api.requests import ChatMessage, TemplateOptions, WeightedAdapter
 from gossamer.serving.api.responses import ModelCard
 from gossamer.serving.api.worker import Worker
 from gossamer.serving.chat_format import ChatFormat, common_format
+from gossamer.serving.embedding import Embedder, Embeddings
 from gossamer.serving.engine import Engine
 from gossamer.serving.folder import Folder
 from gossamer.serving.hub import Hub
 
 Value = TypeVar("Value")
+
+WAITING = 64
+"""Requests that may wait for the one thread of vectors; ids of the hub under way, or refused a moment ago."""
+MEMORY = 60.0
+"""Seconds for which a refusal is remembered: the hub is not asked for the same again and again."""
 
 
 class Backend(ABC):
@@ -106,6 +111,45 @@ class Backend(ABC):
         parent, root = (None, name) if name == self.name else (self.name, digest)
         made = {"created": self.created, "owned_by": "gossamer"}
         return ModelCard(id=name, object="model", root=root, parent=parent, **made, **more)
+
+
+class Fetching:
+    """Brings adapters from the hub into an engine's store; `revisions` are the commits that their names stand for."""
+
+    def __init__(self, hub: Hub, worker: Worker) -> None:
+        self.hub, self.worker = hub, worker
+        self.threads = ThreadPoolExecutor(2, "hub")  # not the store's: other adapters do not wait for the network
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.revisions: dict[str, str] = {}
+
+    def close(self) -> None:
+        """Fetch nothing more."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+    async def fetch(self, name: str) -> None:
+        """Make an allowed id known to the store, and go on if the client leaves. Raises `Refusal`."""
+        if name not in self.tasks:
+            if len(self.tasks) >= WAITING:
+                raise Refusal(429, "Too many adapters are being fetched.", "queue_full", after=5)
+            self.tasks[name] = task = asyncio.ensure_future(self._fetch(name))
+            task.add_done_callback(lambda done: self._forget(name, done))
+        await asyncio.shield(self.tasks[name])
+
+    async def _fetch(self, name: str) -> None:
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self.threads, self.hub.fetch, name)
+            if found is None:
+                raise missing(name)
+            await self.worker.register(name, found.folder)
+        except DownloadError:
+            raise Refusal(503, "The hub does not answer.", "hub_unreachable", after=int(MEMORY)) from None
+        except (ArtefactError, NonFiniteError, UsageError) as error:
+            raise unusable(name, error) from None
+        self.revisions[name] = found.revision
+
+    def _forget(self, name: str, done: asyncio.Task[None]) -> None:
+        failed = not done.cancelled() and done.exception()
+        done.get_loop().call_later(MEMORY if failed else 0, self.tasks.pop, name, None)
 
 
 class CompletionBackend(Backend):
@@ -249,3 +293,61 @@ class CompletionBackend(Backend):
         if not 0 < prompt < self.context:
             raise too_long(f"{prompt:,}", self.context)
         return self.context - prompt
+
+
+class Vectors(Backend):
+    """An embedder for the app.
+
+    Args:
+        name: of its base, for clients.
+        make: gives the embedder; called in its thread when the app starts.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Embedder]) -> None:
+        super().__init__(name)
+        self.make = make
+        self.embedder: Embedder | None = None
+        self.waiting = 0
+
+    async def start(self) -> None:
+        """Load it. Raises what loading raises."""
+        self.embedder = await self.aside(self.make)
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return self.embedder.digests if self.embedder else {}
+
+    @property
+    def folder(self) -> Folder | None:
+        return self.embedder.folder if self.embedder else None
+
+    async def register(self, name: str, folder: Path) -> str:
+        assert self.embedder
+        await self.aside(self.embedder.register, name, folder)
+        return self.names[name]
+
+    async def unregister(self, name: str) -> None:
+        assert self.embedder
+        await self.aside(self.embedder.unregister, name)
+
+    async def cards(self, tenant: Tenant) -> list[ModelCard]:
+        if self.embedder is None:
+            return []
+        mine = [self.card(name, digest) for name, digest in sorted(self.names.items()) if tenant.may(name)]
+        return [self.card(self.name), *mine]
+
+    async def adapter_card(self, name: str) -> ModelCard:
+        return self.card(name, self.names[name])
+
+    def close(self) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+    async def embed(self, texts: list[Any], adapter: str | None, dimensions: int | None) -> Embeddings:
+        """Vectors of texts. Raises what `Embedder.embed` raises, and `Refusal` when too many wait."""
+        if self.waiting >= WAITING or self.embedder is None:
+            raise Refusal(429, "Too many requests wait.", "queue_full", after=1)
+        embedder, self.waiting = self.embedder, self.waiting + 1
+        try:
+            return await self.aside(lambda: embedder.embed(texts, adapter, dimensions=dimensions))
+        finally:
+            self.waiting -= 1

@@ -18,9 +18,9 @@ from gossamer.serving.api.responses import (
     TextCompletion,
     TextCompletionChunk,
 )
+from gossamer.serving.detokenizer import Spelled, Spelling
 from gossamer.serving.sampling import TopLogprobs
 from gossamer.serving.sequence import Reply
-from gossamer.serving.spelling import Spelled, Spelling
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""

@@ -10,14 +10,13 @@ from typing import TypeVar
 from starlette.requests import Request as HttpRequest
 
 from gossamer.errors import ArtefactError, NonFiniteError, UsageError
-from gossamer.serving.api.backends import Backend, CompletionBackend
+from gossamer.serving.api.backends import Backend, CompletionBackend, Vectors
 from gossamer.serving.api.faults import ClientGone, Refusal, missing, not_ready, unusable
 from gossamer.serving.api.keys import Tenant, Visit
 from gossamer.serving.api.limits import HttpLimits
 from gossamer.serving.api.metrics import Metrics
 from gossamer.serving.api.requests import LoadAdapterRequest
 from gossamer.serving.api.responses import AdapterChangeResponse
-from gossamer.serving.api.vectors import Vectors
 from gossamer.serving.api.worker import Worker
 from gossamer.serving.folder import Folder
 
