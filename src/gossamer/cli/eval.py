@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from gossamer.cli.shared import (
-    adapter_options,
-    emit,
-    force_option,
-    json_option,
-    load_with_adapter,
-)
+from gossamer.cli.shared import adapter_options, emit, force_option, json_option, load_with_adapter
 from gossamer.pages.tables import aligned
 
 
@@ -23,18 +19,7 @@ from gossamer.pages.tables import aligned
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @force_option
 @json_option
-def command(
-    base: str | None,
-    quant: str | None,
-    dtype: str,
-    device: str,
-    adapter: str | None,
-    data: str,
-    task: str | None,
-    batch_size: int,
-    force_base: bool,
-    as_json: bool,
-) -> None:
+def command(data: str, task: str | None, batch_size: int, as_json: bool, **loading: Any) -> None:
     """Measure a base, or a base with an adapter, on held-out rows."""
     from gossamer.training import evaluate
     from gossamer.training.config import DataFiles
@@ -42,20 +27,13 @@ def command(
 
     chosen = task_of(task or DEFAULT)
     rows, _ = DataFiles(train=data).read()  # before gigabytes are loaded
-    model, tokenizer, digest, base = load_with_adapter(base, adapter, quant, dtype, device, force_base)
+    model, tokenizer, digest, base = load_with_adapter(**loading)
     result = evaluate(model, tokenizer, rows, task=chosen, batch_size=batch_size)
     if as_json:
         emit({"base": base, "adapter_digest": digest, "data": data} | result)
         return
-    click.echo(
-        aligned(
-            [
-                (name, f"{value:.4f}" if isinstance(value, float) else str(value))
-                for name, value in result.items()
-                if isinstance(value, int | float | str)
-            ]
-        )
-    )
+    figures = ((name, value) for name, value in result.items() if isinstance(value, int | float | str))
+    click.echo(aligned([(name, f"{one:.4f}" if isinstance(one, float) else str(one)) for name, one in figures]))
     if table := read_figures(result).table:
         names = [label.strip() for label in table.labels]
         click.echo("\nrows: the right label; columns: the predicted one")

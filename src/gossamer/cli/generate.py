@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from gossamer.cli.shared import adapter_options, emit, force_option, json_option, load_with_adapter
@@ -19,23 +21,12 @@ from gossamer.cli.shared import adapter_options, emit, force_option, json_option
 @force_option
 @json_option
 def command(
-    base: str | None,
-    quant: str | None,
-    dtype: str,
-    device: str,
-    adapter: str | None,
-    prompts: tuple[str, ...],
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    chat: bool,
-    force_base: bool,
-    as_json: bool,
+    prompts: tuple[str, ...], max_tokens: int, temperature: float, seed: int, chat: bool, as_json: bool, **loading: Any
 ) -> None:
     """Continue prompts with a base, or a base with an adapter."""
     from gossamer.serving import generate
 
-    model, tokenizer, digest, _ = load_with_adapter(base, adapter, quant, dtype, device, force_base)
+    model, tokenizer, digest, _ = load_with_adapter(**loading)
     results = generate(model, tokenizer, prompts, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat)
     if as_json:
         emit([one | {"adapter_digest": digest} for one in results])

@@ -165,6 +165,8 @@ def serve(
     Raises: UnsupportedError where vLLM is not installed; UsageError for a host that is not this machine, as vLLM's one
         key knows no tenants.
     """
+    import torch
+
     from gossamer.models.locate import locate
     from gossamer.serving.api.server import check_host
 
@@ -180,7 +182,7 @@ def serve(
         if one.remedy:
             say(f"  instead: {one.remedy}")
     python = interpreter()
-    where = {"host": host, "port": port, "python": python or "python", "cuda": _has_cuda()}
+    where = {"host": host, "port": port, "python": python or "python", "cuda": torch.cuda.is_available()}
     made = command(place, verdicts, name=name, options=options, **where)
     say(str(made))
     if dry_run:
@@ -206,12 +208,6 @@ def _tokenizer(base: Path) -> Any:
 
     with as_base_error(base):
         return read_tokenizer(base.parent, gguf_file=base.name) if base.is_file() else read_tokenizer(base)
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _pairs(words: Sequence[str]) -> list[str]:

@@ -32,16 +32,16 @@ MEMORY = 60.0
 
 
 class Backend(ABC):
-    """A base and its adapters; `name` is what clients call the base."""
+    """A base and its adapters.
 
-    def __init__(self, name: str) -> None:
-        self.name, self.created = name, int(time.time())
+    Attributes:
+        name: what clients call the base.
+        folder: that its adapters come from; without one, none can be loaded.
+    """
+
+    def __init__(self, name: str, folder: Folder | None = None) -> None:
+        self.name, self.created, self.folder = name, int(time.time()), folder
         self.thread = ThreadPoolExecutor(1, "texts")  # neither a tokenizer nor an embedder is for several at a time
-
-    @property
-    @abstractmethod
-    def folder(self) -> Folder | None:
-        """That its adapters come from; without one, none can be loaded."""
 
     @property
     @abstractmethod
@@ -157,22 +157,18 @@ class CompletionBackend(Backend):
 
     Args:
         worker: has its engine.
-        shelf: the folder where adapters that are loaded while serving must lie.
+        folder: where adapters that are loaded while serving must lie.
         hub: what may be fetched from there.
         other: another base, whose adapters are not this one's.
     """
 
     def __init__(
-        self, name: str, worker: Worker, shelf: Folder | None, hub: Hub | None = None, other: Backend | None = None
+        self, name: str, worker: Worker, folder: Folder | None, hub: Hub | None = None, other: Backend | None = None
     ) -> None:
-        super().__init__(name)
-        self.worker, self.shelf, self.other = worker, shelf, other
+        super().__init__(name, folder)
+        self.worker, self.other = worker, other
         self.fetching = Fetching(hub, worker) if hub else None
         self.forgotten: set[str] = set()  # names that were unloaded, whatever their subfolders hold
-
-    @property
-    def folder(self) -> Folder | None:
-        return self.shelf
 
     @property
     def names(self) -> Collection[str]:
@@ -239,7 +235,7 @@ class CompletionBackend(Backend):
             if found and name not in engine.store.names():
                 engine.store.offer(name, found)
 
-        if found := self.shelf and await asyncio.to_thread(self.shelf.named, name):
+        if found := self.folder and await asyncio.to_thread(self.folder.named, name):
             await self.worker.call(offer, renames=True)
 
     def close(self) -> None:
@@ -312,14 +308,11 @@ class Vectors(Backend):
     async def start(self) -> None:
         """Load it. Raises what loading raises."""
         self.embedder = await self.aside(self.make)
+        self.folder = self.embedder.folder
 
     @property
     def names(self) -> Mapping[str, str]:
         return self.embedder.digests if self.embedder else {}
-
-    @property
-    def folder(self) -> Folder | None:
-        return self.embedder.folder if self.embedder else None
 
     async def register(self, name: str, folder: Path) -> str:
         assert self.embedder

@@ -62,7 +62,8 @@ class RequestHandler(ABC, Generic[Body]):
 
     async def answer(self) -> Response:
         """All of it. Raises `Refusal` and what the engine raises."""
-        self.visit = self.service.enter(self.tenant, await self.prepare())
+        self.visit = self.tenant.allowance.enter(await self.prepare())
+        self.service.visits.add(self.visit)
         response = None
         try:
             response = await self.respond()
@@ -74,7 +75,8 @@ class RequestHandler(ABC, Generic[Body]):
     def leave(self) -> None:
         """It counts no longer."""
         if not self.visit.over:
-            self.service.leave(self.visit, self.release())
+            self.visit.leave(self.release())
+            self.service.visits.discard(self.visit)
 
 
 class GenerationHandler(RequestHandler[GenerationBody]):

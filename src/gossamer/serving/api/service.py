@@ -12,7 +12,7 @@ from starlette.requests import Request as HttpRequest
 from gossamer.errors import ArtefactError, NonFiniteError, UsageError
 from gossamer.serving.api.backends import Backend, CompletionBackend, Vectors
 from gossamer.serving.api.faults import ClientGone, Refusal, missing, not_ready, unusable
-from gossamer.serving.api.keys import Tenant, Visit
+from gossamer.serving.api.keys import Visit
 from gossamer.serving.api.limits import HttpLimits
 from gossamer.serving.api.metrics import Metrics
 from gossamer.serving.api.requests import LoadAdapterRequest
@@ -62,17 +62,6 @@ class Service:
         """Raise `Refusal` when nothing new is taken."""
         if self.draining:
             raise Refusal(503, "The server is about to stop.", "stopping", after=5)
-
-    def enter(self, tenant: Tenant, tokens: int) -> Visit:
-        """Count a request of at most so many tokens against its tenant's limits. Raises `Refusal`."""
-        visit = tenant.allowance.enter(tokens)
-        self.visits.add(visit)
-        return visit
-
-    def leave(self, visit: Visit, used: int) -> None:
-        """A request is over; what it did not use is given back."""
-        visit.leave(used)
-        self.visits.discard(visit)
 
     async def until_gone(self, request: HttpRequest, work: Awaitable[Answer]) -> Answer:
         """Do something for a client that may leave. Raises `ClientGone`; `Refusal` when it takes too long."""

@@ -11,6 +11,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -92,20 +93,21 @@ class Worker:
 
     async def call(self, function: Callable[[Engine], Value], *, renames: bool = False) -> Value:
         """What a function gives or raises with the engine between two steps; `renames`: it changes which are known."""
-        engine, answer = self.present, self.loop.create_future()
+        engine, answer = self.present, Future[Value]()
+        answer.set_running_or_notify_cancel()  # it is done whether or not the caller still waits
 
         def run() -> None:
             try:
                 result = function(engine)
             except Exception as error:  # whatever it is, it is the caller's
-                self._send(_settle, answer, answer.set_exception, error)
+                answer.set_exception(error)
             else:
                 if renames:
                     self.names = frozenset(engine.store.names())
-                self._send(_settle, answer, answer.set_result, result)
+                answer.set_result(result)
 
         self.mail.put(run)
-        return await answer
+        return await asyncio.wrap_future(answer)
 
     async def register(self, name: str, folder: Path) -> str:
         """Let a name mean the adapter in a folder, which another thread reads; gives its digest."""
@@ -211,11 +213,6 @@ def _news(sequence: Sequence) -> Reply | BaseException | None:
     if isinstance(fault, NonFiniteError):
         of = of or [loaded.name for loaded, _ in sequence.mix]
     return unusable(", ".join(of), fault) if of else fault
-
-
-def _settle(answer: asyncio.Future, settle: Callable[[object], None], value: object) -> None:
-    if not answer.cancelled():
-        settle(value)
 
 
 def _deliver(news: Iterable[tuple[SequenceGroup, int, Reply | BaseException]]) -> None:
