@@ -1,21 +1,32 @@
-"""A training run on paper: what it takes, before anything is downloaded."""
+"""A training run on paper: what it takes, before anything is downloaded.
+
+    always    W (weights)  +  A (what stands beside them)  +  O (AdamW's moments)
+    moments   of the step that was followed; and the optimiser's: all gradients (with path="peft" the roots of all
+              second moments too)
+
+The step comes from a profile that was followed before, or is followed now, see `step`. With accumulation all gradients
+are there all the time, from the second batch of a step on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gossamer.errors import UnsupportedError
+from gossamer.planning import timeline
 from gossamer.planning.devices import UTILISATION, Device, device_of
-from gossamer.planning.memory import MemoryBreakdown
 from gossamer.planning.method import Tuning
 from gossamer.planning.page import write_page
-from gossamer.planning.setting import TrainingSetting
+from gossamer.planning.profiles import known_profile
+from gossamer.planning.setting import TrainingSetting, moments
 from gossamer.planning.shape import ModelShape
 from gossamer.planning.source import shape_of
 from gossamer.planning.table import as_dict, as_text
-from gossamer.planning.timeline import Moment
+from gossamer.planning.timeline import Moment, StepProfile
 from gossamer.planning.verdicts import DeviceVerdict, verdicts
 
 if TYPE_CHECKING:
@@ -27,34 +38,119 @@ class Plan:
     """Memory, operations and disk of one training run; `print(plan)` shows it.
 
     Attributes:
-        memory: where every byte comes from.
+        shape: the model. tuning: what is trained. setting: how it is trained.
+        checkpointing: whether activations are computed again in the backward; decided here.
         device: where it is meant to run, if that was said.
         notes: what was decided, and what is not certain.
+        loss: what is computed instead of the model's usual loss, see `gossamer.planning.losses.StepLoss`.
     """
 
-    memory: MemoryBreakdown
+    shape: ModelShape
+    tuning: Tuning
+    setting: TrainingSetting
+    checkpointing: bool
     device: Device | None = None
     notes: tuple[str, ...] = ()
+    loss: Any = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.full and self.setting.quant:
+            raise UnsupportedError("quantised weights are codes and cannot be trained", hint="a method such as lora")
 
     @property
-    def shape(self) -> ModelShape:
-        """The model."""
-        return self.memory.shape
+    def full(self) -> bool:
+        """Whether every parameter is trained."""
+        return self.tuning.name == "full"
+
+    @cached_property
+    def step(self) -> StepProfile:
+        """What the step takes."""
+        setting = replace(self.setting, accumulation=1, optimizer="adamw", checkpointing=self.checkpointing)
+        found = None if self.shape.counted or self.loss else known_profile(self.shape, self.tuning, setting)
+        return found or _followed(self.shape, self.tuning, setting, self.loss)
 
     @property
-    def tuning(self) -> Tuning:
-        """What is trained."""
-        return self.memory.tuning
+    def weights(self) -> int:
+        """W: the base as it is stored in memory."""
+        return self.step.weights
 
     @property
-    def setting(self) -> TrainingSetting:
-        """How it is trained."""
-        return self.memory.setting
+    def trainable(self) -> int:
+        """Trained numbers."""
+        return self.step.numbers
 
     @property
-    def checkpointing(self) -> bool:
-        """Whether activations are computed again in the backward."""
-        return self.memory.checkpointing
+    def adapters(self) -> int:
+        """A: the trained numbers, and the constants that some methods keep beside them."""
+        return self.step.adapters
+
+    @property
+    def gradients(self) -> int:
+        """One for each trained number."""
+        return self.step.nbytes
+
+    @property
+    def moments(self) -> int:
+        """AdamW's, of all trained tensors."""
+        optimizer = self.setting.optimizer
+        return sum(one.times * moments(one.numbers, one.width, optimizer) for one in self.step.trained)
+
+    @property
+    def optimizer(self) -> int:
+        """O: the moments on the device."""
+        return 0 if self.setting.optimizer.startswith("paged") else self.moments
+
+    @property
+    def paged(self) -> int:
+        """Moments that lie in the host's memory when the device needs its own."""
+        return self.moments - self.optimizer
+
+    @property
+    def always(self) -> int:
+        """W + A + O."""
+        return self.weights + self.adapters + self.optimizer
+
+    @cached_property
+    def during(self) -> tuple[Moment, ...]:
+        """The highest moment of each part of the step."""
+        accumulated = self.gradients if self.setting.accumulation > 1 else 0
+        found: dict[str, Moment] = {}
+        for one in timeline.moments(self.step.stretches, accumulated):
+            if one.name not in found or one.total > found[one.name].total:
+                found[one.name] = one
+        roots = self.gradients if self.setting.path == "peft" else 0  # torch's default AdamW takes all roots at once
+        return (*found.values(), Moment("the optimiser's step", 0, roots, self.gradients))
+
+    @property
+    def activations(self) -> int:
+        """What the forward of all layers keeps, or their inputs alone."""
+        found = {one.name: one.activations for one in self.during}
+        return found.get(timeline.HEAD, found[timeline.LOSS])
+
+    @property
+    def head(self) -> int:
+        """What the last norm, the logits and the loss take at their fullest, forwards and backwards."""
+        return max(one.transient for one in self.during if one.name in (timeline.HEAD, timeline.LOSS))
+
+    @property
+    def dequantisation(self) -> int:
+        """The largest matrix that is rebuilt while it is used."""
+        return self.step.rebuilt
+
+    @property
+    def moment(self) -> Moment:
+        """The fullest moment."""
+        return max(self.during, key=lambda moment: moment.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of tensors at the fullest moment."""
+        return self.always + self.moment.total
+
+    @property
+    def memory(self) -> Plan:
+        """The plan, whose bytes may also be asked for as `plan.memory.weights`."""
+        return self
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -62,34 +158,19 @@ class Plan:
         return self.shape.parameters
 
     @property
-    def trainable(self) -> int:
-        """Trained numbers."""
-        return self.memory.trained
-
-    @property
     def share(self) -> float:
         """Trained numbers over the base's."""
         return self.trainable / self.shape.total
 
     @property
-    def peak(self) -> int:
-        """Bytes of tensors at the fullest moment."""
-        return self.memory.peak
-
-    @property
-    def moment(self) -> Moment:
-        """The fullest moment."""
-        return self.memory.fullest
-
-    @property
     def pieces(self) -> dict[str, int]:
         """Bytes at the fullest moment, piece by piece; they add up to the peak."""
-        memory, moment = self.memory, self.moment
+        moment = self.moment
         return {
-            "weights": memory.weights,
-            "adapters": memory.adapters,
+            "weights": self.weights,
+            "adapters": self.adapters,
             "gradients": moment.gradients,
-            "optimizer": memory.optimizer,
+            "optimizer": self.optimizer,
             "activations": moment.activations,
             "transient": moment.transient,
         }
@@ -102,7 +183,7 @@ class Plan:
     @property
     def backward_flops(self) -> float:
         """Backwards: dx costs what the forward did, a trained matrix as much again; attention 2.5 times its forward."""
-        whole = 4 if self.memory.full else 2
+        whole = 4 if self.full else 2
         again = self.forward_flops if self.checkpointing else 0
         return whole * self._multiplied + 4 * self._beside + 2.5 * self._attention + again
 
@@ -114,7 +195,7 @@ class Plan:
 
     @property
     def _beside(self) -> int:
-        return 0 if self.memory.full else self.trainable
+        return 0 if self.full else self.trainable
 
     @property
     def _attention(self) -> float:
@@ -134,17 +215,13 @@ class Plan:
     @property
     def adapter_bytes(self) -> int:
         """What was trained, on disk."""
-        return self.memory.gradients
+        return self.gradients
 
     def changed(self, **changes: Any) -> Plan:
         """The plan with some of `plan`'s settings changed."""
         checkpointing = changes.get("checkpointing", self.checkpointing)
         setting = replace(self.setting, **{**changes, "checkpointing": checkpointing})
-        return replace(
-            self,
-            memory=MemoryBreakdown(self.shape, self.tuning, setting, bool(checkpointing), self.memory.loss),
-            notes=(),
-        )
+        return replace(self, setting=setting, checkpointing=bool(checkpointing), notes=())
 
     def verdicts(self, devices: tuple[Any, ...] = (8, 16, 24, 48, 80)) -> list[DeviceVerdict]:
         """For each size of card in GiB, and this machine: whether it fits, and the least change that makes it fit."""
@@ -206,15 +283,13 @@ def plan(
     shape, tuning, place = shape_of(model), Tuning.of(method), device_of(device)
     sizes, types = (sequence, batch, accumulation), (dtype, adapter_dtype, quant)
     setting = TrainingSetting(*sizes, *types, optimizer, checkpointing, supervised, padded, path, fused)
-    chosen = Plan(
-        MemoryBreakdown(shape, tuning, setting, setting.checkpointing is True, loss), place, _notes(shape, setting)
-    )
+    chosen = Plan(shape, tuning, setting, setting.checkpointing is True, place, _notes(shape, setting), loss)
     peak = chosen.peak  # here, so that what cannot be planned is said now
     if setting.checkpointing != "auto":
         return chosen
     needed = place is not None and not place.fits(peak)
     if needed:
-        chosen = replace(chosen, memory=replace(chosen.memory, checkpointing=True))
+        chosen = replace(chosen, checkpointing=True)
         said = f"checkpointing is on: without it {place.name if place else ''} is too small"
     else:
         said = "checkpointing is off: it fits without" if place else "checkpointing is off: no device was named"
@@ -257,3 +332,12 @@ def compare(model: Any, *, r: int = 16, **settings: Any) -> list[tuple[str, Plan
         ("LoRA", planned(method)),
         ("QLoRA", planned(method, quant="nf4")),
     ]
+
+
+@lru_cache(maxsize=64)
+def _followed(shape: ModelShape, tuning: Tuning, setting: TrainingSetting, loss: Any) -> StepProfile:
+    from gossamer.planning.fake import described
+    from gossamer.planning.step import followed
+
+    module = described(shape.config(), shape.name) if shape.module is None else shape.module
+    return followed(module, tuning.spec(), setting, bool(setting.checkpointing), loss, shape)

@@ -68,12 +68,12 @@ def _parameters(plan: Plan) -> list[tuple[str, ...]]:
 def _memory(plan: Plan) -> list[tuple[str, ...]]:
     table = [(piece, size(number), WORDS[piece]) for piece, number in plan.pieces.items()]
     table.append(("peak", size(plan.peak), f"at {plan.moment.name}"))
-    table.append(("all gradients", size(plan.memory.gradients), "at the optimiser's step"))
-    table.append(("head and loss", size(plan.memory.head), "at their fullest"))
+    table.append(("all gradients", size(plan.gradients), "at the optimiser's step"))
+    table.append(("head and loss", size(plan.head), "at their fullest"))
     if plan.setting.quant:
-        table.append(("one matrix", size(plan.memory.dequantisation), "rebuilt while it is used"))
-    if plan.memory.paged:
-        table.append(("paged", size(plan.memory.paged), "moments in the host's memory"))
+        table.append(("one matrix", size(plan.dequantisation), "rebuilt while it is used"))
+    if plan.paged:
+        table.append(("paged", size(plan.paged), "moments in the host's memory"))
     return table
 
 
@@ -97,7 +97,7 @@ def _verdicts(plan: Plan) -> list[tuple[str, ...]]:
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """Everything a program may want to know."""
-    memory, setting = plan.memory, plan.setting
+    setting = plan.setting
     return {
         "model": plan.shape.name,
         "method": str(plan.tuning),
@@ -110,12 +110,12 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "bytes": plan.pieces,
         "peak": plan.peak,
         "moment": plan.moment.name,
-        "moments": {moment.name: memory.always + moment.total for moment in memory.during},
-        "gradients": memory.gradients,
-        "activations": memory.activations,
-        "head": memory.head,
-        "dequantisation": memory.dequantisation,
-        "paged": memory.paged,
+        "moments": {moment.name: plan.always + moment.total for moment in plan.during},
+        "gradients": plan.gradients,
+        "activations": plan.activations,
+        "head": plan.head,
+        "dequantisation": plan.dequantisation,
+        "paged": plan.paged,
         "flops_per_token": {"forward": plan.forward_flops, "backward": plan.backward_flops},
         "device": plan.device.name if plan.device else None,
         "seconds_per_token": plan.seconds_per_token,

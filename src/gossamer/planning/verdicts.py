@@ -72,8 +72,8 @@ def changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
     if setting.batch > 1:
         rows = setting.batch * setting.accumulation
         yield then(f"batch 1 x {rows}", plan.changed(batch=1, accumulation=rows, padded=False))
-    if plan.memory.full:
-        yield then("LoRA instead of full", _with_lora(plan))
+    if plan.full:
+        yield then("LoRA instead of full", replace(plan, tuning=Tuning.of({"r": 16})))
     if not plan.setting.quant:
         yield then(f"nf4 instead of {setting.dtype}", plan.changed(quant="nf4"))
     if setting.optimizer == "adamw":
@@ -82,8 +82,3 @@ def changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
         shorter = max(256, plan.setting.sequence // 2)
         words[:] = [one for one in words if not one.startswith("sequence")]
         yield then(f"sequence {shorter}", plan.changed(sequence=shorter))
-
-
-def _with_lora(plan: Plan) -> Plan:
-
-    return replace(plan, memory=replace(plan.memory, tuning=Tuning.of({"r": 16})))
