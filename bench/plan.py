@@ -28,10 +28,9 @@ from gossamer.data.masks import Example
 from gossamer.methods import METHODS, TargetedMethod
 from gossamer.models import tiny
 from gossamer.planning import Plan, plan
-from gossamer.planning.fake import tensors
-from gossamer.planning.live import LiveBytes
-from gossamer.planning.losses import whole_output
+from gossamer.planning.fake import LiveBytes, tensors
 from gossamer.planning.setting import TrainingSetting
+from gossamer.planning.step import whole_output
 from gossamer.running.fast import fast_path
 from gossamer.training.loss import supervised_nll
 from gossamer.training.memory import checkpointing

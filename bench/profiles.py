@@ -16,11 +16,9 @@ from math import prod
 from typing import Any
 
 from gossamer.planning.fake import described
-from gossamer.planning.known import KNOWN
-from gossamer.planning.method import Tuning
 from gossamer.planning.profiles import FILE, key_of, widths
-from gossamer.planning.setting import TrainingSetting
-from gossamer.planning.shape import ModelShape
+from gossamer.planning.setting import TrainingSetting, Tuning
+from gossamer.planning.shape import KNOWN, ModelShape
 from gossamer.planning.step import followed
 from gossamer.planning.timeline import Stretch
 

@@ -15,7 +15,7 @@ import torch
 import gossamer as gs
 from bench.common import Row, report
 from gossamer.models import data_file
-from gossamer.planning.live import LiveBytes
+from gossamer.planning.fake import LiveBytes
 from gossamer.progress import Silent
 from gossamer.training import Job, Run, train
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.trainers.work import Observed, Work
 from gossamer.data.masks import Example
-from gossamer.planning.live import LiveBytes
+from gossamer.planning.fake import LiveBytes
 
 LR, CLIP, IGNORED = 2e-5, 1.0, -100
 """Of every contender: TRL's defaults, so that these need not be changed."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from gossamer.data import proof
+from gossamer.data import masks
 from gossamer.data.masks import Encoding, Example, encode, label_ids, preview
 from gossamer.data.rows import Chat, Completion, Instruction, Row, Text, Turn
 from gossamer.errors import DataError
@@ -247,8 +247,8 @@ def test_the_proof_notices_a_mask_that_is_off_by_one(shift: int, monkeypatch: py
 
     row = Completion("f:1", prompt="good", completion="no")
     assert encode([row], TOY)[0].prompt_length == len(encode([row], TOY)[0]) - 3
-    monkeypatch.setattr(proof, "_apart", shifted(proof._apart))
-    monkeypatch.setattr(proof, "_at_once", shifted(proof._at_once))
+    monkeypatch.setattr(masks, "_apart", shifted(masks._apart))
+    monkeypatch.setattr(masks, "_at_once", shifted(masks._at_once))
     assert "f:1: the supervised tokens decode to" in refusal(row, TOY)
 
 

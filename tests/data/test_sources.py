@@ -11,8 +11,8 @@ import datasets
 import pytest
 
 import gossamer as gs
+from gossamer.data.formats import read_data
 from gossamer.data.rows import Completion, Text
-from gossamer.data.sources import read_data
 from gossamer.errors import CheckpointError, DataError
 from gossamer.models import tiny_tokenizer
 from gossamer.training import Job, train_many

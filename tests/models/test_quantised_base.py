@@ -23,7 +23,7 @@ import gossamer as gs
 from gossamer.errors import BaseFileError, NonFiniteError, StateError, UnsupportedError, UsageError
 from gossamer.models import load_base, quantize_base, tiny, tiny_tokenizer, write_model_folder
 from gossamer.models.quantizer import kept_dense, packed_modules
-from gossamer.planning.live import LiveBytes
+from gossamer.planning.fake import LiveBytes
 from gossamer.quant import FORMATS, quantize_model
 from tests.adapters import tokens
 

@@ -14,7 +14,7 @@ from bench.plan import Case, grid, measured, toys
 from bench.profiles import made, questions
 from gossamer.models import tiny
 from gossamer.planning import plan
-from gossamer.planning.live import LiveBytes
+from gossamer.planning.fake import LiveBytes
 from gossamer.planning.profiles import key_of, profiles
 from gossamer.planning.setting import TrainingSetting
 from gossamer.planning.step import followed
@@ -28,7 +28,9 @@ def ratio(case: Case) -> float:
 
 @pytest.mark.parametrize("case", toys(), ids=str)
 def test_the_peak_of_a_toys_step(case: Case):
-    assert ratio(case) == pytest.approx(1, abs=0.08)
+    # a plan follows the first step, in which DoRA squares W, of bfloat16 in a float32 copy; later steps know the norms
+    once = case.method == "dora" and case.dtype == "bfloat16"
+    assert ratio(case) == pytest.approx(1, abs=0.03 if once else 0.02)
 
 
 @pytest.mark.slow

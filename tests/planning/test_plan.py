@@ -19,8 +19,8 @@ from gossamer.models import tiny
 from gossamer.pages.sizes import count
 from gossamer.planning import DEVICES, ModelShape, Plan, compare, plan
 from gossamer.planning.devices import GIB, Device, this_machine
-from gossamer.planning.known import KNOWN
 from gossamer.planning.setting import QUANTS, moments, packed
+from gossamer.planning.shape import KNOWN
 from gossamer.planning.source import shape_of
 from gossamer.planning.table import compared
 from gossamer.quant import FORMATS, packed_bytes, quantize

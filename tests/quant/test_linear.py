@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import gossamer as gs
 from gossamer.errors import NonFiniteError, UsageError
-from gossamer.planning.live import LiveBytes
+from gossamer.planning.fake import LiveBytes
 from gossamer.quant import FORMATS, QuantizedLinear, format_of, linear, quantize_model, quantized
 
 every_format = pytest.mark.parametrize("quant", FORMATS)

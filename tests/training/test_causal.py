@@ -12,7 +12,7 @@ import transformers
 import gossamer as gs
 from gossamer.errors import UnsupportedError
 from gossamer.models import tiny
-from gossamer.training.causal import refuse_if_it_sees_ahead
+from gossamer.training.audit import refuse_if_it_sees_ahead
 from tests.adapters import shaken, tokens
 
 DECODERS = ("llama", "gpt2")

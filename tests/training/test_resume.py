@@ -14,7 +14,7 @@ import pytest
 
 from gossamer.errors import CheckpointError, Interrupted, StateError
 from gossamer.training.config import FIXED_ON_RESUME, FREE_ON_RESUME, SPLITS_ON_RESUME, LoopConfig
-from gossamer.training.runs.folder import RunFolder, open_run
+from gossamer.training.runs.outcome import RunFolder, open_run
 from tests.training.toy_run import Watcher, curve, fingerprint, metrics_of, toy_config, toy_model, toy_train, write_rows
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ SHARED = 16
 _WINDOW = 50  # batches: wide enough to find rows of equal length, narrow enough to mix an epoch well
 
 Item = TypeVar("Item")
+
+_Rows = tuple[Tensor, Tensor, Tensor | None, Packing | None, Callable[[int, int], int]]
+"""Token ids, mask, positions, packing, and `place(row, token)`: where a row's token is, counted through all."""
 
 
 @dataclass(frozen=True)
@@ -149,15 +152,14 @@ def collate(
     learned = [[place for place in range(1, len(one)) if one.supervised[place]] for one in examples]
     if not any(learned):
         raise DataError("nothing in this batch is supervised", where=", ".join(one.where for one in examples))
-    rows = _packed(examples, shared) if packed else _padded(examples, pad_id)
-    at = [rows.place(row, place - 1) for row, places in enumerate(learned) for place in places]
+    ids, mask, positions, packing, flat = _packed(examples, shared) if packed else _padded(examples, pad_id)
+    at = [flat(row, place - 1) for row, places in enumerate(learned) for place in places]
     targets = [one.ids[place] for one, places in zip(examples, learned, strict=True) for place in places]
-    positions = None if rows.positions is None else torch.tensor([rows.positions])
     return Batch(
-        torch.tensor(rows.ids),
-        NO_MASK if rows.packing else torch.tensor(rows.mask),
+        ids,
+        mask,
         positions,
-        rows.packing,
+        packing,
         torch.tensor(at),
         torch.tensor(targets),
         tuple(map(len, learned)),
@@ -186,21 +188,11 @@ def joined(batches: Sequence[Batch]) -> Batch:
     )
 
 
-class _Rows(NamedTuple):
-    """Token ids and what goes with them; `place(row, token)` is where a row's token is, counted through all."""
-
-    ids: list[list[int]]
-    place: Callable[[int, int], int]
-    mask: list[list[int]] | None = None
-    positions: list[int] | None = None
-    packing: Packing | None = None
-
-
 def _padded(examples: Sequence[Example], pad_id: int) -> _Rows:
     width = max(map(len, examples))
     ids = [[*one.ids, *[pad_id] * (width - len(one))] for one in examples]
     mask = [[*[1] * len(one), *[0] * (width - len(one))] for one in examples]
-    return _Rows(ids, lambda row, token: row * width + token, mask)
+    return torch.tensor(ids), torch.tensor(mask), None, None, lambda row, token: row * width + token
 
 
 def _packed(examples: Sequence[Example], shared: bool) -> _Rows:
@@ -219,7 +211,7 @@ def _packed(examples: Sequence[Example], shared: bool) -> _Rows:
     def place(row: int, token: int) -> int:
         return token if token < prefix else own[row].start + token - prefix
 
-    return _Rows([ids], place, positions=positions, packing=Packing.of(segments))
+    return torch.tensor([ids]), NO_MASK, torch.tensor([positions]), Packing.of(segments), place
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:

@@ -1,4 +1,4 @@
-"""From records to rows: messages, ShareGPT, Alpaca, prompt/completion and plain text.
+"""From a file, or records in memory, to rows: messages, ShareGPT, Alpaca, prompt/completion and plain text.
 
 | format            | fields of a record                                                      |
 | ----------------- | ----------------------------------------------------------------------- |
@@ -16,21 +16,20 @@ learned. Columns that no format uses are named by `Rows.describe`; a row in whic
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 from gossamer.data.columns import HISTORY, SYSTEM, TOOLS, Carrying, is_empty, rename_hint
 from gossamer.data.containers import RowFaults, Table, kind_of, read_table
 from gossamer.data.conversations import BadRow, Fields, read_tools, read_turns
-from gossamer.data.rows import Chat, Completion, Instruction, Text, Turn
+from gossamer.data.rows import Chat, Completion, Instruction, Row, Text, Turn
 from gossamer.errors import DataError, nearest
-
-if TYPE_CHECKING:
-    from gossamer.data.rows import Row
 
 _ALPACA_TASK = "Below is an instruction that describes a task"
 _ALPACA_PAIRED = ", paired with an input that provides further context"
@@ -38,6 +37,10 @@ _ALPACA_REQUEST = ". Write a response that appropriately completes the request."
 
 _TURNS_AS_TEXT = re.compile(r"""\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 _UNUSABLE = "the file has rows that cannot be used"
+
+
+Records = Iterable[Row] | Iterable[Mapping[str, Any]]
+"""Rows, or records in any of the known formats: a list, a `datasets.Dataset`, or anything else that gives them."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,57 @@ class Rows:
         """One line, such as `reviews/train.jsonl: 2,966 rows of prompt/completion (jsonl)`."""
         unused = f"; columns not used: {', '.join(self.unused)}" if self.unused else ""
         return f"{self.path}: {len(self):,} rows of {self.format.replace('-', '/')} ({self.container}){unused}"
+
+
+def read_data(source: str | os.PathLike[str] | Rows | Records, *, format: str | None = None) -> Rows:
+    """The rows of a file, or of what is in memory, validated one by one.
+
+    Args:
+        source: a .jsonl, .json, .csv or .parquet file; rows; or records in any of the known formats, such as a list of
+            dicts or a `datasets.Dataset`.
+        format: a key of `FORMATS`; found by the columns if not given.
+
+    Raises `DataError` with every fault, each with its row and reason.
+    """
+    if isinstance(source, Rows):
+        return source
+    if isinstance(source, str | os.PathLike):
+        if re.match(r"memory: .* sha256 \w+$", str(source)):
+            raise DataError("these rows were in memory, not in a file", got=str(source),
+                            hint="pass them again: TrainConfig(data=rows, ...), with resume=True to go on")  # fmt: skip
+        return read_rows(source, format=format)
+    return _in_memory(source, format)
+
+
+def _in_memory(source: Any, format: str | None) -> Rows:
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise DataError("rows in memory are a list of records, or another iterable of them", got=type(source).__name__,
+                        hint="of several splits, choose one")  # fmt: skip
+    given, faults = list(source), RowFaults("memory")
+    if not given:
+        raise DataError("there are no rows", where=faults.path, got=f"an empty {type(source).__name__}")
+    kind = Row if isinstance(given[0], Row) else Mapping
+    for number, one in enumerate(given, start=1):
+        if not isinstance(one, kind):
+            expected = "a row, like the first one" if kind is Row else "a record: a mapping of names to values"
+            faults.add(number, f"expected {expected}; got {type(one).__name__} {one!r:.40}")
+    faults.check("these rows cannot be used", hint="of a pandas.DataFrame, pass to_dict('records')")
+    if kind is Row:
+        rows, name, unused = tuple(given), " and ".join(sorted({type(one).__name__.lower() for one in given})), ()
+    else:
+        records = [(number, dict(record)) for number, record in enumerate(given, start=1)]
+        found = parse_records(Table(faults.path, type(source).__name__, "", records), faults, format)
+        rows, name, unused = found.rows, found.format, found.unused
+    return Rows(faults.path, type(source).__name__, name, _digest(rows), rows, unused, in_memory=True)
+
+
+def _digest(rows: Iterable[Row]) -> str:
+    """sha256 of what the rows hold, wherever they stand."""
+    total = hashlib.sha256()
+    for row in rows:
+        held = asdict(row, dict_factory=lambda fields: {name: value for name, value in fields if name != "where"})
+        total.update(json.dumps([type(row).__name__, held], sort_keys=True, default=str).encode())
+    return total.hexdigest()
 
 
 def read_rows(path: str | os.PathLike[str], *, format: str | None = None) -> Rows:
@@ -158,8 +212,6 @@ def _refuse_mixture(table: Table, faults: RowFaults) -> None:
 
 
 def _chat(list_field: str, role_field: str, text_field: str) -> Callable[[Fields, str], Row]:
-    """The builder for a list of turns under the given field names."""
-
     def build(record: Fields, where: str) -> Row:
         return _chat_row(record, where, read_turns(record.turns(list_field), role_field, text_field))
 

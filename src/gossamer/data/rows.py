@@ -64,7 +64,6 @@ class Chat(Row):
     """JSON schemas of functions."""
 
     def texts(self) -> Iterator[str]:
-        """The text of every turn."""
         return (turn.text for turn in self.turns)
 
     @property
@@ -83,7 +82,6 @@ class Chat(Row):
         return self.turns[self.last].text if self.last >= 0 else ""
 
     def answering(self, label: str) -> Chat:
-        """The chat with another last learned turn."""
         answer = self.turns[self.last]._replace(text=label)
         return replace(self, turns=(*self.turns[: self.last], answer, *self.turns[self.last + 1 :]))
 
@@ -96,21 +94,17 @@ class Completion(Row):
     completion: str
 
     def texts(self) -> Iterator[str]:
-        """The prompt and the completion."""
         return iter((self.prompt, self.completion))
 
     @property
     def question(self) -> str:
-        """The prompt."""
         return self.prompt
 
     @property
     def label(self) -> str:
-        """The completion."""
         return self.completion
 
     def answering(self, label: str) -> Completion:
-        """The prompt with another completion."""
         return replace(self, completion=label)
 
 
@@ -122,22 +116,18 @@ class Instruction(Row):
     plain: Completion
 
     def texts(self) -> Iterator[str]:
-        """Every text of both forms."""
         yield from self.plain.texts()
         yield from self.chat.texts()
 
     @property
     def question(self) -> str:
-        """The form's prompt."""
         return self.plain.prompt
 
     @property
     def label(self) -> str:
-        """The answer."""
         return self.plain.completion
 
     def answering(self, label: str) -> Instruction:
-        """The instruction with another answer."""
         return replace(self, chat=self.chat.answering(label), plain=self.plain.answering(label))
 
 
@@ -148,7 +138,6 @@ class Text(Row):
     text: str
 
     def texts(self) -> Iterator[str]:
-        """The text."""
         return iter((self.text,))
 
     def answering(self, label: str) -> Text:

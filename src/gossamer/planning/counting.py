@@ -17,9 +17,9 @@ def shape_of_module(model: nn.Module, name: str = "", origin: str = "") -> Model
     """The numbers of a model; of one of several parts they are its language model's. Raises `UnsupportedError`."""
     whole: Any = getattr(model, "config", None)
     config: Any = whole.get_text_config() if hasattr(whole, "get_text_config") else whole
-    found = max(fake.stacks(_language(model)), key=lambda one: one.layers, default=None)
+    found = max(fake.stacks(_language(model)).items(), key=lambda one: one[1], default=None)
     prefix = next((path for path, one in model.named_modules() if one is _language(model)), "")
-    root = "" if found is None else f"{prefix}.{found.path}".removeprefix(".")
+    root = "" if found is None else f"{prefix}.{found[0]}".removeprefix(".")
     stack: Any = model.get_submodule(root) if found else [model]
     layers: list[nn.Module] = [*stack]
     kinds, towers = _counts(model)
@@ -70,7 +70,6 @@ def _linears(model: nn.Module) -> Iterator[LinearShape]:
 
 
 def _counts(model: nn.Module) -> tuple[dict[str, int], tuple[Tower, ...]]:
-    """Parameters by kind and by tower; and the towers."""
     language = _language(model)
     embedding, head = _embeddings(model)
     inside = {id(one) for part in (language, embedding, head) if part is not None for one in part.parameters()}

@@ -1,4 +1,4 @@
-"""A model of the real classes on fake tensors: every shape and type is there, and no number.
+"""A model of the real classes on fake tensors, which have a shape and a type and no numbers, and the bytes that live.
 
 Layers of a stack that are all alike are followed once: a stack keeps its first, its second and its last layer, and the
 second stands for all between.
@@ -7,17 +7,87 @@ second stands for all between.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from gossamer.errors import UnsupportedError
 from gossamer.quant import FORMATS, QuantizedLinear, quantizable
 from gossamer.quant.formats import BLOCK, NESTED_BLOCK, Packed, QuantFormat, dynamic_table, table
+
+_ASKED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.allclose.default)
+"""Operations whose result depends on numbers, which a fake tensor does not have."""
+
+_GROUPED = torch.ops.aten._grouped_mm.default
+_ANY = (torch.ops.aten.any.default, torch.ops.aten.any.dim)
+
+
+class LiveBytes(TorchDispatchMode):
+    """While open, `now` is the bytes of all tensors known, and `peak` the most there has been.
+
+    Storages are known by their identity and report their end, so views count once and nothing counts after its end.
+    What a kernel allocates and frees inside one operation is not seen.
+
+    Attributes:
+        log: bytes that came (above 0) and went (below 0), in their order.
+        answer: what a fake tensor says where the program asks for its numbers.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.answer = True
+        self.log: list[int] = []
+        self.born: dict[int, int] = {}
+        for tensor in known:
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        """Count the tensor's storage until it is freed; one of the meta device takes nothing."""
+        if tensor.is_meta:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.born and size:
+            weakref.finalize(storage, self._freed, key, size)
+            self.born[key] = len(self.log)
+            self.log.append(size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _freed(self, key: int, size: int) -> None:
+        del self.born[key]
+        self.log.append(-size)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ASKED and any(isinstance(one, FakeTensor) for one in args):
+            said = self.answer and not hasattr(args[0], "gossamer_any")  # nothing is wrong with any of them
+            return said if func is not _ASKED[0] or args[0].dtype == torch.bool else int(said)
+        if func is _GROUPED and isinstance(args[0], FakeTensor):
+            out = _grouped(*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, Tensor):
+                self.add(value)
+        if func in _ANY and isinstance(out, FakeTensor):
+            out.gossamer_any = True  # pyright: ignore[reportAttributeAccessIssue] (a note for the question that follows)
+        return out
+
+
+def _grouped(one: Tensor, other: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """The result of a product for each of several experts: torch's own for fake tensors takes bfloat16 alone."""
+    if one.dim() == other.dim() == 2:
+        assert offs is not None, "two matrices are cut at offsets"
+        return one.new_empty(len(offs), one.shape[0], other.shape[1])
+    return one.new_empty(*one.shape[:-1] if other.dim() == 3 else one.shape[1:2], other.shape[-1])
 
 
 def described(config: Mapping[str, Any], name: str = "") -> Any:
@@ -58,24 +128,18 @@ def _automatic(config: Any) -> Any:
     raise ValueError("no class for it")
 
 
-@dataclass(frozen=True)
-class LayerStack:
-    """Layers one after another: where they lie, and how many there are."""
-
-    path: str
-    layers: int
-
-
-def stacks(model: nn.Module, path: str = "") -> Iterator[LayerStack]:
-    """The lists of layers of a model whose inner ones are all alike; a list inside another one is not one."""
+def stacks(model: nn.Module, path: str = "") -> dict[str, int]:
+    """Path -> layers of the lists of layers whose inner ones are all alike; a list inside another one is not one."""
+    found: dict[str, int] = {}
     child: Any
     for name, child in model.named_children():
         here = f"{path}.{name}" if path else name
         listed = isinstance(child, nn.ModuleList) and len(child) > 1 and "expert" not in name
         if listed and len({*map(_outline, [*child][1:-1])}) <= 1:
-            yield LayerStack(here, len(child))
+            found[here] = len(child)
         else:
-            yield from stacks(child, here)
+            found |= stacks(child, here)
+    return found
 
 
 def _outline(layer: nn.Module) -> tuple[Any, ...]:
@@ -83,16 +147,16 @@ def _outline(layer: nn.Module) -> tuple[Any, ...]:
     return (*kinds, *((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()))
 
 
-def cut(model: nn.Module, found: Mapping[str, LayerStack]) -> dict[str, int]:
+def cut(model: nn.Module, found: Mapping[str, int]) -> dict[str, int]:
     """Keep three layers of each stack, in place. Returns the path of each layer left -> how many it stands for."""
     repeats = {}
-    for path, stack in found.items():
+    for path, count in found.items():
         held: Any = model.get_submodule(path)
         layers = [*held]
-        if stack.layers > 3:
+        if count > 3:
             model.set_submodule(path, nn.ModuleList([layers[0], layers[1], layers[-1]]))
-        kept = min(stack.layers, 3)
-        repeats |= {f"{path}.{place}": stack.layers - 2 if place == 1 and kept == 3 else 1 for place in range(kept)}
+        kept = min(count, 3)
+        repeats |= {f"{path}.{place}": count - 2 if place == 1 and kept == 3 else 1 for place in range(kept)}
     return repeats
 
 
@@ -157,8 +221,3 @@ def _codes(shape: tuple[int, int], form: QuantFormat) -> Packed:
         return Packed(form.table, shape, codes, torch.empty(blocks))
     nested = torch.empty(-(-blocks // NESTED_BLOCK))
     return Packed(form.table, shape, codes, torch.empty(blocks, dtype=torch.uint8), nested, torch.empty(()))
-
-
-def by_number(patterns: Any) -> bool:
-    """Whether what a method says of modules may tell one layer from another."""
-    return bool(re.search(r"\d", str(patterns)))

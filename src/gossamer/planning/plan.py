@@ -18,19 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from gossamer.errors import UnsupportedError
 from gossamer.planning import timeline
-from gossamer.planning.devices import UTILISATION, Device, device_of
-from gossamer.planning.method import Tuning
-from gossamer.planning.page import write_page
+from gossamer.planning.devices import UTILISATION, Device, DeviceVerdict, device_of, verdicts
 from gossamer.planning.profiles import known_profile
-from gossamer.planning.setting import TrainingSetting, moments
+from gossamer.planning.setting import TrainingSetting, Tuning, moments
 from gossamer.planning.shape import ModelShape
 from gossamer.planning.source import shape_of
-from gossamer.planning.table import as_dict, as_text
+from gossamer.planning.table import as_dict, as_text, write_page
 from gossamer.planning.timeline import Moment, StepProfile
-from gossamer.planning.verdicts import DeviceVerdict, verdicts
 
 if TYPE_CHECKING:
-    from gossamer.planning.losses import StepLoss
+    from gossamer.planning.step import StepLoss
 
 
 @dataclass(frozen=True)

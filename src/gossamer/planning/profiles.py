@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.kernels.chunks import CHUNK, columns_at_once
-from gossamer.planning.method import Tuning
-from gossamer.planning.setting import TrainingSetting, packed
+from gossamer.planning.setting import TrainingSetting, Tuning, packed
 from gossamer.planning.shape import ModelShape
 from gossamer.planning.timeline import StepProfile, Stretch, Trained
 
@@ -78,12 +77,6 @@ def known_profile(shape: ModelShape, tuning: Tuning, setting: TrainingSetting) -
     for name, repeated, net, tops, gradients in found:
         top = max(map(count, tops), default=0)
         stretches.append(Stretch(name, inner if repeated else 1, (top, count(net) - top), (count(gradients),)))
-    return _profile(shape, tuning, setting, tuple(stretches))
-
-
-def _profile(
-    shape: ModelShape, tuning: Tuning, setting: TrainingSetting, stretches: tuple[Stretch, ...]
-) -> StepProfile:
     weights, rebuilt = shape.total * setting.width, 0
     if setting.quant:
         dense = shape.layers * sum(one.weights for one in shape.linears)
@@ -99,4 +92,4 @@ def _profile(
         targets = [one for one in shape.linears if one.path.endswith(ends)]
         trained = tuple(Trained(tuning.r * size, 4, shape.layers) for one in targets for size in (one.inner, one.outer))
         beside = sum(one.numbers * one.width * one.times for one in trained)
-    return StepProfile(weights, beside, rebuilt, trained, stretches)
+    return StepProfile(weights, beside, rebuilt, trained, tuple(stretches))

@@ -1,16 +1,26 @@
-"""How a model is trained: sizes, types, and what they cost a number."""
+"""What is trained, and how: the method by its fields, sizes, types, and what they cost a number."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from gossamer.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from gossamer.methods import TargetedMethod
 
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32"}
 QUANTS = ("nf4", "nf4-single", "fp4", "fp4-single", "int8")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "dtype": tuple(WIDTHS), "adapter_dtype": tuple(WIDTHS), "optimizer": OPTIMIZERS, "path": ("gossamer", "peft"),
+    "checkpointing": (True, False, "auto"), "quant": (None, *QUANTS),
+}  # fmt: skip
 BLOCK = 64
 """Weights that share a scale in 4 bits."""
 SCALES = 256
@@ -66,13 +76,11 @@ class TrainingSetting:
                 raise UsageError(f"{name} is a whole number from 1", got=repr(value))
         if not 0 < self.supervised <= 1:
             raise UsageError("supervised is the share of tokens with a label", got=repr(self.supervised))
-        _one_of("dtype", self.dtype, tuple(WIDTHS))
-        _one_of("adapter_dtype", self.adapter_dtype, tuple(WIDTHS))
-        _one_of("optimizer", self.optimizer, OPTIMIZERS)
-        _one_of("path", self.path, ("gossamer", "peft"))
-        _one_of("checkpointing", self.checkpointing, (True, False, "auto"))
-        if self.quant is not None:
-            _one_of("quant", self.quant, QUANTS)
+        for name, known in _KNOWN.items():
+            if (value := getattr(self, name)) not in known:
+                choices = [str(one) for one in known if one is not None]
+                hint = nearest(str(value), choices)
+                raise UsageError(f"{name} is not known", got=repr(value), expected=", ".join(choices), hint=hint)
 
     @property
     def tokens(self) -> int:
@@ -102,9 +110,63 @@ class TrainingSetting:
         return WIDTHS[self.adapter_dtype]
 
 
-def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
-    if value not in known:
-        choices = [str(one) for one in known]
-        raise UsageError(
-            f"{name} is not known", got=repr(value), expected=", ".join(choices), hint=nearest(str(value), choices)
-        )
+_TITLES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA"}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A method and what was said of its fields, as JSON."""
+
+    name: str = "lora"
+    said: str = "{}"
+
+    @classmethod
+    def of(cls, method: Any) -> Tuning:
+        """From a name, a mapping, a spec of `gossamer.methods`, or nothing. Raises `SpecError` for what is none."""
+        if method is None or isinstance(method, Tuning):
+            return method or cls()
+        if isinstance(method, str | Mapping):
+            given = {"name": method} if isinstance(method, str) else dict(method)
+            found = cls(str(given.pop("name", "lora")), json.dumps(given, sort_keys=True))
+            if not found.plain:
+                found.spec()  # what is wrong with it is said now
+            return found
+        usual = type(method)().to_dict()
+        given = {key: value for key, value in method.to_dict().items() if value != usual.get(key, method)}
+        return cls(method.name, json.dumps(given, sort_keys=True))
+
+    def spec(self) -> TargetedMethod:
+        """The method itself."""
+        from gossamer.methods import method_from_dict
+
+        return method_from_dict({"name": self.name} | self.given)
+
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """What was said of its fields."""
+        return json.loads(self.said)
+
+    @property
+    def r(self) -> int:
+        """Rank, of a method that has one."""
+        return self.given.get("r", 8)
+
+    @property
+    def targets(self) -> str | list[str]:
+        """What `target_modules` says."""
+        return self.given.get("target_modules", "all-linear")
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is full fine-tuning, or LoRA of a rank at all linear modules or at query and value."""
+        if self.name == "full":
+            return not self.given
+        usual = self.targets in ("all-linear", ["q_proj", "v_proj"]) and type(self.r) is int and self.r > 0
+        return self.name == "lora" and usual and {*self.given} <= {"r", "target_modules"}
+
+    def __str__(self) -> str:
+        title = _TITLES.get(self.name, self.name)
+        if self.name == "full":
+            return title
+        rank = f" r={self.r}" if self.name in ("lora", "dora") else ""
+        return f"{title}{rank} on {self.targets if isinstance(self.targets, str) else ', '.join(self.targets)}"

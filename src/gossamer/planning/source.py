@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.errors import BaseFileError, SpecError, nearest
-from gossamer.planning.known import KNOWN, known
-from gossamer.planning.shape import FIELDS, ModelShape
+from gossamer.planning.shape import FIELDS, KNOWN, ModelShape, known
 
 _LARGEST = 8 << 20
 _NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads")
@@ -75,7 +74,6 @@ def _counted(text: str, name: str) -> ModelShape:
 
 
 def _of_code(model: Any) -> ModelShape:
-    """A torch module, or what makes one when it is called."""
     import torch
 
     from gossamer.planning.counting import shape_of_module

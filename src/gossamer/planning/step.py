@@ -1,11 +1,16 @@
-"""One training step on fake tensors, followed: forward, loss and backward of the real classes, method and kernels."""
+"""One training step on fake tensors, followed: forward, loss and backward of the real classes, method and kernels.
+
+A loss is any callable `(model, setting) -> Tensor`, which makes its inputs itself.
+"""
 
 from __future__ import annotations
 
 import gc
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,16 +24,112 @@ from gossamer.attachment.host import make_host
 from gossamer.attachment.kinds import shape_of
 from gossamer.attachment.match import select
 from gossamer.errors import GossamerError, UnsupportedError
+from gossamer.kernels.losses import head_nll, token_nll
+from gossamer.kernels.packed import NO_MASK, Packing, Segment
 from gossamer.methods import TargetedMethod
 from gossamer.planning import fake
 from gossamer.planning.counting import refuse_in_towers
-from gossamer.planning.live import LiveBytes
-from gossamer.planning.losses import StepLoss, usual_loss
 from gossamer.planning.setting import TrainingSetting
 from gossamer.planning.shape import ModelShape
 from gossamer.planning.timeline import END, HEAD, LOSS, START, StepProfile, Stretch, Trained
 from gossamer.quant import QuantizedLinear
 from gossamer.running.fast import fast_path
+
+StepLoss = Callable[[nn.Module, TrainingSetting], Tensor]
+"""A step up to its backward: the loss of one batch of a setting's rows and tokens."""
+
+
+def usual_loss(model: Any, packed: bool) -> StepLoss:
+    """What a model is trained on if nothing else is said.
+
+    A causal language model predicts labelled tokens, packed where its training would pack; any other model is taken to
+    have a loss that reads all of its first output.
+    """
+    if _causal(model):
+        return lambda one, setting: next_token(one, setting, packed)
+    return whole_output
+
+
+def _causal(model: Any) -> bool:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    config = getattr(model, "config", None)
+    generates = hasattr(model, "can_generate") and model.can_generate()
+    return generates and isinstance(head, nn.Module) and not getattr(config, "is_encoder_decoder", False)
+
+
+def next_token(model: Any, setting: TrainingSetting, packed: bool) -> Tensor:
+    """The labelled tokens' negative log-likelihood, as training computes it; or, with path="peft", transformers'."""
+    rows, tokens = setting.batch, setting.sequence
+    if setting.path == "peft":
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        mask = torch.ones_like(ids) if setting.masked else None
+        return model(input_ids=ids, attention_mask=mask, labels=ids.clone(), use_cache=False).loss
+    if packed and not setting.masked:
+        lengths = [Segment(row * tokens, (row + 1) * tokens) for row in range(rows)]
+        given = {"input_ids": torch.zeros(1, rows * tokens, dtype=torch.int64), "attention_mask": NO_MASK}
+        given |= {"position_ids": torch.arange(tokens).repeat(rows)[None], "packing": Packing.of(lengths)}
+    else:
+        given = {"input_ids": torch.zeros(rows, tokens, dtype=torch.int64)}
+        given |= {"attention_mask": torch.ones_like(given["input_ids"])} if setting.masked else {}
+    at = torch.zeros(setting.labelled, dtype=torch.int64)
+    return _labelled(model, given, at).sum() / setting.labelled
+
+
+def _labelled(model: Any, given: dict[str, Any], at: Tensor) -> Tensor:
+    head, targets = model.get_output_embeddings(), torch.zeros_like(at)
+    trained = any(one.requires_grad for one in head.parameters())
+    plain = type(head) is nn.Linear and not trained and "forward" not in vars(head)
+    seen: dict[str, Tensor] = {}
+
+    def narrow(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        picked = seen["hidden"] = inputs[0].reshape(-1, inputs[0].shape[-1]).index_select(0, at)
+        return ((picked[:1] if plain else picked).unsqueeze(0), *inputs[1:])
+
+    hooks = [head.register_forward_pre_hook(narrow)]
+    hooks.append(head.register_forward_hook(lambda _, inputs, logits: seen.update(logits=logits.detach())))
+    try:
+        logits = model(**given, use_cache=False).logits
+        if plain and logits.untyped_storage()._cdata != seen.pop("logits").untyped_storage()._cdata:
+            plain = False  # the model does more to its logits, so all of them have to be there
+            logits = model(**given, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if plain:
+        del logits
+        return head_nll(seen.pop("hidden"), head.weight, head.bias, targets)
+    return token_nll(logits[0], targets)
+
+
+def whole_output(model: Any, setting: TrainingSetting) -> Tensor:
+    """The mean of a model's first output, from inputs of the kind that its class names."""
+    out = model(**usual_inputs(model, setting))
+    first = next(one for one in (out.values() if isinstance(out, dict) else [*out]) if isinstance(one, Tensor))
+    return first.float().square().mean()
+
+
+def usual_inputs(model: Any, setting: TrainingSetting) -> dict[str, Tensor]:
+    """Token ids, an image or a sound of the size that the config says, for each row.
+
+    Rows of one length have no mask: of real ones transformers sees that they need none, of fake ones it cannot.
+    """
+    config, name, rows = model.config, model.main_input_name, setting.batch
+    if name == "pixel_values":
+        sight = getattr(config, "vision_config", config)
+        height, width = size if isinstance(size := sight.image_size, list | tuple) else (size, size)
+        return {name: torch.empty(rows, sight.num_channels, height, width, dtype=model.dtype)}
+    if name == "input_features":
+        frames = 2 * config.max_source_positions
+        given = {name: torch.empty(rows, config.num_mel_bins, frames, dtype=model.dtype)}
+    else:
+        given = {name: torch.zeros(rows, setting.sequence, dtype=torch.int64)}
+        given |= {"attention_mask": torch.ones_like(given[name])} if setting.masked else {}
+        if hasattr(config, "vision_config"):
+            sight = config.vision_config
+            given["pixel_values"] = torch.empty(rows, sight.num_channels, sight.image_size, sight.image_size)
+    if getattr(config, "is_encoder_decoder", False):
+        given["decoder_input_ids"] = torch.zeros(rows, setting.sequence, dtype=torch.int64)
+    return given
 
 
 def followed(
@@ -46,7 +147,17 @@ def followed(
     """
     fake.warm()
     try:
-        return _followed(model, spec, setting, checkpointing, loss, shape)
+        whole = _kept_whole(model, spec)
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            copied = fake.faked(model, getattr(torch, setting.dtype))
+            stacks = fake.stacks(copied)
+            repeats = {} if whole else fake.cut(copied, stacks)
+            repeats = repeats or {f"{path}.{at}": 1 for path, count in stacks.items() for at in range(count)}
+            if setting.quant:
+                fake.quantise(copied, setting.quant)
+            with fake.LiveBytes(fake.tensors(copied).values()) as live:
+                return _Step(copied, spec, setting, repeats, live, shape).profile(checkpointing, loss)
     except GossamerError:
         raise
     except Exception as error:
@@ -58,27 +169,6 @@ def followed(
         ) from error
 
 
-def _followed(
-    model: nn.Module,
-    spec: TargetedMethod,
-    setting: TrainingSetting,
-    checkpointing: bool,
-    loss: StepLoss | None,
-    shape: ModelShape | None,
-) -> StepProfile:
-    found = {} if _kept_whole(model, spec) else {one.path: one for one in fake.stacks(model)}
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        copied = fake.faked(model, getattr(torch, setting.dtype))
-        layers = {one.path: one for one in fake.stacks(copied)}
-        repeats = fake.cut(copied, {path: layers[path] for path in found})
-        whole = repeats or {f"{path}.{at}": 1 for path, one in layers.items() for at in range(one.layers)}
-        if setting.quant:
-            fake.quantise(copied, setting.quant)
-        with LiveBytes(fake.tensors(copied).values()) as live:
-            return _Step(copied, spec, setting, repeats or whole, live, shape).profile(checkpointing, loss)
-
-
 def _kept_whole(model: nn.Module, spec: TargetedMethod) -> bool:
     """Whether a method stands at the whole model or may tell one layer from another, so that none stands for others."""
     given = spec.to_dict()
@@ -86,29 +176,25 @@ def _kept_whole(model: nn.Module, spec: TargetedMethod) -> bool:
     by_layer = ("layers_to_transform", "rank_pattern", "alpha_pattern")
     if (root := shape_of("", model)).kind == "model" and spec.fits(root):
         return True
-    return fake.by_number(named) or any(given.get(name) not in (None, [], {}, ()) for name in by_layer)
+    return re.search(r"\d", str(named)) is not None or any(
+        given.get(name) not in (None, [], {}, ()) for name in by_layer
+    )
 
 
+@dataclass
 class _Step:
-    """One model on its way through a step."""
+    """One model on its way through a step; `marks`: where in the log, what begins, how many layers it stands for."""
 
-    def __init__(
-        self, model: nn.Module, spec: TargetedMethod, setting: TrainingSetting, repeats: Mapping[str, int],
-        live: LiveBytes, shape: ModelShape | None,
-    ) -> None:  # fmt: skip
-        self.shape, self.model, self.spec, self.setting, self.repeats, self.live = (
-            shape,
-            model,
-            spec,
-            setting,
-            repeats,
-            live,
-        )
-        self.marks: list[tuple[int, str, int]] = []
-        self.backwards = False
+    model: nn.Module
+    spec: TargetedMethod
+    setting: TrainingSetting
+    repeats: Mapping[str, int]
+    live: fake.LiveBytes
+    shape: ModelShape | None
+    marks: list[tuple[int, str, int]] = field(default_factory=list)
+    backwards: bool = False
 
     def profile(self, checkpointing: bool, loss: StepLoss | None) -> StepProfile:
-        """Attach the method, take the step, and count."""
         model, setting, live = self.model, self.setting, self.live
         base = fake.stored(model, self.repeats)
         before = {*fake.tensors(model)}
@@ -123,9 +209,8 @@ class _Step:
         trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
         model.train()
         with ExitStack() as stack:
-            fast = None
-            if setting.path == "gossamer":
-                fast = stack.enter_context(fast_path(model, fused=setting.fused))
+            ours = setting.path == "gossamer"
+            fast = stack.enter_context(fast_path(model, fused=setting.fused)) if ours else None
             if checkpointing:
                 stack.enter_context(checkpointed(model))
             stack.enter_context(self.watched())
@@ -172,7 +257,6 @@ class _Step:
             )
 
     def mark(self, name: str, repeat: int = 1) -> None:
-        """A stretch begins."""
         self.marks.append((len(self.live.log), name, repeat))
 
     @contextmanager
@@ -181,9 +265,8 @@ class _Step:
         ordered = [*self.repeats]
         hooks: list[Any] = []
         for path in ordered:
-            layer, stack = self.model.get_submodule(path), path.rpartition(".")[0]
-            place, count = ordered.index(path), len([one for one in ordered if one.rpartition(".")[0] == stack])
-            place = int(path.rpartition(".")[2])
+            layer, (stack, _, number) = self.model.get_submodule(path), path.rpartition(".")
+            place, count = int(number), len([one for one in ordered if one.rpartition(".")[0] == stack])
             words = "the first layer" if place == 0 else "the top layer" if place == count - 1 else "a layer"
             hooks.append(
                 layer.register_forward_pre_hook(partial(self.enter, words, self.repeats[path]), with_kwargs=True)
@@ -205,7 +288,6 @@ class _Step:
             given.register_hook(lambda _: self.mark(END))
 
     def leave(self, words: str, repeat: int, _: nn.Module, args: Any, output: Any) -> None:
-        """A layer ends its forward."""
         if self.backwards:
             return
         out = output if isinstance(output, Tensor) else output[0]

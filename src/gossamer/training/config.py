@@ -29,8 +29,7 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML, YAMLError
 
 from gossamer.catalog.catalog import data_file
-from gossamer.data.formats import Rows
-from gossamer.data.sources import read_data
+from gossamer.data.formats import Rows, read_data
 from gossamer.errors import SpecError, UsageError
 from gossamer.methods import LoRA, TargetedMethod, method_from_dict
 from gossamer.spec import Lines, Spec, StrictBool, StrictFloat, StrictInt, StrictStr, nested, read_yaml, write_yaml

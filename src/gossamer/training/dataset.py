@@ -144,7 +144,6 @@ class Steps:
             )
 
     def _end(self, epoch: int) -> int:
-        """Steps until the end of an epoch."""
         while len(self._ends) <= epoch:
             batches = ceil(len(self.lengths) / self.config.batch_size)
             if self.config.batch_tokens is not None:

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from gossamer.attachment import active
 from gossamer.data.batches import Batch, BatchLayout, collate, plan_batches
-from gossamer.data.formats import Rows
+from gossamer.data.formats import Records, Rows
 from gossamer.data.masks import Overlong, encode
-from gossamer.data.sources import Records
 from gossamer.errors import UsageError
 from gossamer.running.fast import Fast, fast_path
-from gossamer.training.audit import refuse_misfits
-from gossamer.training.causal import keeping_modes
+from gossamer.training.audit import keeping_modes, refuse_misfits
 from gossamer.training.config import DataFiles
 from gossamer.training.loss import supervised_nll
 from gossamer.training.tasks import DEFAULT, TASKS, task_of

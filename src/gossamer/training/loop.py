@@ -25,14 +25,12 @@ from gossamer.data.batches import BatchLayout, joined
 from gossamer.errors import GossamerError, Interrupted
 from gossamer.progress import Progress
 from gossamer.running.fast import fast_path
-from gossamer.training.audit import adapter_to_train, refuse_misfits
-from gossamer.training.causal import keeping_modes
+from gossamer.training.audit import adapter_to_train, keeping_modes, refuse_misfits
 from gossamer.training.config import RunConfig
 from gossamer.training.dataset import EncodedDataset, Files
 from gossamer.training.evaluate import pad_id
 from gossamer.training.memory import agreed, checkpointing
-from gossamer.training.runs.folder import open_run
-from gossamer.training.runs.outcome import Run, run_config
+from gossamer.training.runs.outcome import Run, open_run, run_config
 from gossamer.training.spread.exchange import MicroBatch
 from gossamer.training.spread.world import World
 from gossamer.training.state import TrainState
@@ -229,7 +227,6 @@ class Loop:
             yield group
 
     def _backward(self, group: Sequence[Assignment]) -> None:
-        """Run the rows of micro-batches forwards and backwards at once."""
         batches, spans, first = [], [], 0
         for state, micro_batch in group:
             examples = [state.dataset.examples[index] for index in micro_batch.indices]

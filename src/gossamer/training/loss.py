@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gossamer.data.batches import Batch
 from gossamer.errors import UnsupportedError
 from gossamer.kernels.losses import head_nll, token_nll
-from gossamer.training.causal import refuse_if_it_sees_ahead
+from gossamer.training.audit import refuse_if_it_sees_ahead
 
 _CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
 """Models seen to do more to their hidden states than to send them through the head."""
@@ -114,7 +114,7 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 def refuse_unless_causal(model: nn.Module) -> None:
     """Raise `UnsupportedError` for a transformers model that does not predict the next token from those before it.
 
-    What a model reads is tried once, see `gossamer.training.causal`.
+    What a model reads is tried once, see `gossamer.training.audit`.
     """
     config = getattr(model, "config", None)
     generates = getattr(model, "can_generate", None)

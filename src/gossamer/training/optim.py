@@ -78,7 +78,6 @@ def _pull(optimizer: torch.optim.Optimizer, weight_decay: float, goals: Mapping[
 
 
 def _maker(kind: str) -> Callable[..., torch.optim.Optimizer]:
-    """What makes an optimiser of a kind."""
     if kind == "adamw":  # fused: hundreds of small tensors; on a CPU seven of eight parts of a plain step are overhead
         return partial(torch.optim.AdamW, fused=True)
     from gossamer.quant import bitsandbytes

@@ -28,18 +28,19 @@ from gossamer.running.fast import Fast, drops_out
 from gossamer.training.audit import audit_gradients
 from gossamer.training.config import FREE_ON_RESUME, RunConfig
 from gossamer.training.dataset import EncodedDataset, Steps
-from gossamer.training.identity import identity, split_anew, split_settings
 from gossamer.training.memory import decide
 from gossamer.training.optim import lr_factor, make_optimizer, peak_lr, set_lr, usable_optimizer, warmup_steps
 from gossamer.training.runs.checkpoint import (
     checkpoint_at,
+    identity,
     newest_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
+    split_anew,
+    split_settings,
 )
-from gossamer.training.runs.folder import RunFolder
-from gossamer.training.runs.outcome import Run, peak_memory, read_outcome, write_outcome
+from gossamer.training.runs.outcome import Run, RunFolder, peak_memory, read_outcome, write_outcome
 from gossamer.training.spread.exchange import MicroBatch
 from gossamer.training.spread.world import World
 from gossamer.training.stopping import Stopping

@@ -23,8 +23,7 @@ from gossamer.training.audit import refuse_misfits
 from gossamer.training.config import RunConfig
 from gossamer.training.dataset import EncodedDataset
 from gossamer.training.loop import Loop
-from gossamer.training.runs.folder import open_run
-from gossamer.training.runs.outcome import Run, run_config
+from gossamer.training.runs.outcome import Run, open_run, run_config
 from gossamer.training.spread.world import World
 from gossamer.training.state import TrainState
 
@@ -174,7 +173,6 @@ class _Room:
         return loop.finished
 
     def remove(self, *names: str) -> None:
-        """Take adapters off the model again, as far as they stand there."""
         for name in names:
             if name in attached(self.model):
                 detach(self.model, name)
@@ -192,7 +190,6 @@ class _Room:
 
 
 def _check(model: PreTrainedModel, jobs: Mapping[str, Job], resume: bool, world: World) -> None:
-    """What concerns all jobs at once."""
     if not jobs:
         raise UsageError("there is nothing to train", expected="at least one job")
     if attached(model):

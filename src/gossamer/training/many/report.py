@@ -87,7 +87,6 @@ def _table(result: Mapping[str, Any]) -> str:
 
 
 def _bars(done: Results) -> str:
-    """What each run came to, the best first."""
     metric = _metric(done)
     values = {row["name"]: value for row in done if (value := _figure(row, "eval_after")) is not None}
     if not values:

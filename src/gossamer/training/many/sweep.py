@@ -27,7 +27,7 @@ from gossamer.training.config import Draft, RunConfig
 from gossamer.training.dataset import Steps
 from gossamer.training.many.many import EncodedDatasets, Runs, train_many
 from gossamer.training.many.report import train_loss, write_sweep_report
-from gossamer.training.runs.folder import open_run
+from gossamer.training.runs.outcome import open_run
 from gossamer.training.spread.world import World
 from gossamer.training.tasks import read_figures
 
@@ -222,7 +222,6 @@ def _base(plan: SweepPlan, world: World) -> tuple[Any, Any]:
 
 
 def _written(plan: SweepPlan, folder: Path, runs: Runs, seconds: float) -> dict[str, Any]:
-    """The result, as it was written."""
     rows = []
     for one in plan.settings:
         row: dict[str, Any] = {"name": one.name, "settings": dict(one.own), "output": one.config.output}

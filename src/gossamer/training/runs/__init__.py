@@ -17,7 +17,7 @@ from gossamer.training.dataset import EncodedDataset, Steps
 from gossamer.training.memory import decide
 from gossamer.training.optim import peak_lr
 from gossamer.training.runs.outcome import Run
-from gossamer.training.runs.folder import refuse_output
+from gossamer.training.runs.outcome import refuse_output
 from gossamer.training.spread.sharding import shard
 
 
@@ -62,15 +62,9 @@ class Rehearsal:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {
-            "config": self.config.to_dict(),
-            "injection": self.injection.to_dict(),
-            "data": list(self.data),
-            "steps": self.steps,
-            "lr": self.lr,
-            "memory": self.memory,
-            "preview": [{"text": text, "supervised": supervised} for text, supervised in self.preview],
-        }
+        preview = [{"text": text, "supervised": supervised} for text, supervised in self.preview]
+        plain = {"config": self.config.to_dict(), "injection": self.injection.to_dict(), "data": [*self.data]}
+        return vars(self) | plain | {"preview": preview}
 
 
 def rehearse(config: RunConfig) -> Rehearsal:
