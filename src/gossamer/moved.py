@@ -36,7 +36,6 @@ MOVED = {
     "planning.memory": "planning.plan",
     "planning.method": "planning.setting",
     "planning.page": "planning.table",
-    "planning.verdicts": "planning.devices",
     "serving.api.fetching": "serving.api.backends",
     "serving.api.vectors": "serving.api.backends",
     "serving.guidance": "serving.grammar",

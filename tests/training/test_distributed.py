@@ -29,7 +29,7 @@ from gossamer.training.evaluate import pad_id
 from gossamer.training.loss import supervised_nll
 from gossamer.training.memory import checkpointing
 from gossamer.training.runs.checkpoint import newest_checkpoint, save_checkpoint
-from gossamer.training.spread.exchange import shares
+from gossamer.training.spread.exchange import Exchange, shares
 from gossamer.training.spread.sharding import Sharding, is_sharded, shard
 from gossamer.training.spread.world import World, _round
 from gossamer.training.stopping import StopRequest, interruptible
@@ -191,7 +191,7 @@ def failing(world: World, error: Exception) -> Any:
     parameters = [*trainable_parameters(model, "default").values()]
     before = [one.detach().clone() for one in parameters]
     try:
-        with world.exchange(parameters, [[0, 1]], [4, 4]):
+        with Exchange(world, parameters, [[0, 1]], [4, 4]):
             if world.rank == 1:
                 raise error
     except Exception as caught:

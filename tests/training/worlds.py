@@ -25,6 +25,7 @@ from gossamer.training.evaluate import pad_id
 from gossamer.training.loss import supervised_nll
 from gossamer.training.optim import make_optimizer
 from gossamer.training.runs.checkpoint import Checkpoint
+from gossamer.training.spread.exchange import Exchange
 from gossamer.training.spread.world import World
 
 START = multiprocessing.get_context("forkserver")
@@ -132,7 +133,7 @@ def learn(
     for number, batches in list(enumerate(steps))[first:]:
         world.reseed(0, number)
         supervised = sum(sum(examples[index].supervised[1:]) for batch in batches for index in batch)
-        with world.exchange(parameters.values(), batches, lengths) as step:
+        with Exchange(world, parameters.values(), batches, lengths) as step:
             for micro_batch in step.mine:
                 batch = collate([examples[index] for index in micro_batch.indices], pad, world.device)
                 loss = micro_batch.weight * (supervised_nll(model, batch).sum() / supervised)

@@ -32,3 +32,9 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3
         mallopt(trim_threshold, 1 << 28)
         mallopt(mmap_threshold, 1 << 25)  # the most it takes
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether an error of torch's or Python's means that memory ran out."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (type(error) is RuntimeError and "can't allocate memory" in str(error))

@@ -2,7 +2,7 @@
 
     always    W (weights)  +  A (what stands beside them)  +  O (AdamW's moments)
     moments   of the step that was followed; and the optimiser's: all gradients (with path="peft" the roots of all
-              second moments too)
+              second moments and the logits too)
 
 The step comes from a profile that was followed before, or is followed now, see `step`. With accumulation all gradients
 are there all the time, from the second batch of a step on.
@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from gossamer.errors import UnsupportedError
 from gossamer.planning import timeline
-from gossamer.planning.devices import UTILISATION, Device, DeviceVerdict, device_of, verdicts
+from gossamer.planning.devices import UTILISATION, Device, device_of
 from gossamer.planning.profiles import known_profile
 from gossamer.planning.setting import TrainingSetting, Tuning, moments
 from gossamer.planning.shape import ModelShape
 from gossamer.planning.source import shape_of
 from gossamer.planning.table import as_dict, as_text, write_page
 from gossamer.planning.timeline import Moment, StepProfile
+from gossamer.planning.verdicts import DeviceVerdict, verdicts
 
 if TYPE_CHECKING:
     from gossamer.planning.step import StepLoss
@@ -115,8 +116,11 @@ class Plan:
         for one in timeline.moments(self.step.stretches, accumulated):
             if one.name not in found or one.total > found[one.name].total:
                 found[one.name] = one
-        roots = self.gradients if self.setting.path == "peft" else 0  # torch's default AdamW takes all roots at once
-        return (*found.values(), Moment("the optimiser's step", 0, roots, self.gradients))
+        held = roots = 0
+        if self.setting.path == "peft":  # a plain loop's outputs live on; torch's default AdamW takes all roots at once
+            held = self.setting.labelled * self.shape.vocabulary * self.setting.width
+            roots = self.gradients
+        return (*found.values(), Moment("the optimiser's step", held, roots, self.gradients))
 
     @property
     def activations(self) -> int:

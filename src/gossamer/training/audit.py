@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.attachment import active, attached, trainable_parameters, use
-from gossamer.attachment.host import find_host
-from gossamer.attachment.site import BASE_ALONE, require_host
+from gossamer.attachment.host import find_host, require_host
+from gossamer.attachment.site import BASE_ALONE
 from gossamer.data.masks import Example
 from gossamer.errors import DataError, GradientError, StateError, UnsupportedError
 from gossamer.methods.tokens import SLOT
 from gossamer.methods.virtual_tokens import VirtualTokensLayer
+from gossamer.models.device import ran_out
 from gossamer.models.language import positions, text_config
-from gossamer.training.memory import ran_out
 
 
 def adapter_to_train(model: nn.Module) -> str:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gossamer.errors import ResourceError, UnsupportedError, UsageError
 from gossamer.methods.virtual_tokens import VirtualTokensLayer
-from gossamer.models.device import free_bytes
+from gossamer.models.device import free_bytes, ran_out
 from gossamer.quant import FORMATS, QuantizedLinear
 from gossamer.quant.formats import QuantFormat
 
@@ -53,12 +53,6 @@ class MemoryPolicy:
             if not ran_out(error):
                 raise
             raise ResourceError("out of memory", got=str(error).partition("\n")[0], hint=self.hint) from error
-
-
-def ran_out(error: Exception) -> bool:
-    """Whether an error of torch's or Python's means that memory ran out."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or (type(error) is RuntimeError and "can't allocate memory" in str(error))
 
 
 def agreed(memories: Sequence[MemoryPolicy]) -> MemoryPolicy:

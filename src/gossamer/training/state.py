@@ -41,7 +41,7 @@ from gossamer.training.runs.checkpoint import (
     split_settings,
 )
 from gossamer.training.runs.outcome import Run, RunFolder, peak_memory, read_outcome, write_outcome
-from gossamer.training.spread.exchange import MicroBatch
+from gossamer.training.spread.exchange import Exchange, MicroBatch
 from gossamer.training.spread.world import World
 from gossamer.training.stopping import Stopping
 from gossamer.training.tasks import Figures, read_figures
@@ -156,7 +156,7 @@ class TrainState:
         for line in filter(None, (self.lr_rule, self.kind_rule, self.memory.rule)):
             self.show.say(line)
         start = capture(self.model, self.name)
-        self.identity = identity(self, start)
+        self.identity = identity(self.model, self.whole, self.lr, start, self.dataset.identity)
         self.world.require_same("run", self.identity)
         self.world.copy_from_first(self.parameters.values())
         checkpoint = None
@@ -173,7 +173,10 @@ class TrainState:
             self.training_seconds = checkpoint.state["training_seconds"]
             self.seconds_before += checkpoint.state["seconds"]
             self.stopping = Stopping(**checkpoint.state["stopping"])
-            changes = self.world.resumed(checkpoint.state.get("processes", 1)), split_anew(self, checkpoint.state)
+            changes = (
+                self.world.resumed(checkpoint.state.get("processes", 1)),
+                split_anew(self.config, checkpoint.state, self.draws),
+            )
             for line in filter(None, changes):
                 self.show.say(line)
             self.show.say(f"resuming after step {self.step:,} of {self.steps.total:,}")
@@ -194,7 +197,7 @@ class TrainState:
         """Deal out the rows of the next step; each term of their loss, such as a token with a label, counts alike."""
         batches = self.steps[self.step]
         self.terms = sum(self.dataset.examples[index].terms for batch in batches for index in batch)
-        self.exchange = self.world.exchange(self.parameters.values(), batches, self.steps.lengths)
+        self.exchange = Exchange(self.world, self.parameters.values(), batches, self.steps.lengths)
 
     def close_step(self) -> None:
         """Gather what came of the step's rows in this process, after the last of them, and count their tokens."""

@@ -28,11 +28,11 @@ from gossamer.files.atomic import TEMPORARY_SUFFIX, new_folder
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from gossamer.adapter import Adapter
-from gossamer.training.config import FREE_ON_RESUME, SPLITS_ON_RESUME, LoopConfig
+from gossamer.training.config import FREE_ON_RESUME, SPLITS_ON_RESUME, LoopConfig, RunConfig
 from gossamer.training.memory import stored_as
 
 if TYPE_CHECKING:
-    from gossamer.training.state import TrainState
+    from transformers import PreTrainedModel
 
 MANIFEST = "manifest.json"
 NUMBERS = "optimizer_numbers"
@@ -219,19 +219,21 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def identity(state: TrainState, start: Adapter) -> dict[str, Any]:
+def identity(
+    model: PreTrainedModel, config: RunConfig, lr: float, start: Adapter, data: Mapping[str, Any]
+) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run. What is only shown or kept may change."""
-    free = FREE_ON_RESUME | (set() if state.config.patience else {"eval_every"})
-    settings = state.config.to_dict() | {"task": state.task.named(), "lr": state.lr}
+    free = FREE_ON_RESUME | (set() if config.train.patience else {"eval_every"})
+    settings = config.train.to_dict() | {"task": config.task.named(), "lr": lr}
     train = {name: value for name, value in settings.items() if name not in free}
     return {
         "train": train,
         "method": start.spec.to_dict(),
-        "data": state.dataset.identity,
+        "data": data,
         "base": dict(start.base or {}),
-        "dtype": str(state.model.dtype).removeprefix("torch."),
-        "quant": stored_as(state.model),
-        "device": state.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quant": stored_as(model),
+        "device": model.device.type,
     }
 
 
@@ -240,11 +242,11 @@ def split_settings(config: LoopConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SPLITS_ON_RESUME}
 
 
-def split_anew(state: TrainState, checkpoint: Mapping[str, Any]) -> str:
+def split_anew(config: LoopConfig, checkpoint: Mapping[str, Any], draws: bool) -> str:
     """A line on a run that goes on with its steps split otherwise than before; empty where it does not."""
-    now = split_settings(state.config)
+    now = split_settings(config)
     then = now | checkpoint.get("split", {})
     changes = [f"{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value]
-    drawn = " and the numbers that dropout draws" if state.draws else ""
+    drawn = " and the numbers that dropout draws" if draws else ""
     rounded = f"the steps are the same but for rounding{drawn}, no longer bit for bit"
     return f"{', '.join(changes)}: {rounded}" if changes else ""

@@ -11,15 +11,13 @@ Source: Li et al. 2020, arXiv:2006.15704, section 3 (data parallel training, and
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.errors import GossamerError, ResourceError
-
-if TYPE_CHECKING:
-    from gossamer.training.spread.world import World
+from gossamer.training.spread.world import World
 
 
 class MicroBatch(NamedTuple):
@@ -37,7 +35,7 @@ class MicroBatch(NamedTuple):
 class Exchange:
     """The micro-batches of one step that this process learns from, and the sum of all processes' results.
 
-        step = world.exchange(parameters, batches, lengths)
+        step = Exchange(world, parameters, batches, lengths)
         with step:
             for micro_batch in step.mine:
                 loss = micro_batch.weight * (sum of losses over these rows / terms of the whole step)

@@ -14,7 +14,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,13 +22,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from gossamer.errors import GossamerError, ResourceError, StateError, UsageError
 from gossamer.progress import Progress, Silent, for_terminal
-from gossamer.training.spread.exchange import Exchange
 from gossamer.training.stopping import StopRequest
 
 PATIENCE = timedelta(minutes=30)
@@ -189,12 +188,6 @@ class World:
         return request.signal if number else ""
 
     # A step ----------------------------------------------------------------------------------------------------
-
-    def exchange(
-        self, parameters: Iterable[nn.Parameter], batches: Sequence[list[int]], lengths: Sequence[int]
-    ) -> Exchange:
-        """One step's work and how its results come together; see `Exchange`."""
-        return Exchange(self, parameters, batches, lengths)
 
     def summed(self, tensor: Tensor) -> Tensor:
         """The tensor with the sum of all processes' values in it, the same bits everywhere."""
