@@ -24,8 +24,6 @@ Each carries a stable `code` (a page in docs/errors/) and says what happened, wh
 expected and, where it can, the nearest right answer.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from typing import Any

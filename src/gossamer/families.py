@@ -4,8 +4,6 @@ A family is a `model_type` of transformers; SmolLM and many others are Llamas by
 trains and serves by the model's own forward: an entry only opens a fast way, or a way to another tool's file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

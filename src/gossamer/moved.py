@@ -3,8 +3,6 @@
 Python asks this finder last, so it costs nothing until an import would fail.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 import warnings

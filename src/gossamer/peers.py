@@ -3,8 +3,6 @@
 The names are those of transformers and TRL, PEFT, axolotl, LLaMA-Factory and torchtune.
 """
 
-from __future__ import annotations
-
 from types import MappingProxyType
 
 _PEERS = {

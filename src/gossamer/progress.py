@@ -1,7 +1,5 @@
 """Showing how far a run is: a bar on a terminal, lines elsewhere, or nothing."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

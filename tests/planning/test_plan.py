@@ -24,6 +24,7 @@ from gossamer.planning.shape import KNOWN
 from gossamer.planning.source import shape_of
 from gossamer.planning.table import compared
 from gossamer.quant import FORMATS, packed_bytes, quantize
+from tests.house import tree
 
 QV = ("q_proj", "v_proj")
 
@@ -179,6 +180,14 @@ def test_full_against_lora_against_qlora():
     sizes = [round(plans[name].peak / 1e9) for name in ("full, in place", "LoRA", "QLoRA")]
     assert sizes == pytest.approx([80, 16, 6], rel=0.2)
     assert "QLoRA" in compared(compare("llama-3.1-8b", sequence=512))
+
+
+def test_the_readme_s_table_is_the_plan():
+    readme = (tree.ROOT / "README.md").read_text(encoding="utf-8")
+    plans = dict(compare("llama-3.1-8b", sequence=512))
+    rows = {"full fine-tuning in 16 bits": "full, in place", "LoRA r=16": "LoRA", "QLoRA r=16": "QLoRA"}
+    for row, name in rows.items():
+        assert f"| {row} | {plans[name].peak / 1e9:.1f} GB |" in readme
 
 
 # The plan itself -------------------------------------------------------------------------------------------------

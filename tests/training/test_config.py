@@ -164,6 +164,13 @@ def test_every_way_to_hold_the_base_can_be_asked_for() -> None:
         RunConfig(base="b", data="d", output="o", quant="nf5")
 
 
+def test_the_loop_s_settings_are_read_where_they_are_given() -> None:
+    config = TrainConfig(data="a.jsonl", output="runs/a", lr=1e-3, batch_size=4)
+    assert (config.lr, config.batch_size, config.seed) == (config.train.lr, 4, 0) == (1e-3, 4, 0)
+    with pytest.raises(AttributeError, match="learning_rate"):
+        _ = config.learning_rate
+
+
 def test_a_path_alone_is_training_data() -> None:
     config = TrainConfig(data=Path("a") / "rows.jsonl", output=Path("runs") / "x")
     assert (config.data.train, config.data.eval, config.output) == ("a/rows.jsonl", None, "runs/x")

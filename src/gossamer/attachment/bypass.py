@@ -3,8 +3,6 @@
 Mamba's kernels take `self.conv1d.weight`; a tied head is `linear(x, self.embed.weight)`.
 """
 
-from __future__ import annotations
-
 import ast
 import operator
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Which modules cannot carry a layer, or are left out unless they are named, and the words that say why."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

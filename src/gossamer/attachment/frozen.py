@@ -1,7 +1,5 @@
 """A module as an adapter layer may see it: what it is, how it is called, how its weight is read and stood in for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

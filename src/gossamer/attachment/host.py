@@ -1,7 +1,5 @@
 """What a model remembers of the adapters attached to it; one per model, kept as a plain attribute of the root."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Values of layers in the module's own place, where others' code reads its weight or bias without calling it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any

@@ -4,8 +4,6 @@ A module is "linear" if calling it is torch's own linear map: because its forwar
 it is another one, because a small trial shows that a change of its weight changes the output as that map would.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping

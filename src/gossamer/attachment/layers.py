@@ -1,7 +1,5 @@
 """From a spec and a selection to layers: of new tensors or of stored ones, both through one door."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 

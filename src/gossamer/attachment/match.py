@@ -1,7 +1,5 @@
 """Which modules a spec names. Every pattern must name something; otherwise an error with the nearest right names."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

@@ -4,8 +4,6 @@ Looked at is every function that its `forward` can reach, and the functions thos
 is not at hand, the bytecode is, which shows what is read directly.
 """
 
-from __future__ import annotations
-
 import ast
 import dis
 import functools

@@ -1,7 +1,5 @@
 """What an attach says of a stored adapter that fits and still may not be what somebody thinks it is."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import warnings

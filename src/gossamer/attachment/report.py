@@ -1,7 +1,5 @@
 """What an attach did, for people and for programs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any

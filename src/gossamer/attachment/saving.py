@@ -5,8 +5,6 @@ are attached, the model has another one, an attribute of this one model as its m
 adapters, in PEFT's layout, and no base. While they are merged the weights say it all, and it writes those.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path

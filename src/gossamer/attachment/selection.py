@@ -1,7 +1,5 @@
 """What a spec names on a model: paths by the part they play, with the modules and shapes there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property

@@ -4,8 +4,6 @@ The module stays in the model's tree under its own name and class. While adapter
 site's, and its layers are children under the name `gossamer`, so `.to()`, `.train()` and `.parameters()` reach them.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 Both return an Adapter, a value to be attached with `trainable=True`; the model itself is left as it is.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """attach, use, capture, detach: how an adapter meets a model and leaves it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What a model is made of, seen through anything Gossamer put there: canonical names, aliases, shared storage."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any

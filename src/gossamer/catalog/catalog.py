@@ -4,8 +4,6 @@ An entry that was fetched is a folder under `home()`; the `gossamer-catalog.json
 and marks it complete.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

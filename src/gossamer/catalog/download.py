@@ -6,8 +6,6 @@ fetch as a wheel. The index is PIP_INDEX_URL, UV_DEFAULT_INDEX or UV_INDEX_URL w
 and certificates come from the usual environment variables.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib

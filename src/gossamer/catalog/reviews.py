@@ -11,8 +11,6 @@ The split is by document, so that no reviewer is in both parts. Documents that s
 together, so that no sentence is in both parts either.
 """
 
-from __future__ import annotations
-
 import hashlib
 import html
 import json

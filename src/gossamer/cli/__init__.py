@@ -4,8 +4,6 @@ Built on click alone and importing a verb's file only when that verb is named, s
 second: torch is imported when work starts.
 """
 
-from __future__ import annotations
-
 import errno
 import importlib
 import os

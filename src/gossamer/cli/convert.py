@@ -1,7 +1,5 @@
 """The verb `gossamer convert`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

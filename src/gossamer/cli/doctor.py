@@ -1,7 +1,5 @@
 """The verb `gossamer doctor`."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,7 +1,5 @@
 """The verb `gossamer eval`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import click

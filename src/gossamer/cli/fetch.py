@@ -1,7 +1,5 @@
 """The verb `gossamer fetch`."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The verb `gossamer pull`."""
 
-from __future__ import annotations
-
 import click
 
 from gossamer.cli.shared import json_option, present

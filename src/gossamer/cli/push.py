@@ -1,7 +1,5 @@
 """The verb `gossamer push`."""
 
-from __future__ import annotations
-
 import click
 
 from gossamer.cli.shared import json_option, present

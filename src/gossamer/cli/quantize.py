@@ -1,7 +1,5 @@
 """The verb `gossamer quantize`."""
 
-from __future__ import annotations
-
 import click
 
 from gossamer.cli.shared import device_option, dtype_option, json_option, present

@@ -1,7 +1,5 @@
 """The verb `gossamer serve`."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

@@ -5,8 +5,6 @@ written on two days would differ, and a run could not be resumed tomorrow. So th
 in front, which writes the day the run began, whatever day it is.
 """
 
-from __future__ import annotations
-
 import re
 from datetime import date, datetime
 from datetime import time as time_of_day

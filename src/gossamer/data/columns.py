@@ -5,8 +5,6 @@ used; or it says something about what is to be learned, and then a row that fill
 of those. Names are compared as `plain` spells them, so that `Images` and `image-path` are found too.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple

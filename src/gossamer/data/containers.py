@@ -8,8 +8,6 @@ Row numbers count from 1. They are lines in JSON Lines and CSV files, as an edit
 arrays and Parquet files.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import hashlib

@@ -6,8 +6,6 @@ joined if all parts are text. An empty system turn says nothing and is left out;
 object, because templates write objects as JSON and would quote a JSON text twice.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

@@ -14,8 +14,6 @@ learned. Columns that no format uses are named by `Rows.describe`; a row in whic
 (`images`, `chosen`, `"label": false`: see `columns`) is refused, and so is a field of a *turn* that would be lost.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ flushed, so that the new name survives a power cut. Whoever looks sees the old c
 either, and whatever goes wrong leaves no temporary file behind. A folder is written the same way, as one.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

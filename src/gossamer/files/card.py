@@ -1,7 +1,5 @@
 """The model card of an adapter: a README.md that says what it is, of what base, from what data, and how good."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What lies beside an adapter's weights and is its own there: tokenizer, chat template, processor, settings."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

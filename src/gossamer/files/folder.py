@@ -1,7 +1,5 @@
 """The files of an adapter folder: what is opened and how. One read each; what is checked is what is used."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Adapters to and from a hub, through huggingface_hub; only `push`, `pull` and `fetch` use the network, when called."""
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile

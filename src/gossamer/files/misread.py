@@ -6,8 +6,6 @@ files transformers converts so. Dense layers and shared experts of such a model 
 looks for stacked factors instead of theirs, and drops theirs without an error. No config says otherwise.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable
 from functools import cache

@@ -9,8 +9,6 @@ Reading is strict: every tensor must be understood, every slot filled, every num
 keys mean is one small file a PEFT type, in `gossamer.files.layouts`.
 """
 
-from __future__ import annotations
-
 import shutil
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Which folder is the adapter: what people name when they mean one, and what lies there instead of one."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

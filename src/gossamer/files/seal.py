@@ -9,8 +9,6 @@ and bytes in the file, and `config` that of what `adapter_config.json` says abou
 loses `gossamer.json` is still known for what it was, and so is one whose `gossamer.json` was changed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

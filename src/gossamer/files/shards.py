@@ -5,8 +5,6 @@ in the memory of one tensor. The safetensors package writes a file only from ten
 layout (eight bytes of length, a JSON header, the tensors end to end) is written here.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import json

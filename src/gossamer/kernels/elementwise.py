@@ -8,8 +8,6 @@ TRITON_INTERPRET=1), =auto is the default. Every function equals its eager twin 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownLambdaType=false
 # (torch gives no types for what autograd functions and its linear algebra return)
 
-from __future__ import annotations
-
 import functools
 import importlib
 import os

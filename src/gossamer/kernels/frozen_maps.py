@@ -8,8 +8,6 @@ The plain twin is the module itself.
 # pyright: reportUnnecessaryComparison=false
 # (torch types the bias of a linear module as if there always were one)
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 

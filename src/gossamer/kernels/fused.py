@@ -3,8 +3,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (torch gives no types for what autograd functions and its linear algebra return)
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

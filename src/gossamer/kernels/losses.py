@@ -8,8 +8,6 @@ Source: Wijmans et al. 2024, arXiv:2411.09009, section 3 (the idea: never write 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (torch gives no types for what autograd functions and its linear algebra return)
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Factors of several adapters stacked in slots that last from batch to batch, and products with them."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 

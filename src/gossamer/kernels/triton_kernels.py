@@ -9,8 +9,6 @@ rounds. Every tensor here has unit stride along its last dimension; rows may lie
 # pyright: reportGeneralTypeIssues=false
 # (Triton's language is compiled from the syntax tree: its values have no types in Python)
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -11,8 +11,6 @@ Source: Chen et al. 2023, arXiv:2310.18547, section 4 (batched gather matrix-vec
 # pyright: reportGeneralTypeIssues=false
 # (Triton's language is compiled from the syntax tree: its values have no types in Python)
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

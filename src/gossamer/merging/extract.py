@@ -3,8 +3,6 @@
 W_tuned - W_base = U diag(s) V^T,  kept: the r largest    A = diag(s)^(1/2) V^T,  B = U diag(s)^(1/2)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple

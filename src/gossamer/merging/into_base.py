@@ -1,7 +1,5 @@
 """Write a plain model with adapters folded in: `W' = W + sum_i w_i scaling_i B_i A_i`, in float32, rounded once."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How much of each adapter to take, learned from a few batches: LoRA Soups."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """What storing a merged weight in fewer bits takes from it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -8,8 +8,6 @@ computed when its turn comes, everything else is copied, and what was read is gi
 its sha256 beside it, so that whoever is interrupted goes on there.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Adapters that hold an embedding and a head of their own, made room for in a base that is loaded to be merged into."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

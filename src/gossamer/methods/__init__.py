@@ -1,7 +1,5 @@
 """The methods, one short file each; registering one makes it inherit every law in tests/laws."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ through its own linear map with another weight. So no method knows how a weight 
 becomes methods + storages.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Adapters of two small matrices with a nonlinearity between them, behind a module: Houlsby's and Lin's."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal

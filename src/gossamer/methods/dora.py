@@ -1,7 +1,5 @@
 """DoRA: a weight's rows are scaled by a trained magnitude, their direction moved by LoRA."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """A start that is made of the weight, `B A - B0 A0`, as the plain adapter of twice the rank that computes the same."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import TypeVar
 

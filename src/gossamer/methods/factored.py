@@ -1,7 +1,5 @@
 """What LoRA and its close relatives share: a pair of factors beside each weight, their ranks, scalings and starts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal

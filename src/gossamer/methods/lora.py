@@ -1,7 +1,5 @@
 """LoRA: `h = W x + scaling * B A x`, W frozen. Source: Hu et al. 2021, arXiv:2106.09685, equation 3."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import ClassVar

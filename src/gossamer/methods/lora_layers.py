@@ -1,7 +1,5 @@
 """A and B at a module: beside its call where it has one, in its weight where others use that without calling it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

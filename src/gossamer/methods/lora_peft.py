@@ -1,7 +1,5 @@
 """peft_type LORA: the files of LoRA, rsLoRA and DoRA."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

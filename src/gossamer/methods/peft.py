@@ -3,8 +3,6 @@
 `gossamer.files` reads and writes what the tables say. A method without one is stored under a type of our own.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

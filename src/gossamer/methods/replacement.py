@@ -1,7 +1,5 @@
 """Layers that are other values of a module's own parameters: the module runs with them instead."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any

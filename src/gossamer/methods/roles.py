@@ -1,7 +1,5 @@
 """What a linear module does in a transformer, told from its path: the part it plays is not in its class."""
 
-from __future__ import annotations
-
 import re
 
 _ATTENTION = r"\w*(attn|attention)\w*\.((self|attn|attention|output)\.)?"

@@ -1,7 +1,5 @@
 """The tensors of a layer by name: put in their places, and compared with what a module asks for."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

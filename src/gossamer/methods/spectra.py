@@ -7,8 +7,6 @@ are trained whole) or is none of a weight (bottlenecks, virtual tokens): of thes
 would be.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

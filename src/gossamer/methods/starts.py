@@ -1,7 +1,5 @@
 """How LoRA's factors may start, as pure functions of a weight or of a module's inputs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 

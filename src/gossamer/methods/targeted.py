@@ -1,7 +1,5 @@
 """What every method that stands beside chosen modules shares: how modules are named, and how layers come about."""
 
-from __future__ import annotations
-
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The key-value cache that begins with virtual tokens, and how it is filled."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any

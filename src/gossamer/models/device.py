@@ -1,7 +1,5 @@
 """What a device has left, and how memory is given back."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from pathlib import Path

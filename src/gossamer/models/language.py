@@ -1,7 +1,5 @@
 """What a model says of its language half: the place in a config, and how long a row it can read."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -5,8 +5,6 @@ from the folder is ever run, only safetensors weights are read, and every weight
 every weight of the file in the model.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """From what the user calls a base model to the folder or GGUF file that holds it."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

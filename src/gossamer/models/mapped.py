@@ -1,7 +1,5 @@
 """A model whose parameters are views of its files: every number is there, and none of them is in memory."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path

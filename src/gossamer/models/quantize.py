@@ -1,7 +1,5 @@
 """A base model, quantised and written as a folder of its own."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from pathlib import Path

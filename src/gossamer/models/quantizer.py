@@ -1,7 +1,5 @@
 """How transformers' own loader quantises for us: each weight as it leaves its shard, so no dense model ever exists."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -1,7 +1,5 @@
 """What a model folder must be before transformers may open it: plain JSON, plain weights, a tokenizer."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

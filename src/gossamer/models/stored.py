@@ -1,7 +1,5 @@
 """How much of a model is stored in few bits, and what is not and why."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from dataclasses import dataclass

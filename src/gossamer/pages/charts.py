@@ -7,8 +7,6 @@ the same numbers beside it as a table, for those who do not see pictures. Coordi
 `WIDTH` wide and scales with its page.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from html import escape

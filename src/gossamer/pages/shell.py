@@ -1,7 +1,5 @@
 """The frame of every page that is written: one offline file, without scripts, fonts or network."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from importlib import resources

@@ -1,7 +1,5 @@
 """Bytes, counts and durations as a person reads them."""
 
-from __future__ import annotations
-
 _DECIMAL = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 

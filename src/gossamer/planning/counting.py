@@ -1,7 +1,5 @@
 """A model of the real classes, on the meta device, counted: its parameters by kind, its linear modules, its towers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Devices by name: memory and promised speed."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

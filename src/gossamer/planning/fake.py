@@ -4,8 +4,6 @@ Layers of a stack that are all alike are followed once: a stack keeps its first,
 second stands for all between.
 """
 
-from __future__ import annotations
-
 import copy
 import weakref
 from collections.abc import Iterable, Mapping

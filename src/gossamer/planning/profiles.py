@@ -10,8 +10,6 @@ Products are of B rows, T tokens, N = B T, M labelled tokens, C columns or R row
 widths, H heads, d of a head, and r the rank. `bench/profiles.py` makes the file and a test makes parts of it again.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from functools import cache

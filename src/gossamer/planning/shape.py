@@ -3,8 +3,6 @@
 Those of a few models are typed in, so that a plan for them needs no file and no network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property

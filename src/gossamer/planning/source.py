@@ -1,7 +1,5 @@
 """From what the user calls a model to its numbers: at most a config.json is read or fetched, never weights."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

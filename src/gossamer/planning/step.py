@@ -3,8 +3,6 @@
 A loss is any callable `(model, setting) -> Tensor`, which makes its inputs itself.
 """
 
-from __future__ import annotations
-
 import gc
 import re
 import warnings

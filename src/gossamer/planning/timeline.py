@@ -7,8 +7,6 @@ All layers of a stack but its first and last are alike, so one of them is follow
 two of the same layer the level moves by the same number of bytes, so its highest point is at the first or the last.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """The one door to what does the work: bitsandbytes where it is installed, else the reference, equal bit for bit."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import sys

@@ -8,8 +8,6 @@ Bits a weight: 4 + 32 / 64 = 4.5; with double quantisation 4 + 8 / 64 + 32 / (64
 Source: Dettmers et al. 2023, arXiv:2305.14314, section 3; int8: Dettmers et al. 2022, arXiv:2208.07339, section 2.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (tensors as lists have no types)
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Quantising and back in plain torch: what the formats mean, bit for bit, and the way where bitsandbytes is absent."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ is more than plain low-rank terms (another method, dropout, a trained bias, a ke
 runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial

@@ -4,8 +4,6 @@ Tokens of all sequences go through a layer together, (N, hidden); nothing is pad
 plain twin is transformers' own model with a cache.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ anything. Rows that only fill up the batch write to the spare row of the cache.
 The plain twin is the step as it is run elsewhere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any

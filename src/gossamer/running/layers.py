@@ -4,8 +4,6 @@ h = x + o(attention(rotated(q), rotated(k), v))         q, k, v = linears(rms_no
 y = h + down(act(gate) * up)                            gate, up = linears(rms_norm(h))
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

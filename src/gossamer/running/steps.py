@@ -5,8 +5,6 @@ chunks of prompts that are being read. A decoder runs them in parts, and asks fo
 time at each of its sites.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol

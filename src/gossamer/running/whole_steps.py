@@ -6,8 +6,6 @@ of its own. Adapters add their terms by hooks that are there while a step runs, 
 The plain twin is the same forward on a whole sequence, without a cache.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

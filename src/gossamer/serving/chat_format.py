@@ -1,7 +1,5 @@
 """How an adapter's chats are written, where its folder says so: trainers save tokenizer and template beside weights."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import tempfile

@@ -1,7 +1,5 @@
 """Text from tokens as they come: never half a character, never what could still be the beginning of a stop text."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

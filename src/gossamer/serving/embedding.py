@@ -7,8 +7,6 @@ How to pool is what the model's own sentence-transformers files say (modules.jso
 has them: the mean over the tokens, the first token, the last, or the largest of each column.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import json

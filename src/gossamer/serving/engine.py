@@ -5,8 +5,6 @@ run        all of them through the model at once; each row with its own adapters
 settle     draw a token for each that came to its end, finish those that are done, free their rows
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A folder of adapters: what lies in it, and what names were given another meaning while it was served."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Answers that satisfy a JSON schema: which tokens may come next, through llguidance."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

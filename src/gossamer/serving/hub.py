@@ -4,8 +4,6 @@ An id is asked for once: the commit that it means then is what it means until it
 JSON and safetensors, its own tokenizer and chat template is fetched, into the hub's own cache on this machine.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from functools import partial

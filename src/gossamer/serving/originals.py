@@ -5,8 +5,6 @@ folder meanwhile, and whether or not the value is in memory then. So the weights
 replaced can be read again, and whether it is still the same is for its digest to say.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

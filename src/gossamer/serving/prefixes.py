@@ -4,8 +4,6 @@ What is kept belongs to a tenant and to the very adapters, by digest and weight,
 finds it, neither its numbers nor, by the clock, that it is there.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass

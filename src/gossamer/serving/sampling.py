@@ -1,7 +1,5 @@
 """How one sequence's tokens are sampled from its logits."""
 
-from __future__ import annotations
-
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ stands on. A request holds the version of a name that it began with: giving the 
 requests and leaves the others as they are.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,5 @@
 """Adapters for a decoder whose rows have one each: made ready for its sites, and laid out for the parts of a step."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ Nothing of vLLM is imported: its adapters are checked by what vLLM 0.32 accepts,
 out, and it is started where it is installed.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shlex

@@ -4,8 +4,6 @@ An engine, or whatever else takes steps, is tested with it for what it does itse
 what it copies, keeps and gives back. A token that is lost, doubled or in the wrong row changes the answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

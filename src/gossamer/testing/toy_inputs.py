@@ -1,7 +1,5 @@
 """Inputs of the toys: seeded arguments for one forward pass with a loss, one function for each kind of model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

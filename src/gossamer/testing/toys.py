@@ -4,8 +4,6 @@ Weights are drawn wider than usual, and biases and norms are moved off their con
 bias that was lost, a scale that was skipped or two layers that were swapped.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

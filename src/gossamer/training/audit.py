@@ -12,8 +12,6 @@ Where the logits at a place i < j differ from those of row 0, place i read a lat
 Next-token training of such a model ends at a loss of nearly nothing and a model that can write nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from weakref import WeakSet

@@ -256,6 +256,12 @@ class RunConfig(Spec):
         def __init__(self, *, data: Any, output: str | os.PathLike[str], **settings: Any) -> None:
             """What `given` takes."""
 
+    else:
+
+        def __getattr__(self, name: str) -> Any:
+            """The loop's settings, read as they may be given: `config.lr` is `config.train.lr`."""
+            return getattr(self.train, name) if name in LoopConfig.model_fields else super().__getattr__(name)
+
     @classmethod
     def given(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Keywords that are the loop's settings belong into `train`."""

@@ -11,8 +11,6 @@ does something to its logits (soft-capping), or the head is trained, the M logit
 Source: Wijmans et al. 2024, arXiv:2411.09009, section 3 (the idea: never write the logits).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The optimiser, the learning rate and its schedule."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial

@@ -3,8 +3,6 @@
 Source: Prechelt 1998, "Early Stopping - But When?", section 2.2: the criterion UP_s.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator

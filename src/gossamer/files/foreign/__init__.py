@@ -1,7 +1,5 @@
 """Adapters in the formats of other tools, both ways; every conversion reads back what it wrote."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Older files have an `.alpha` tensor a module instead; with neither, alpha is the rank.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 delta(path) = alpha / rank * up @ down        down (rank, in, *kernel), up (out, rank, 1...)
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

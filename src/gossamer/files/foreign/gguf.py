@@ -8,8 +8,6 @@ Llama and Granite hold query and key rows in pairs, so those rows of lora_b are 
 this takes are in the file too.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 from collections.abc import Mapping

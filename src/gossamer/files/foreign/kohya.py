@@ -6,8 +6,6 @@ ComfyUI, sd-scripts and diffusers look for in a transformer's file (Flux, SD3) a
 queries, keys and values are one matrix, so such a file would be loaded by nobody.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 

@@ -4,8 +4,6 @@ What a file says of modules outside its layers is passed over there, so it is re
 One rank and one scale serve all modules: a smaller rank is filled up with zeros, another scale multiplied into lora_b.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -3,8 +3,6 @@
 Its Llama models hold query and key rows in pairs (Meta's order), so those rows of lora_b are reordered.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

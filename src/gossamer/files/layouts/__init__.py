@@ -1,7 +1,5 @@
 """Which table a config or a spec is read and written by; `reading` and `writing` do what the tables say."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

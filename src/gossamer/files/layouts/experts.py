@@ -8,8 +8,6 @@ Gate and up are one matrix now, so their factors become one pair of twice the ra
     [W_gate; W_up] + s [[B_gate, 0], [0, B_up]] [A_gate; A_up]
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Mapping

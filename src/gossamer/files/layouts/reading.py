@@ -1,7 +1,5 @@
 """What an adapter's file holds, as a layout says it: its tensors by module, and the spec that its config describes."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Collection, Mapping

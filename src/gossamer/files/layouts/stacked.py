@@ -8,8 +8,6 @@ PEFT wraps a module once for each of its parameters that is adapted, the one dec
 The names of the parameters are not in the file: `target_parameters` gives them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """An adapter as a layout says it: the names of its tensors, and its config."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Several adapters as one: the verb behind `gs.combine`."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math

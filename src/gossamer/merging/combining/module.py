@@ -1,7 +1,5 @@
 """What a way of combining sees: the weighted changes of one matrix. And the table of the ways."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The changes that an adapter makes, matrix by matrix: from its factors, or from what its layers make of a base."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Ways that drop entries of each change before they are added. They need one whole matrix at a time."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable
 

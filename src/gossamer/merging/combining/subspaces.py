@@ -1,7 +1,5 @@
 """Ways that align or equalise the directions of the changes. All of them work on factors; no matrix is formed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Sums of changes, and what PEFT calls one."""
 
-from __future__ import annotations
-
 import math
 
 import torch

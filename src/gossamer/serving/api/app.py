@@ -1,7 +1,5 @@
 """The app: an engine, who may use it, and the routes to it."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """The bases behind the API, each with its adapters: one that completes texts, and one that makes vectors of them."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """From what the engine replies to the responses of chat and plain completions, whole and in chunks."""
 
-from __future__ import annotations
-
 import secrets
 import time
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """Every error's status and words: OpenAI's shape, and nothing that a client should not know."""
 
-from __future__ import annotations
-
 import logging
 import re
 import secrets

@@ -3,8 +3,6 @@
 who asks (the gate) -> its model and adapters -> its tokens -> its tenant's limits -> the engine -> the response
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import struct

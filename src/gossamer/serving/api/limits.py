@@ -1,7 +1,5 @@
 """What is refused before it is parsed: unknown keys, bodies that are too large, too deep or too slow."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re

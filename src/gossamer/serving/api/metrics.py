@@ -1,7 +1,5 @@
 """What Prometheus may ask. Labels come from fixed sets: adapters that are known, and at most so many of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From a request to the tokens of a prompt: as the chat template writes it, and no longer than the context."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ OpenAI's shapes, and `gossamer` beside their fields. A field that is not given t
 """
 # ruff: noqa: UP013  (what answers are made of stands here as a table, a line a shape)
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Generic, Literal, NotRequired, TypeVar
 

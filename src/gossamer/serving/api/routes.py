@@ -1,7 +1,5 @@
 """All routes, and what each promises."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

@@ -1,7 +1,5 @@
 """The app on a socket: from the first request to a stop that lets everybody finish."""
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 import signal

@@ -1,7 +1,5 @@
 """What the routes share: the bases, the requests that are under way, and whether new ones are taken."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable
 from pathlib import Path

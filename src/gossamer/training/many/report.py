@@ -1,7 +1,5 @@
 """`sweep.html`: the runs of a sweep or a fleet on one offline page, and the same as rows of text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ sweep   keys with lists of values  -> one setting for each combination, all on t
 fleet   a folder of data sets      -> one adapter for each, named as the data set is
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

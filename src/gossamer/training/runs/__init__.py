@@ -1,7 +1,5 @@
 """A run from its config file: the base loaded, the adapter attached, the loop called; or a rehearsal of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ any time. No scripts, no fonts, no network; pictures are inline SVG with their n
 reader's light or dark setting.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

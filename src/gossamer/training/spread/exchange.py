@@ -8,8 +8,6 @@ buffer carries the losses, so every process knows the whole step, takes the same
 Source: Li et al. 2020, arXiv:2006.15704, section 3 (data parallel training, and what its buckets are for).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 

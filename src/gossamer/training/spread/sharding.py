@@ -11,8 +11,6 @@ Adapter parameters stay whole in every process, so capturing and saving never me
 Source: Zhao et al. 2023, arXiv:2304.11277, sections 3.2 and 4.1 (sharding, and sharding within a group).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

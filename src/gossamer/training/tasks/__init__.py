@@ -1,7 +1,5 @@
 """The tasks, one short file each; one that is registered in `TASKS` can be trained, measured and swept by its name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
