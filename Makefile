@@ -23,7 +23,7 @@ PIP         := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq 
 PYTEST      := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 TOOLS       := vllm llama_cpp diffusers mlx torchtune
 QUICK       := not slow and not gpu and not browser $(foreach tool,$(TOOLS),and not $(tool))
-PARALLEL    := -n $(WORKERS) --dist loadfile
+PARALLEL    := -n $(WORKERS) --dist worksteal
 COVERED     := $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 BENCHES     := $(filter-out bench/__init__.py bench/common.py bench/numbers.py,$(wildcard bench/*.py))
 

@@ -49,6 +49,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 for _name, _change in (("gemma3", GEMMA), ("paligemma", GEMMA), ("qwen2_vl", ROTATED), ("qwen2_5_vl", ROTATED)):
     KINDS[_name][1]["text_config"].update(_change)
 
+QUICK = ("llava", "gemma3", "qwen2_5_vl", "qwen2_audio")
+EACH = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
 
 def built(kind: str, device: str = "meta") -> Any:
     name, fields = KINDS[kind]
@@ -58,7 +61,7 @@ def built(kind: str, device: str = "meta") -> Any:
         return made(made.config_class(**fields))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH)
 def test_the_plan_counts_the_whole_model(kind: str, tmp_path: Path):
     model = built(kind)
     model.config.architectures = [type(model).__name__]
@@ -86,7 +89,7 @@ def test_what_is_trained_at_the_language_model_is_what_attach_trains(kind: str):
     assert plan(config, spec, sequence=32).trainable == plan(config, gs.LoRA(r=4), sequence=32).trainable == trained
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH)
 def test_all_linear_is_the_language_model_of_plan_and_attach_alike(kind: str):
     model, spec = built(kind, "cpu"), gs.LoRA(r=4, target_modules="all-linear")
     model.config.architectures = [type(model).__name__]
