@@ -40,13 +40,13 @@ def command(names: tuple[str, ...], show_list: bool, verify: bool, as_json: bool
 def shown(name: str) -> Callable[[int, int], None]:
     """A progress callback: a line that rewrites itself on a terminal, a line every tenth elsewhere; on stderr."""
     stream = sys.stderr
-    started, told = time.monotonic(), [-1]
+    started, shown = time.monotonic(), [-1]
 
     def progress(done: int, total: int) -> None:
         tenth = 10 * done // max(total, 1)
-        if not stream.isatty() and tenth == told[0]:
+        if not stream.isatty() and tenth == shown[0]:
             return
-        told[0] = tenth
+        shown[0] = tenth
         seconds = max(time.monotonic() - started, 1e-9)
         left = seconds / max(done, 1) * (total - done)
         line = (

@@ -32,9 +32,9 @@ def draws(template: str) -> bool:
 def pinned(template: str, day: str) -> str:
     """The template with every `strftime_now` telling midnight of `day`, in whatever format it is asked for."""
     moment = datetime.combine(date.fromisoformat(day), time_of_day())
-    told = "".join(
+    cases = "".join(
         f" | replace({directive!r}, {moment.strftime(directive)!r})"
         for directive in sorted(set(_DIRECTIVE.findall(template)), key=len, reverse=True)
     )
     # The line break ends the macro's line for jinja, which drops it: the template's own white space is untouched.
-    return f"{{% macro strftime_now(format) %}}{{{{ format{told} }}}}{{% endmacro %}}\n{template}"
+    return f"{{% macro strftime_now(format) %}}{{{{ format{cases} }}}}{{% endmacro %}}\n{template}"

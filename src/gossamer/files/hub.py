@@ -59,8 +59,12 @@ def push(
     content[CARD] = card.encode()
     if picture:
         content[PICTURE] = picture.encode()
-    told = {"repository": repository, "private": private, "files": {name: len(data) for name, data in content.items()}}
-    return told | {"url": "" if dry_run else _sent(content, repository, private)}
+    summary = {
+        "repository": repository,
+        "private": private,
+        "files": {name: len(data) for name, data in content.items()},
+    }
+    return summary | {"url": "" if dry_run else _sent(content, repository, private)}
 
 
 def pull(repository: str, output: str | Path, revision: str | None = None) -> Adapter:

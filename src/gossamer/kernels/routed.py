@@ -111,7 +111,7 @@ class Routed:
                         add_product(out[rows], down[:, columns], pair.lora_B.to(down.dtype))
         elif self.way == "concatenated":
             down = x.to(self.inner.dtype) @ self.inner.T
-            down.masked_fill_(self.others, 0.0)  # not times 0: another's overflow stays his own
+            down.masked_fill_(self.others, 0.0)  # not times 0: another's overflow stays its own
             for out, outer, columns in zip(outs, self.outer, self.columns, strict=True):
                 if outer.shape[1]:
                     add_product(out, down[:, columns], outer)

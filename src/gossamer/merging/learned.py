@@ -59,13 +59,13 @@ def learned_weights(
     start = torch.full((len(places) if per_module else 1, len(adapters)), 1 / len(adapters))
     weights = start.to(next(model.parameters()).device).requires_grad_()
     optimiser = torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
-    measure, told = loss or (lambda model, batch: model(**batch).loss), progress or Silent()
+    measure, watched = loss or (lambda model, batch: model(**batch).loss), progress or Silent()
     with ExitStack() as stack:
-        stack.callback(told.finish)
+        stack.callback(watched.finish)
         for place in places:
             parts = [(index, pairs[place]) for index, pairs in enumerate(known) if place in pairs]
             stack.callback(model.get_submodule(place).register_forward_hook(_added(weights, rows[place], parts)).remove)
-        told.start(steps, "learning weights")
+        watched.start(steps, "learning weights")
         for batch in itertools.islice(_again(batches), steps):
             with torch.enable_grad():
                 value = measure(model, batch)
@@ -73,7 +73,7 @@ def learned_weights(
                 raise NonFiniteError("the loss is NaN or infinite while weights are learned", got=str(value.item()))
             (weights.grad,) = torch.autograd.grad(value, [weights])
             optimiser.step()
-            told.step(loss=value.item())
+            watched.step(loss=value.item())
     found = weights.detach().tolist()
     return [{f"^{re.escape(place)}": found[rows[place]][index] for place in pairs} for index, pairs in enumerate(known)]
 

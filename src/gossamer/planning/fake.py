@@ -7,7 +7,7 @@ second stands for all between.
 import copy
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,16 +164,24 @@ def repeat_of(path: str, repeats: Mapping[str, int]) -> int:
     return 1 if owner is None else repeats[owner]
 
 
-def tensors(model: nn.Module) -> dict[int, Tensor]:
-    """Every tensor that a model's modules hold, as parameters, buffers or attributes, by its identity."""
-    held = (group for module in model.modules() for group in (module._parameters, module._buffers, vars(module)))
+def tensors(model: nn.Module, without: Iterable[nn.Module] = ()) -> dict[int, Tensor]:
+    """Every tensor that a model's modules hold, as parameters, buffers or attributes, by its identity.
+
+    `without`: modules that are passed over, and what is in them.
+    """
+    inside = (module for _, module in model.named_modules(memo={*without}))
+    held = (group for module in inside for group in (module._parameters, module._buffers, vars(module)))
     return {id(one): one for group in held for one in group.values() if isinstance(one, Tensor)}
 
 
-def faked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy whose tensors are fake and on the CPU, floating parameters of a type; inside a `FakeTensorMode`."""
-    memo: dict[int, Any] = {}
-    for key, one in tensors(model).items():
+def faked(model: nn.Module, dtype: torch.dtype, found: Iterable[str] = ()) -> nn.Module:
+    """A copy whose tensors are fake and on the CPU, floating parameters of a type; inside a `FakeTensorMode`.
+
+    `found`: paths of stacks, of which the layers that `cut` takes away are not copied.
+    """
+    going = [layer for path in found for layer in [*cast(Any, model.get_submodule(path))][2:-1]]
+    memo: dict[int, Any] = {id(layer): nn.Identity() for layer in going}
+    for key, one in tensors(model, going).items():
         parameter = isinstance(one, nn.Parameter)
         made = torch.empty(one.shape, dtype=dtype if parameter and one.is_floating_point() else one.dtype, device="cpu")
         memo[key] = nn.Parameter(made, one.requires_grad) if parameter else made

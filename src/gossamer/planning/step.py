@@ -148,8 +148,8 @@ def followed(
         whole = _kept_whole(model, spec)
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            copied = fake.faked(model, getattr(torch, setting.dtype))
-            stacks = fake.stacks(copied)
+            stacks = fake.stacks(model)
+            copied = fake.faked(model, getattr(torch, setting.dtype), {} if whole else stacks)
             repeats = {} if whole else fake.cut(copied, stacks)
             repeats = repeats or {f"{path}.{at}": 1 for path, count in stacks.items() for at in range(count)}
             if setting.quant:

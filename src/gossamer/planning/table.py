@@ -185,10 +185,10 @@ def stacked_bars(bars: Mapping[str, Mapping[str, int]], title: str) -> str:
             line = f'x1="{x:.1f}" y1="18" x2="{x:.1f}" y2="{height - 6}"'
             body.append(f'<line {line} stroke="currentColor" stroke-dasharray="3 3" opacity="0.5"/>')
             body.append(f'<text x="{x:.1f}" y="13" text-anchor="middle" fill="currentColor">{card} GB</text>')
-    told = "; ".join(f"{name}: {size(sum(parts.values()))}" for name, parts in bars.items())
+    described = "; ".join(f"{name}: {size(sum(parts.values()))}" for name, parts in bars.items())
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {charts.WIDTH} {height}" role="img" width="100%" '
-        f'style="font:12px system-ui,sans-serif"><title>{escape(title)}</title><desc>{escape(told)}</desc>'
+        f'style="font:12px system-ui,sans-serif"><title>{escape(title)}</title><desc>{escape(described)}</desc>'
         f"{''.join(body)}</svg>"
     )
 

@@ -77,8 +77,8 @@ def combine(
         given = [(known[place], source) for known, source in zip(by_place, sources, strict=True) if place in known]
         parts = [(weight, source.at(place).checked(place)) for weight, source in given]
         found[place], lengths[place] = _combined(place, parts, way, options, r, seed)
-    told = [dict(weight) if isinstance(weight, Mapping) else weight for weight in weights]
-    origin = {"operation": "combine", "method": method, "options": options, "weights": told, "r": r, "seed": seed}
+    plain = [dict(weight) if isinstance(weight, Mapping) else weight for weight in weights]
+    origin = {"operation": "combine", "method": method, "options": options, "weights": plain, "r": r, "seed": seed}
     origin |= {"of": [adapter.digest for adapter in adapters]} | _distances(lengths)
     its_base = next((adapter.base for adapter in adapters if adapter.base), None)
     return Adapter(unit_scaled(found), slots_of(found), its_base, origin, about_the_base(adapters[0].foreign))

@@ -92,9 +92,9 @@ class UnsupportedOfCompletions(RequestBody):
     """Of a plain completion."""
 
     best_of: Annotated[int, Field(strict=True, ge=1, le=1), WHOLE] | None = unsupported(
-        "every sequence that is drawn is told; ask for n"
+        "every sequence that is drawn is returned; ask for n"
     )
-    echo: Literal[False] | None = unsupported("prompts are neither told again nor scored")
+    echo: Literal[False] | None = unsupported("prompts are neither repeated nor scored")
     suffix: None = unsupported("texts are gone on with, not filled in")
 
 
