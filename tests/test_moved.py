@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 
 import pytest
 
 from gossamer.moved import MOVED, RENAMED
+from tests.house import tree
 
 
 @pytest.mark.parametrize("earlier", sorted(MOVED))
@@ -18,6 +20,13 @@ def test_a_moved_module_is_the_same_module(earlier: str):
         assert importlib.import_module(f"gossamer.{earlier}") is now
     for old, new in RENAMED.get(earlier, {}).items():
         assert getattr(now, old) is getattr(now, new)
+
+
+@pytest.mark.parametrize("earlier", sorted({*RENAMED} & {*MOVED}))
+def test_an_earlier_name_hides_none_that_the_module_uses(earlier: str):
+    parsed = tree.parsed(tree.modules()[f"gossamer.{MOVED[earlier]}"])
+    used = {node.id for node in ast.walk(parsed) if isinstance(node, ast.Name)}
+    assert not used & {*RENAMED[earlier]}
 
 
 def test_a_renamed_class_answers_in_the_package_it_stayed_in():

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 from gossamer.data.columns import HISTORY, SYSTEM, TOOLS, Carrying, is_empty, rename_hint
 from gossamer.data.containers import RowFaults, Table, kind_of, read_table
 from gossamer.data.conversations import BadRow, Fields, read_tools, read_turns
-from gossamer.data.rows import Chat, Completion, Instruction, Row, Text, Turn
+from gossamer.data.rows import Chat, Completion, Instruction, Text, Turn
+from gossamer.data.rows import Row as AnyRow  # `Row` was a function here, which `moved` still answers for
 from gossamer.errors import DataError, nearest
 
 _ALPACA_TASK = "Below is an instruction that describes a task"
@@ -37,7 +38,7 @@ _TURNS_AS_TEXT = re.compile(r"""\[\s*\{\s*['"](role|from|content|value)['"]\s*:"
 _UNUSABLE = "the file has rows that cannot be used"
 
 
-Records = Iterable[Row] | Iterable[Mapping[str, Any]]
+Records = Iterable[AnyRow] | Iterable[Mapping[str, Any]]
 """Rows, or records in any of the known formats: a list, a `datasets.Dataset`, or anything else that gives them."""
 
 
@@ -51,7 +52,7 @@ class Rows:
     format: str
     digest: str
     """sha256 of the file, or of what the rows hold, in hex: a resumed run compares it."""
-    rows: tuple[Row, ...] = field(repr=False, compare=False)
+    rows: tuple[AnyRow, ...] = field(repr=False, compare=False)
     unused: tuple[str, ...] = ()
     """Columns that the format does not use."""
     in_memory: bool = False
@@ -59,7 +60,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[AnyRow]:
         return iter(self.rows)
 
     @property
@@ -102,13 +103,13 @@ def _in_memory(source: Any, format: str | None) -> Rows:
     given, faults = list(source), RowFaults("memory")
     if not given:
         raise DataError("there are no rows", where=faults.path, got=f"an empty {type(source).__name__}")
-    kind = Row if isinstance(given[0], Row) else Mapping
+    kind = AnyRow if isinstance(given[0], AnyRow) else Mapping
     for number, one in enumerate(given, start=1):
         if not isinstance(one, kind):
-            expected = "a row, like the first one" if kind is Row else "a record: a mapping of names to values"
+            expected = "a row, like the first one" if kind is AnyRow else "a record: a mapping of names to values"
             faults.add(number, f"expected {expected}; got {type(one).__name__} {one!r:.40}")
     faults.check("these rows cannot be used", hint="of a pandas.DataFrame, pass to_dict('records')")
-    if kind is Row:
+    if kind is AnyRow:
         rows, name, unused = tuple(given), " and ".join(sorted({type(one).__name__.lower() for one in given})), ()
     else:
         records = [(number, dict(record)) for number, record in enumerate(given, start=1)]
@@ -117,7 +118,7 @@ def _in_memory(source: Any, format: str | None) -> Rows:
     return Rows(faults.path, type(source).__name__, name, _digest(rows), rows, unused, in_memory=True)
 
 
-def _digest(rows: Iterable[Row]) -> str:
+def _digest(rows: Iterable[AnyRow]) -> str:
     """sha256 of what the rows hold, wherever they stand."""
     total = hashlib.sha256()
     for row in rows:
@@ -167,7 +168,7 @@ def row_of(
     completion: str = "",
     text: str = "",
     tools: tuple[dict[str, Any], ...] = (),
-) -> Row:
+) -> AnyRow:
     """The row that has these fields, of the class that its filled fields tell."""
     if turns and completion:
         return Instruction(where, Chat(where, turns, tools), Completion(where, prompt, completion))
@@ -209,8 +210,8 @@ def _refuse_mixture(table: Table, faults: RowFaults) -> None:
     faults.check(_UNUSABLE, hint="one file has rows of one format")
 
 
-def _chat(list_field: str, role_field: str, text_field: str) -> Callable[[Fields, str], Row]:
-    def build(record: Fields, where: str) -> Row:
+def _chat(list_field: str, role_field: str, text_field: str) -> Callable[[Fields, str], AnyRow]:
+    def build(record: Fields, where: str) -> AnyRow:
         return _chat_row(record, where, read_turns(record.turns(list_field), role_field, text_field))
 
     return build
@@ -237,7 +238,7 @@ def _with_system(record: Fields, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     raise BadRow(f"{name!r} and the system turn say different things; only one may stand before the chat")
 
 
-def _alpaca(record: Fields, where: str) -> Row:
+def _alpaca(record: Fields, where: str) -> AnyRow:
     """The prompt is Stanford Alpaca's, word for word; a chat template gets instruction and input as one user turn.
 
     A system text takes the place of the prompt's first sentences, as in LLaMA-Factory, and earlier turns are learned
@@ -277,7 +278,7 @@ def _no_turns(record: Fields, name: str) -> str:
     return text
 
 
-def _prompt_completion(record: Fields, where: str) -> Row:
+def _prompt_completion(record: Fields, where: str) -> AnyRow:
     """Two texts, or TRL's conversational form: two lists of turns, of which the second is learned."""
     prompt, completion = (record.given.get(name) for name in ("prompt", "completion"))
     turns = [
@@ -305,7 +306,7 @@ class RecordFormat(NamedTuple):
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    build: Callable[[Fields, str], Row]
+    build: Callable[[Fields, str], AnyRow]
 
 
 FORMATS: dict[str, RecordFormat] = {
