@@ -190,6 +190,14 @@ def test_the_readme_s_table_is_the_plan():
         assert f"| {row} | {plans[name].peak / 1e9:.1f} GB |" in readme
 
 
+@pytest.mark.parametrize(
+    ("kind", "predicts"), [("llama", True), ("gpt2", True), ("t5", True), ("vit", False), ("bert", False)]
+)
+def test_a_plain_loop_holds_logits_where_tokens_are_predicted(kind: str, predicts: bool):
+    optimiser = plan(tiny(kind), "full", path="peft", sequence=32).during[-1]
+    assert optimiser.activations == (32 * 320 * 2 if predicts else 0)
+
+
 # The plan itself -------------------------------------------------------------------------------------------------
 
 

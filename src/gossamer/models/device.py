@@ -1,4 +1,4 @@
-"""What a device has left, and how memory is given back."""
+"""What a device has left, how memory is given back, and what it looks like when none is left."""
 
 import ctypes
 import sys

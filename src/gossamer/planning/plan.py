@@ -40,7 +40,7 @@ class Plan:
         checkpointing: whether activations are computed again in the backward; decided here.
         device: where it is meant to run, if that was said.
         notes: what was decided, and what is not certain.
-        loss: what is computed instead of the model's usual loss, see `gossamer.planning.losses.StepLoss`.
+        loss: what is computed instead of the model's usual loss, see `gossamer.planning.step.StepLoss`.
     """
 
     shape: ModelShape
@@ -118,7 +118,8 @@ class Plan:
                 found[one.name] = one
         held = roots = 0
         if self.setting.path == "peft":  # a plain loop's outputs live on; torch's default AdamW takes all roots at once
-            held = self.setting.labelled * self.shape.vocabulary * self.setting.width
+            predicts = self.loss is None and (self.shape.tied or "head" in self.shape.parameters)
+            held = self.setting.labelled * self.shape.vocabulary * self.setting.width if predicts else 0
             roots = self.gradients
         return (*found.values(), Moment("the optimiser's step", held, roots, self.gradients))
 

@@ -220,7 +220,7 @@ def _key(**fields: Any) -> Any:
 def test_many_who_ask_at_once_fetch_once_and_nobody_else_waits(
     folder: Path, fake: Fake, listening: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "WAITING", 2)
+    monkeypatch.setattr(backends, "FETCHES", 2)
     fake.publish("org/a", "c1", adapter(3))
     fake.publish("org/b", "c1", adapter(4))
     address = listening(create_app(engine(folder), name="toy", hub=Hub(["org/*"])))

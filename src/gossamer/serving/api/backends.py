@@ -24,7 +24,9 @@ from gossamer.serving.hub import Hub
 Value = TypeVar("Value")
 
 WAITING = 64
-"""Requests that may wait for the one thread of vectors; ids of the hub under way, or refused a moment ago."""
+"""Requests that may wait for the one thread of vectors."""
+FETCHES = 64
+"""Ids of the hub that may be under way, or refused a moment ago."""
 MEMORY = 60.0
 """Seconds for which a refusal is remembered: the hub is not asked for the same again and again."""
 
@@ -127,7 +129,7 @@ class Fetching:
     async def fetch(self, name: str) -> None:
         """Make an allowed id known to the store, and go on if the client leaves. Raises `Refusal`."""
         if name not in self.tasks:
-            if len(self.tasks) >= WAITING:
+            if len(self.tasks) >= FETCHES:
                 raise Refusal(429, "Too many adapters are being fetched.", "queue_full", after=5)
             self.tasks[name] = task = asyncio.ensure_future(self._fetch(name))
             task.add_done_callback(lambda done: self._forget(name, done))
